@@ -1,0 +1,55 @@
+# Everything runs from a virtual environment in .venv; a stamp file in it stands for each finished installation,
+# so only the first run, or a changed pyproject.toml, installs anything.
+
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+# Errors only: the rest of what pip says is noise here.
+PIP := $(BIN)/python -m pip --disable-pip-version-check -qq
+CREATED := $(VENV)/.stamp-created
+BENCH := $(VENV)/.stamp-bench
+TEST := $(VENV)/.stamp-test
+
+.DEFAULT_GOAL := help
+# One environment: two installations at once would break each other, so `make -j` runs one target at a time too.
+.NOTPARALLEL:
+.PHONY: help demo test check
+
+help:
+	@echo "make demo    install, then run the main job: mmcache bench media"
+	@echo "make test    install, then run check and all tests with coverage"
+	@echo "make check   install, then run ruff, mypy and the import contracts"
+	@echo "PYTHON=...   the Python to build .venv with (default: python3; 3.11 or newer)"
+
+demo: $(BENCH)
+	$(BIN)/mmcache bench media
+
+check: $(TEST)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+test: check
+	$(BIN)/python -m pytest --cov --cov-report=term
+
+$(CREATED):
+	@command -v $(PYTHON) >/dev/null || \
+	    { echo "error: no $(PYTHON) here; install Python 3.11 or newer, or name one: make PYTHON=/path/to/python"; exit 1; }
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+	    { echo "error: $$($(PYTHON) -V) is too old; name Python 3.11 or newer: make PYTHON=/path/to/python"; exit 1; }
+	@$(PYTHON) -c 'import ensurepip, venv' || \
+	    { echo "error: $(PYTHON) has no venv module; install it (Debian, Ubuntu: python3-venv)"; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+	@touch $@
+
+$(BENCH): $(CREATED) pyproject.toml mmcache/_version.py
+	@echo "installing mmcache[bench] into $(VENV): about half a minute"
+	@$(PIP) install --editable '.[bench]'
+	@touch $@
+
+# Brings torch, which the tests use and mmcache does not need.
+$(TEST): $(BENCH)
+	@echo "installing mmcache[test] into $(VENV): minutes where torch has to be downloaded"
+	@$(PIP) install --editable '.[test]'
+	@touch $@

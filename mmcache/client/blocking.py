@@ -1,0 +1,398 @@
+"""The blocking client engines use: every call has a deadline, and a failure is a miss.
+
+Thread-safe (each call borrows a link) and fork-safe (links belong to a process; a child opens its own). Data calls
+raise only UsageError, for arguments that can never work; whatever happens to the server comes back as outcomes.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from types import TracebackType
+from typing import Any, TypeVar
+
+import xxhash
+
+from mmcache._version import __version__
+from mmcache.client.lease import LeasedFrames
+from mmcache.client.link import Dialer, Link
+from mmcache.client.plan import Breaker, batches, put_batches
+from mmcache.client.protocol import put_result
+from mmcache.config import ClientConfig
+from mmcache.errors import KeyInputError, MMCacheError, RequestRefused, TransportError, UsageError
+from mmcache.frame import FrameMeta, Kind, frame_segments, layout_of, pack_header
+from mmcache.keyset import Key, Keys, NamespaceId
+from mmcache.pb import cache_pb2 as pb
+from mmcache.tensors import HostTensor, check_count, named_tensors, specs_of
+from mmcache.transport.base import MISS, Found, Op, Outcome, Result
+from mmcache.transport.shm import read_frame
+from mmcache.transport.tcp import Channel
+
+T = TypeVar("T")
+_WRITER = f"mmcache/{__version__}"
+AnyKeys = Keys | Key | Iterable[Key]
+
+
+class Client:
+    """A cache client. Use as a context manager, or call `close`.
+
+    `counters` counts hits, misses, verify_failures, bytes read and written, and failures, since the start.
+    """
+
+    def __init__(self, config: ClientConfig, attach: Callable[[], Channel] | None = None) -> None:
+        self.config = config
+        self.counters: Counter[str] = Counter()
+        self._dialer = Dialer(config, attach)
+        self._breaker = Breaker()
+        self._idle: list[Link] = []
+        self._room = threading.Semaphore(config.max_connections)
+        self._lock = threading.Lock()
+        self._pid = os.getpid()
+        self._closed = False
+
+    def __enter__(self) -> Client:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self.close()
+
+    # ------------------------------------------------------------------ data operations
+
+    def match_prefix(self, keys: AnyKeys) -> int:
+        """How many leading keys are stored. 0 when the server cannot be asked. Nothing is pinned: they may go again."""
+        rows = Keys.of(keys)
+
+        def ask(link: Link, deadline: float) -> int:
+            matched = 0
+            for run in batches(len(rows), link.joined.limits.batch_keys):
+                column = b"".join(rows.digests[run.start : run.stop])
+                request = pb.ContainsRequest(keys=column, prefix=True)
+                reply = link.run(link.conversation.call(Op.CONTAINS, request, pb.ContainsReply()), deadline)
+                present = reply.present[: len(run)]
+                absent = present.find(0)
+                matched += len(present) if absent < 0 else absent
+                if matched < run.stop:
+                    break
+            return matched
+
+        return self._attempt(ask, lambda reason: 0) if len(rows) else 0
+
+    def get_into(self, keys: AnyKeys, buffers: Sequence[Any], *, verify: bool | None = None) -> list[Result]:
+        """Fill one destination per key; one Result per key, true for a hit.
+
+        A destination is an ndarray, torch CPU tensor or writable buffer, or, for entries of several tensors, a mapping
+        or list of them. Unless the result is a hit, the destination's bytes are undefined. Verified by default: the
+        checksum is taken of the bytes as delivered. Raises TensorError for destinations that can never be filled.
+        """
+        rows = Keys.of(keys)
+        check_count(rows, buffers, "destinations")
+        targets = [named_tensors(buffer, writable=True) for buffer in buffers]
+        check = self.config.verify if verify is None else verify
+        results = [MISS] * len(rows)
+
+        def ask(link: Link, deadline: float) -> None:
+            for run in batches(len(rows), link.joined.limits.batch_keys):
+                position = run.start
+                while position < run.stop:
+                    position = _get_run(link, rows.digests, targets, results, range(position, run.stop), check, deadline)
+            corrupt = [rows.digests[i] for i, result in enumerate(results) if result.outcome is Outcome.CORRUPT]
+            if corrupt:
+                request = pb.RecheckRequest(keys=b"".join(corrupt[: link.joined.limits.batch_keys]))
+                link.run(link.conversation.call(Op.RECHECK, request, pb.RecheckReply()), deadline)
+
+        def fail(reason: str) -> None:
+            lost = Result(Outcome.UNAVAILABLE, reason)
+            results[:] = [lost if result is MISS else result for result in results]
+
+        if len(rows):
+            self._attempt(ask, fail)
+        self._count_reads(targets, results)
+        return results
+
+    def put(self, keys: AnyKeys, tensors: Sequence[Any], *, ttl_s: float | None = None) -> list[Result]:
+        """Store one value per key; one Result per key: stored, present (costs no payload) or refused, with the reason.
+
+        A value is a tensor or buffer, or a mapping or list of them. It must not change during the call.
+        Raises TensorError for values that cannot be stored, UsageError for a `ttl_s` that is not above 0.
+        """
+        if ttl_s is not None and not 0 < ttl_s < 1e10:
+            raise UsageError(f"ttl_s is {ttl_s}; it must be above 0 seconds (None: keep until evicted)")
+        rows = Keys.of(keys)
+        check_count(rows, tensors, "tensors")
+        values = [named_tensors(value) for value in tensors]
+        namespaces = {_described(namespace) for namespace in rows.namespaces}
+        results = [Result(Outcome.UNAVAILABLE)] * len(rows)
+
+        def ask(link: Link, deadline: float) -> None:
+            for namespace in namespaces - link.declared:
+                request = pb.DeclareRequest(namespace=namespace, kind=namespace.kind, facts=namespace.facts)
+                link.run(link.conversation.call(Op.DECLARE, request, pb.DeclareReply()), deadline)
+                link.declared.add(namespace)
+            alignment = link.joined.alignment
+            sizes = [layout_of([t.data.nbytes for t in value.values()], alignment).frame_nbytes for value in values]
+            limits = link.joined.limits
+            for run in put_batches(sizes, limits.batch_keys, limits.inline_nbytes):
+                batch = _PutBatch(rows, values, sizes, run, alignment, ttl_s)
+                results[run.start : run.stop] = batch.send(link, deadline)
+
+        def fail(reason: str) -> None:
+            lost = Result(Outcome.UNAVAILABLE, reason)
+            results[:] = [lost if result.outcome is Outcome.UNAVAILABLE else result for result in results]
+
+        if len(rows):
+            self._attempt(ask, fail)
+        for value, result in zip(values, results, strict=True):
+            self.counters[f"put_{result.outcome}"] += 1
+            if result.outcome is Outcome.STORED:
+                self.counters["bytes_written"] += sum(tensor.data.nbytes for tensor in value.values())
+        return results
+
+    def acquire(self, keys: AnyKeys) -> LeasedFrames:
+        """Pin entries and see them without a copy (same host) or received whole; use as a context manager.
+
+        `frames[i]` is a Frame or None. Views are unverified until `frame.verify()`, and valid inside the `with` only:
+        leaving it raises LeaseLost if the lease had expired. Never raises for a missing server: all frames are None.
+        """
+        rows = Keys.of(keys)
+
+        def ask(link: Link, deadline: float) -> LeasedFrames:
+            return LeasedFrames.take(link, rows.digests, deadline, self._release)
+
+        if not len(rows):
+            return LeasedFrames([])
+        return self._attempt(ask, lambda reason: LeasedFrames([None] * len(rows)))
+
+    def delete(self, keys: AnyKeys) -> list[bool]:
+        """Forget entries; True per key that was there. Raises TransportError when the server cannot be asked."""
+        rows = Keys.of(keys)
+
+        def ask(link: Link, deadline: float) -> list[bool]:
+            deleted = bytearray()
+            for run in batches(len(rows), link.joined.limits.batch_keys):
+                request = pb.DeleteRequest(keys=b"".join(rows.digests[run.start : run.stop]))
+                deleted += link.run(link.conversation.call(Op.DELETE, request, pb.DeleteReply()), deadline).deleted
+            return [bool(flag) for flag in deleted]
+
+        return self._demand(ask)
+
+    # ------------------------------------------------------------------ administration: these raise TransportError
+
+    def stat(self) -> dict[str, Any]:
+        """The server's counters and gauges, and how this client reaches it."""
+
+        def ask(link: Link, deadline: float) -> dict[str, Any]:
+            reply = link.run(link.conversation.call(Op.STAT, pb.StatRequest(), pb.StatReply()), deadline)
+            return {
+                "server": reply.server,
+                "server_id": reply.server_id.hex(),
+                "uptime_s": reply.uptime_s,
+                "transport": link.path,
+                "counters": dict(sorted(reply.counters.items())),
+            }
+
+        return self._demand(ask)
+
+    def inspect(self, digest: bytes) -> pb.InspectReply:
+        """What is known of one stored key (32 bytes): its frame's header and its namespace's facts."""
+
+        def ask(link: Link, deadline: float) -> pb.InspectReply:
+            return link.run(
+                link.conversation.call(Op.INSPECT, pb.InspectRequest(key=digest), pb.InspectReply()), deadline
+            )
+
+        return self._demand(ask)
+
+    def close(self) -> None:
+        """Close every link of this process. Leases still held end by themselves."""
+        self._closed = True
+        self._forget_links()
+
+    # ------------------------------------------------------------------ links
+
+    def _forget_links(self) -> None:
+        with self._lock:
+            links, self._idle = self._idle, []
+        for link in links:
+            link.close()
+
+    def _borrow(self, deadline: float) -> Link:
+        if self._closed:
+            raise UsageError("this client is closed; connect again")
+        if os.getpid() != self._pid:  # a forked child: the parent's connections are not ours to speak on
+            self._lock, self._room = threading.Lock(), threading.Semaphore(self.config.max_connections)
+            self._pid = os.getpid()
+            self._forget_links()
+        if not self._room.acquire(timeout=max(0.0, deadline - time.monotonic())):
+            raise TransportError(f"all {self.config.max_connections} connections are busy; raise max_connections")
+        try:
+            with self._lock:
+                if self._idle:
+                    return self._idle.pop()
+            return self._dialer.open(deadline)
+        except BaseException:
+            self._room.release()
+            raise
+
+    def _give_back(self, link: Link, *, usable: bool) -> None:
+        if usable and not self._closed:
+            with self._lock:
+                self._idle.append(link)
+        else:
+            link.close()
+        self._room.release()
+
+    def _demand(self, ask: Callable[[Link, float], T]) -> T:
+        """Run `ask` on a link; one more try on a fresh link if a kept one turns out to be dead."""
+        deadline = time.monotonic() + self.config.deadline_s
+        while True:
+            fresh = not self._idle or os.getpid() != self._pid
+            link = self._borrow(deadline)
+            usable = False
+            try:
+                result = ask(link, deadline)
+                usable = True
+                return result
+            except RequestRefused:
+                usable = True
+                raise
+            except TransportError:
+                self._forget_links()
+                if fresh or time.monotonic() >= deadline:
+                    raise
+            finally:
+                self._give_back(link, usable=usable)
+
+    def _attempt(self, ask: Callable[[Link, float], T], fail: Callable[[str], T]) -> T:
+        """As `_demand`, but every failure becomes `fail(reason)`; a server that just failed is left alone for a while."""
+        if not self._breaker.allows(time.monotonic()):
+            self.counters["skipped"] += 1
+            return fail("the server did not answer a moment ago; it is asked again shortly")
+        try:
+            result = self._demand(ask)
+        except UsageError:
+            raise
+        except (MMCacheError, OSError) as error:
+            self.counters["failures"] += 1
+            self._breaker.failed(time.monotonic())
+            return fail(str(error))
+        self._breaker.succeeded()
+        return result
+
+    def _release(self, lease_id: int) -> bool:
+        """Give a lease back on any link; True if it was held until now. A failure counts as lost."""
+
+        def ask(link: Link, deadline: float) -> bool:
+            request = pb.FinishRequest(lease_id=lease_id)
+            return link.run(link.conversation.call(Op.FINISH, request, pb.FinishReply()), deadline).held
+
+        return self._attempt(ask, lambda reason: False)
+
+    def _count_reads(self, targets: Sequence[Mapping[str, HostTensor]], results: Sequence[Result]) -> None:
+        hits = [target for target, result in zip(targets, results, strict=True) if result]
+        self.counters["hits"] += len(hits)
+        self.counters["misses"] += len(results) - len(hits)
+        self.counters["verify_failures"] += sum(result.outcome is Outcome.CORRUPT for result in results)
+        self.counters["bytes_read"] += sum(tensor.data.nbytes for target in hits for tensor in target.values())
+
+
+def _get_run(
+    link: Link,
+    digests: Sequence[bytes],
+    targets: Sequence[Mapping[str, HostTensor]],
+    results: list[Result],
+    run: range,
+    verify: bool,
+    deadline: float,
+) -> int:
+    """Read the keys of `run` that one Acquire covers; returns where the next one starts."""
+    conversation, arena = link.conversation, link.arena
+    column = b"".join(digests[run.start : run.stop])
+    acquired = link.run(conversation.acquire(column, inline=arena is None), deadline)
+    read: list[tuple[int, Result]] = []
+    for position, found in zip(run, acquired.entries, strict=True):
+        if found is None:
+            continue
+        key, target = digests[position], targets[position]
+        if arena is not None:
+            result = read_frame(arena, found, key, target, verify)
+        else:
+            result = link.run(conversation.receive_frame(found, key, target, verify), deadline)
+        read.append((position, result))
+    if acquired.lease_id:
+        if verify:
+            link.run(conversation.release_quietly(acquired.lease_id), deadline)
+        else:
+            request = pb.FinishRequest(lease_id=acquired.lease_id)
+            if not link.run(conversation.call(Op.FINISH, request, pb.FinishReply()), deadline).held:
+                lost = Result(Outcome.MISS, "the lease expired while the entry was being read")
+                read = [(position, lost) for position, _ in read]
+    for position, result in read:
+        results[position] = result
+    if acquired.later_from is None:
+        return run.stop
+    if acquired.later_from == 0:
+        results[run.start] = Result(Outcome.MISS, "too much memory is leased; release leases or raise --memory")
+        return run.start + 1
+    return run.start + acquired.later_from
+
+
+def _described(namespace: bytes) -> NamespaceId:
+    if not isinstance(namespace, NamespaceId):
+        raise KeyInputError("a key to be stored must carry the id of a Namespace (Namespace.id), not bare bytes")
+    return namespace
+
+
+class _PutBatch:
+    """One Reserve and the frames it wants: headers are made, and payloads hashed, only for what is wanted."""
+
+    def __init__(
+        self,
+        rows: Keys,
+        values: Sequence[Mapping[str, HostTensor]],
+        sizes: Sequence[int],
+        run: range,
+        alignment: int,
+        ttl_s: float | None,
+    ) -> None:
+        self.rows, self.values, self.sizes, self.run, self.alignment = rows, values, sizes, run, alignment
+        self.created_ms = time.time_ns() // 1_000_000
+        self.expires_ms = self.created_ms + max(1, int(ttl_s * 1000)) if ttl_s is not None else 0
+
+    def send(self, link: Link, deadline: float) -> list[Result]:
+        """Reserve, send what is wanted, and say what became of each key."""
+        start, stop = self.run.start, self.run.stop
+        rows, conversation = self.rows, link.conversation
+        reserve = conversation.reserve(
+            b"".join(rows.digests[start:stop]),
+            b"".join(rows.parents[start:stop]),
+            self.sizes[start:stop],
+            link.ring is not None,
+        )
+        status = link.run(reserve, deadline)
+        wanted = [position for position, code in zip(self.run, status, strict=True) if code == pb.WANTED]
+        stored: Iterator[int] = iter(())
+        if wanted:
+            frames = (self._segments(position) for position in wanted)
+            stored = iter(link.run(conversation.send_frames(frames, len(wanted), link.ring), deadline))
+        return [put_result(next(stored) if code == pb.WANTED else code) for code in status]
+
+    def _segments(self, position: int) -> list[bytes | memoryview]:
+        rows, value = self.rows, self.values[position]
+        namespace = _described(rows.namespaces[position])
+        meta = FrameMeta(
+            kind=Kind[namespace.kind.upper()],
+            key=rows.digests[position],
+            namespace=namespace,
+            parent=rows.parents[position],
+            home=rows.homes[position],
+            index=rows.indices[position],
+            created_ms=self.created_ms,
+            expires_ms=self.expires_ms,
+            writer=_WRITER,
+        )
+        sums = [xxhash.xxh3_128_digest(tensor.data) for tensor in value.values()]
+        header = pack_header(meta, specs_of(value), sums, self.alignment)
+        return frame_segments(header, [tensor.data.data for tensor in value.values()], self.alignment)

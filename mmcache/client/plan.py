@@ -1,0 +1,52 @@
+"""What to ask of whom: keys grouped by owner and cut into batches a server accepts, and when to try again. Pure."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Final
+
+FIRST_PAUSE_S: Final = 0.05
+LONGEST_PAUSE_S: Final = 2.0
+
+
+def batches(count: int, max_keys: int) -> Iterator[range]:
+    """`range(count)` cut into runs of at most `max_keys` keys."""
+    for start in range(0, count, max_keys):
+        yield range(start, min(count, start + max_keys))
+
+
+def put_batches(frame_nbytes: Sequence[int], max_keys: int, max_nbytes: int) -> Iterator[range]:
+    """Runs of frames that stay within both limits; a single frame over `max_nbytes` forms a run of its own."""
+    start = total = 0
+    for position, nbytes in enumerate(frame_nbytes):
+        if position > start and (position - start >= max_keys or total + nbytes > max_nbytes):
+            yield range(start, position)
+            start, total = position, 0
+        total += nbytes
+    if start < len(frame_nbytes):
+        yield range(start, len(frame_nbytes))
+
+
+@dataclass(slots=True)
+class Breaker:
+    """Whether a shard is worth asking. After a failure it is left alone for a pause that doubles up to a limit.
+
+    While open, calls answer misses at once instead of waiting for their deadline each time.
+    """
+
+    pause_s: float = 0.0
+    retry_at: float = 0.0
+
+    def allows(self, now: float) -> bool:
+        """True if a call may go out at monotonic time `now`."""
+        return now >= self.retry_at
+
+    def failed(self, now: float) -> None:
+        """Note a failure."""
+        self.pause_s = min(LONGEST_PAUSE_S, max(FIRST_PAUSE_S, 2 * self.pause_s))
+        self.retry_at = now + self.pause_s
+
+    def succeeded(self) -> None:
+        """Note a success."""
+        self.pause_s = self.retry_at = 0.0

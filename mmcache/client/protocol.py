@@ -1,0 +1,272 @@
+"""The client's side of the conversation, without I/O: generators that yield what to send or receive next.
+
+A driver (blocking sockets today, asyncio later) runs them: it performs each yielded effect and sends its result back
+in. Effects are `Send(buffers)`, `Recv(nbytes)` answered with bytes, and `RecvInto(view)` answered when it is full.
+Everything received is checked here: a reply that does not fit its request raises ProtocolError, and the driver must
+then drop the connection. Payload checks (checksums, key echo) end in an Outcome, never in an exception.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Generator, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import chain
+from typing import Any, Final, NamedTuple, TypeVar
+
+import numpy as np
+import xxhash
+from google.protobuf.message import DecodeError, Message
+
+from mmcache.errors import FrameError, ProtocolError, RequestRefused
+from mmcache.frame import SUM_NBYTES, FrameHeader, check_expected, parse_header
+from mmcache.pb import cache_pb2 as pb
+from mmcache.tensors import Bytes, HostTensor, destinations
+from mmcache.transport.base import (
+    HIT,
+    MAX_BODY_NBYTES,
+    PRELUDE_NBYTES,
+    SLICE_NBYTES,
+    SLOT_DONE,
+    SLOT_NOTE,
+    Found,
+    Op,
+    Outcome,
+    Prelude,
+    Result,
+    WriteSlots,
+    pack_prelude,
+    parse_prelude,
+)
+
+KEY_NBYTES: Final = 32
+
+
+class Send(NamedTuple):
+    """Send these buffers in order."""
+
+    buffers: Sequence[bytes | memoryview]
+
+
+class Recv(NamedTuple):
+    """Receive exactly this many bytes; the answer is the bytes."""
+
+    nbytes: int
+
+
+class RecvInto(NamedTuple):
+    """Fill this view."""
+
+    view: memoryview
+
+
+Effect = Send | Recv | RecvInto
+_T = TypeVar("_T")
+_M = TypeVar("_M", bound=Message)
+Flow = Generator[Effect, Any, _T]
+
+
+@dataclass(frozen=True, slots=True)
+class Acquired:
+    """An Acquire reply: one entry a key (None: a miss, False: ask again), the lease and the payload that follows."""
+
+    lease_id: int
+    entries: list[Found | None]
+    later_from: int | None
+
+
+class Conversation:
+    """The state of one connection: the request counter. One request is under way at a time."""
+
+    __slots__ = ("_request_id",)
+
+    def __init__(self) -> None:
+        self._request_id = 0
+
+    def request(self, op: Op, message: Message) -> bytes:
+        """The bytes that ask `op`."""
+        self._request_id = self._request_id % 0xFFFFFFFF + 1
+        body = message.SerializeToString()
+        return pack_prelude(op, self._request_id, len(body)) + body
+
+    def reply(self, op: Op, reply: _M) -> Flow[tuple[_M, Prelude]]:
+        """Receive the reply to the last request into `reply`. Raises RequestRefused with the server's words."""
+        prelude = parse_prelude((yield Recv(PRELUDE_NBYTES)), MAX_BODY_NBYTES)
+        body = (yield Recv(prelude.body_nbytes)) if prelude.body_nbytes else b""
+        try:
+            if prelude.op == Op.ERROR:
+                refusal = pb.ErrorReply.FromString(body)
+                raise RequestRefused(refusal.message or "the server refused without a reason")
+            if prelude.op != op or prelude.request_id != self._request_id:
+                raise ProtocolError(f"the server answered {prelude.op.name} to {op.name}")
+            reply.ParseFromString(body)
+        except DecodeError as error:
+            raise ProtocolError(f"the server's reply cannot be read: {error}") from None
+        return reply, prelude
+
+    def call(self, op: Op, message: Message, reply: _M) -> Flow[_M]:
+        """One request and its reply, neither with payload."""
+        yield Send((self.request(op, message),))
+        answer, prelude = yield from self.reply(op, reply)
+        if prelude.payload_nbytes:
+            raise ProtocolError(f"unexpected payload after {op.name}")
+        return answer
+
+    def release_quietly(self, lease_id: int) -> Flow[None]:
+        """Give a lease back without waiting for an answer (request id 0 asks for none)."""
+        body = pb.FinishRequest(lease_id=lease_id).SerializeToString()
+        yield Send((pack_prelude(Op.FINISH, 0, len(body)) + body,))
+
+    def acquire(self, keys: bytes, *, prefix: bool = False, inline: bool = False) -> Flow[Acquired]:
+        """Look up and pin `keys` (32 bytes each). With inline, payload follows: receive it with `receive_frames`."""
+        yield Send((self.request(Op.ACQUIRE, pb.AcquireRequest(keys=keys, prefix=prefix, inline=inline)),))
+        reply, prelude = yield from self.reply(Op.ACQUIRE, pb.AcquireReply())
+        acquired = _read_acquired(reply, len(keys) // KEY_NBYTES, prefix)
+        payload = sum(found.nbytes for found in acquired.entries if found) if inline else 0
+        if payload != prelude.payload_nbytes:
+            raise ProtocolError(f"{prelude.payload_nbytes} payload bytes announced, {payload} listed")
+        return acquired
+
+    def receive_frame(self, found: Found, key: bytes, buffers: Mapping[str, HostTensor], verify: bool) -> Flow[Result]:
+        """Receive one inline frame straight into its destinations, verified as it lands."""
+        header_bytes = yield Recv(found.header_nbytes)
+        try:
+            header = parse_header(header_bytes, limit_nbytes=found.nbytes, checksum=found.header_sum, verify=verify)
+            check_expected(header, found.nbytes, found.header_nbytes, key if verify else None)
+        except FrameError as error:
+            yield from _drain(found.nbytes - found.header_nbytes)
+            return Result(Outcome.CORRUPT, str(error))
+        targets = destinations(header, buffers)
+        if isinstance(targets, str):
+            yield from _drain(found.nbytes - found.header_nbytes)
+            return Result(Outcome.MISMATCH, targets)
+        good = yield from _receive_tensors(header, targets, verify)
+        return HIT if good else Result(Outcome.CORRUPT, "a tensor's checksum or padding does not match")
+
+    def receive_whole(self, found: Found) -> Flow[bytearray]:
+        """Receive one inline frame as bytes, unchecked."""
+        data = bytearray(found.nbytes)
+        yield RecvInto(memoryview(data))
+        return data
+
+    def reserve(self, keys: bytes, parents: bytes, frame_nbytes: Sequence[int], ring: bool) -> Flow[bytes]:
+        """Ask to store frames of these sizes; the answer is one PutStatus byte a key."""
+        message = pb.ReserveRequest(keys=keys, parents=parents, frame_nbytes=frame_nbytes, ring=ring)
+        reply = yield from self.call(Op.RESERVE, message, pb.ReserveReply())
+        if len(reply.status) != len(frame_nbytes):
+            raise ProtocolError("the server answered another number of keys than asked")
+        return reply.status
+
+    def send_frames(
+        self, frames: Iterable[Sequence[bytes | memoryview]], count: int, ring: WriteSlots | None
+    ) -> Flow[bytes]:
+        """Send the wanted frames' bytes, through the ring or raw; the answer is one PutStatus byte a frame.
+
+        `frames` may be lazy: the server copies one frame while the next is being hashed.
+        """
+        if ring is None:
+            for segments in frames:
+                yield Send(segments)
+        else:
+            yield from _fill_ring(ring, chain.from_iterable(frames))
+        reply, _ = yield from self.reply(Op.PUT_DONE, pb.PutReply())
+        if len(reply.status) != count:
+            raise ProtocolError("the server answered another number of frames than sent")
+        return reply.status
+
+
+def _read_acquired(reply: pb.AcquireReply, asked: int, prefix: bool) -> Acquired:
+    status = reply.status
+    sums = reply.header_sums
+    count = status.count(pb.FOUND)
+    if len(status) > asked or (not prefix and len(status) != asked):
+        raise ProtocolError(f"{len(status)} statuses for {asked} keys")
+    if not count == len(reply.offsets) == len(reply.frame_nbytes) == len(reply.header_nbytes) == len(sums) // SUM_NBYTES:
+        raise ProtocolError("the columns of an Acquire reply differ in length")
+    found = iter(
+        [
+            Found(offset, nbytes, header_nbytes, sums[i * SUM_NBYTES : (i + 1) * SUM_NBYTES])
+            for i, (offset, nbytes, header_nbytes) in enumerate(
+                zip(reply.offsets, reply.frame_nbytes, reply.header_nbytes, strict=True)
+            )
+        ]
+    )
+    entries = [next(found) if code == pb.FOUND else None for code in status]
+    if any(entry and not 0 < entry.header_nbytes <= entry.nbytes for entry in entries):
+        raise ProtocolError("a header larger than its frame")
+    later = status.find(pb.LATER)
+    return Acquired(reply.lease_id, entries + [None] * (asked - len(entries)), None if later < 0 else later)
+
+
+def _drain(nbytes: int) -> Flow[None]:
+    scratch = memoryview(bytearray(min(nbytes, SLICE_NBYTES)))
+    while nbytes:
+        yield RecvInto(scratch[:nbytes])
+        nbytes -= min(nbytes, len(scratch))
+
+
+def _receive_tensors(header: FrameHeader, targets: Sequence[Bytes], verify: bool) -> Flow[bool]:
+    good, end = True, header.header_nbytes
+    for stored, target in zip(header.tensors, targets, strict=True):
+        if stored.offset > end:
+            good &= not any((yield Recv(stored.offset - end)))
+        state = xxhash.xxh3_128()
+        view = target.data
+        for start in range(0, stored.nbytes, SLICE_NBYTES):
+            piece = view[start : start + SLICE_NBYTES]
+            yield RecvInto(piece)
+            if verify:
+                state.update(piece)
+        good &= not verify or state.digest() == stored.checksum
+        end = stored.offset + stored.nbytes
+    return good
+
+
+def _fill_ring(ring: WriteSlots, segments: Iterable[bytes | memoryview]) -> Flow[None]:
+    """Copy the stream slot by slot; before a slot is used again, wait for the server's note that it is done."""
+    number = filled = 0
+    slot = ring.slot(0)
+    for segment in segments:
+        source = np.frombuffer(segment, np.uint8)
+        start = 0
+        while start < source.nbytes:
+            if filled == 0 and number >= ring.slots:
+                yield from _slot_done()
+            count = min(ring.slot_nbytes - filled, source.nbytes - start)
+            np.copyto(slot[filled : filled + count], source[start : start + count])
+            filled, start = filled + count, start + count
+            if filled == ring.slot_nbytes:
+                yield Send((SLOT_NOTE.pack(filled),))
+                number, filled = number + 1, 0
+                slot = ring.slot(number)
+    if filled:
+        yield Send((SLOT_NOTE.pack(filled),))
+        number += 1
+    for _ in range(min(number, ring.slots)):
+        yield from _slot_done()
+
+
+def _slot_done() -> Flow[None]:
+    if (yield Recv(len(SLOT_DONE))) != SLOT_DONE:
+        raise ProtocolError("the server's note about a ring slot cannot be read")
+
+
+_PUT_RESULTS: Final = {
+    pb.STORED: Result(Outcome.STORED),
+    pb.PRESENT: Result(Outcome.PRESENT),
+    pb.BUSY: Result(Outcome.REFUSED, "another client is writing this key"),
+    pb.FULL: Result(Outcome.REFUSED, "no room: every entry is leased, being written or has children; raise --memory"),
+    pb.TOO_LARGE: Result(Outcome.REFUSED, "larger than the server stores; raise --memory or split the tensor"),
+    pb.NO_ENTRIES: Result(Outcome.REFUSED, "the index is full; raise --max-entries"),
+    pb.BAD_FRAME: Result(Outcome.REFUSED, "the bytes that arrived were not the frame that was sent"),
+    pb.LOST: Result(Outcome.REFUSED, "the reservation expired before all bytes arrived"),
+    pb.OVERLOADED: Result(Outcome.REFUSED, "too many bytes in flight at the server; try again later"),
+}
+
+
+def put_result(status: int) -> Result:
+    """The Result that a PutStatus byte means. Raises ProtocolError for one this release does not know."""
+    try:
+        return _PUT_RESULTS[status]  # type: ignore[index]
+    except KeyError:
+        raise ProtocolError(f"put status {status} is unknown to this release") from None
+

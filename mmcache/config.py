@@ -1,0 +1,179 @@
+"""Settings: one frozen dataclass for a server, one for a client, one reader of the environment, one URL parser.
+
+Every setting can be given by the command line, then by an environment variable MMCACHE_<NAME> (in capitals), then its
+default here. An unknown MMCACHE_ variable or a value that does not parse is an error, never ignored.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from typing import Any, Final
+from urllib.parse import parse_qsl, urlsplit
+
+from mmcache.errors import ConfigError
+
+KiB: Final = 1 << 10
+MiB: Final = 1 << 20
+GiB: Final = 1 << 30
+DEFAULT_PORT: Final = 7600
+_UNITS: Final = {"": 1, "b": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "tb": 10**12,
+                 "kib": KiB, "mib": MiB, "gib": GiB, "tib": 1 << 40}  # fmt: skip
+_ENV_PREFIX: Final = "MMCACHE_"
+
+
+def parse_nbytes(text: str | int) -> int:
+    """Bytes from '1GiB', '512 MiB', '64kb' or a plain number. Raises ConfigError."""
+    if isinstance(text, int):
+        return text
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([a-zA-Z]*)\s*", text)
+    unit = match and _UNITS.get(match[2].lower())
+    if not match or not unit:
+        raise ConfigError(f"{text!r} is not a size; write a number with a unit, for example 512MiB or 4GiB")
+    return int(float(match[1]) * unit)
+
+
+def parse_host_port(text: str) -> tuple[str, int]:
+    """('127.0.0.1', 7600) from 'HOST:PORT', 'HOST' or '[::1]:PORT'. Raises ConfigError."""
+    try:
+        parts = urlsplit(f"//{text}")
+        host, port = parts.hostname, parts.port
+    except ValueError as error:
+        raise ConfigError(f"{text!r} is not HOST:PORT ({error}); for example 127.0.0.1:{DEFAULT_PORT}") from None
+    if not host or parts.path or parts.query or parts.username:
+        raise ConfigError(f"{text!r} is not HOST:PORT; for example 127.0.0.1:{DEFAULT_PORT}")
+    return host, DEFAULT_PORT if port is None else port
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ServerConfig:
+    """What a shard server is built from. Sizes in bytes, times in seconds. Limits bound everything a peer can ask."""
+
+    listen: str = f"127.0.0.1:{DEFAULT_PORT}"  # HOST:PORT; port 0 picks a free one; empty: no TCP
+    unix_path: str = "auto"  # auto: a private directory; empty: no unix socket, so no shared memory
+    memory_nbytes: int = GiB
+    max_entries: int = 0  # 0: one per 16 KiB of memory
+    alignment: int = 64
+    prefault: bool = False
+    lease_s: float = 30.0
+    pinned_share: float = 0.5  # the most of the memory one tenant's leases may hold
+    max_connections: int = 256
+    max_batch_keys: int = 4096
+    max_body_nbytes: int = 2 * MiB
+    max_inline_nbytes: int = 256 * MiB
+    max_inflight_nbytes: int = GiB
+    io_timeout_s: float = 10.0
+    drain_s: float = 5.0
+    insecure_network: bool = False
+
+    def __post_init__(self) -> None:
+        positive = ("memory_nbytes", "lease_s", "max_connections", "max_batch_keys", "max_body_nbytes",
+                    "max_inline_nbytes", "max_inflight_nbytes", "io_timeout_s")  # fmt: skip
+        for name in positive:
+            if not getattr(self, name) > 0:
+                raise ConfigError(f"{name} is {getattr(self, name)}; it must be greater than 0")
+        if self.max_entries < 0 or self.drain_s < 0:
+            raise ConfigError("max_entries and drain_s cannot be negative")
+        if not 0 < self.pinned_share <= 1:
+            raise ConfigError(f"pinned_share is {self.pinned_share}; it must be above 0 and at most 1")
+        if self.alignment < 64 or self.alignment > 65536 or self.alignment & (self.alignment - 1):
+            raise ConfigError(f"alignment is {self.alignment}; it must be a power of two from 64 to 65536")
+        if self.memory_nbytes < 64 * KiB:
+            raise ConfigError(f"memory is {self.memory_nbytes} bytes; the least is 64KiB, and 1GiB or more is usual")
+
+    @property
+    def entries(self) -> int:
+        """How many entries the index has room for."""
+        return self.max_entries or max(1024, self.memory_nbytes // (16 * KiB))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ClientConfig:
+    """How a client reaches a server. `transport`: auto (shared memory on the same host, else TCP), shm or tcp."""
+
+    scheme: str = "mmcache"
+    host: str = "127.0.0.1"
+    port: int = DEFAULT_PORT
+    path: str = ""
+    memory_nbytes: int = GiB
+    transport: str = "auto"
+    deadline_s: float = 5.0
+    connect_s: float = 2.0
+    verify: bool = True
+    max_connections: int = 8
+
+    def __post_init__(self) -> None:
+        if self.transport not in ("auto", "shm", "tcp"):
+            raise ConfigError(f"transport={self.transport!r} is unknown; use auto, shm or tcp")
+        if self.transport == "shm" and self.scheme == "mmcache" and self.host not in ("127.0.0.1", "localhost", "::1"):
+            raise ConfigError(f"transport=shm needs a server on this host, not {self.host}; use auto or tcp")
+        if not (self.deadline_s > 0 and self.connect_s > 0 and self.max_connections > 0):
+            raise ConfigError("deadline_s, connect_s and max_connections must be greater than 0")
+
+
+_URL_HELP: Final = (
+    "use mmcache://HOST:PORT, mmcache+unix:///path/to.sock or embedded://?memory=1GiB, "
+    "with options such as ?transport=tcp&deadline_s=1"
+)
+
+
+def parse_url(url: str, **overrides: Any) -> ClientConfig:
+    """The client settings a URL and keyword overrides name. Raises ConfigError for anything it does not know."""
+    try:
+        parts = urlsplit(url)
+        port = parts.port
+    except ValueError as error:
+        raise ConfigError(f"{url!r} is not a URL ({error}); {_URL_HELP}") from None
+    if parts.scheme not in ("mmcache", "mmcache+unix", "embedded"):
+        raise ConfigError(f"{url!r} has scheme {parts.scheme!r}; {_URL_HELP}")
+    if parts.username or parts.password or parts.fragment:
+        raise ConfigError(f"{url!r} holds a user, password or fragment, which mean nothing here; {_URL_HELP}")
+    settings: dict[str, Any] = {"scheme": parts.scheme}
+    if parts.scheme == "mmcache":
+        if not parts.hostname or parts.path not in ("", "/"):
+            raise ConfigError(f"{url!r} is not mmcache://HOST:PORT; {_URL_HELP}")
+        settings |= {"host": parts.hostname, "port": DEFAULT_PORT if port is None else port}
+    elif parts.netloc or (parts.scheme == "embedded" and parts.path):
+        raise ConfigError(f"{url!r} names a host where none belongs; {_URL_HELP}")
+    elif parts.scheme == "mmcache+unix":
+        if not parts.path.startswith("/"):
+            raise ConfigError(f"{url!r} has no absolute path; {_URL_HELP}")
+        settings["path"] = parts.path
+    for name, value in parse_qsl(parts.query, keep_blank_values=True):
+        if name == "memory":
+            settings["memory_nbytes"] = parse_nbytes(value)
+        elif name in ("transport", "deadline_s", "connect_s", "verify", "max_connections"):
+            settings[name] = _convert(ClientConfig, name, value, f"the URL's {name}")
+        else:
+            raise ConfigError(f"{url!r} has an unknown option {name!r}; {_URL_HELP}")
+    return ClientConfig(**(settings | {name: value for name, value in overrides.items() if value is not None}))
+
+
+def _convert(cls: type, name: str, value: str, where: str) -> Any:
+    kind = {field.name: field.type for field in fields(cls)}[name]
+    try:
+        if kind == "bool":
+            return {"1": True, "true": True, "yes": True, "0": False, "false": False, "no": False}[value.lower()]
+        if name.endswith("_nbytes"):
+            return parse_nbytes(value)
+        return {"int": int, "float": float, "str": str}[str(kind)](value)
+    except (KeyError, ValueError):
+        raise ConfigError(f"{where} is {value!r}, which is not a valid {kind}") from None
+
+
+def server_config(environ: Mapping[str, str] | None = None, **overrides: Any) -> ServerConfig:
+    """Server settings from the environment, then `overrides` (None means not given). Raises ConfigError."""
+    environ = os.environ if environ is None else environ
+    known = {field.name for field in fields(ServerConfig)}
+    settings: dict[str, Any] = {}
+    for variable, value in environ.items():
+        if not variable.startswith(_ENV_PREFIX):
+            continue
+        name = variable[len(_ENV_PREFIX) :].lower()
+        name = "memory_nbytes" if name == "memory" else name
+        if name not in known:
+            raise ConfigError(f"{variable} is not a setting; known ones: {', '.join(sorted(known))}")
+        settings[name] = _convert(ServerConfig, name, value, variable)
+    return ServerConfig(**(settings | {name: value for name, value in overrides.items() if value is not None}))

@@ -1,0 +1,407 @@
+"""The one byte format: a frame holds the tensors stored under one key. Pure: bytes in, bytes out, no I/O, no clock.
+
+docs/wire-format.md specifies it well enough to be written in another language; the same bytes live in the arena,
+travel on the wire and rest on disk. Layout: a 256-byte prefix, one 160-byte entry per tensor, zero padding to the
+alignment, then each tensor at the next aligned offset with zero bytes between. The header (everything before the
+first tensor) carries its own xxh3-128; each tensor's xxh3-128 is in its entry. The offsets follow from the shapes, so
+tensors that overlap or leave a gap cannot be expressed: parse accepts exactly the one layout that pack writes.
+"""
+
+from __future__ import annotations
+
+import enum
+from collections.abc import Sequence
+from dataclasses import dataclass
+from struct import Struct
+from typing import Final
+
+import xxhash
+
+from mmcache.errors import CorruptFrame, FrameError, TensorError
+
+MAGIC: Final = b"MMCFRAME"
+VERSION: Final = 1
+PREFIX_NBYTES: Final = 256
+ENTRY_NBYTES: Final = 160
+SUM_NBYTES: Final = 16
+SUM_OFFSET: Final = 32
+DEFAULT_ALIGNMENT: Final = 64
+MAX_ALIGNMENT: Final = 65536
+MAX_TENSORS: Final = 1024
+MAX_DIMS: Final = 8
+MAX_NAME_NBYTES: Final = 56
+MAX_WRITER_NBYTES: Final = 24
+MAX_FRAME_NBYTES: Final = 1 << 40
+NO_KEY: Final = bytes(32)
+
+_PREFIX = Struct("<8sHBBIQIHH16sQQQ24s32s32s32s32s32s")
+_ENTRY = Struct("<BBHIQQ16s8Q56s")
+_ZERO_SUM = bytes(SUM_NBYTES)
+assert _PREFIX.size == PREFIX_NBYTES and _ENTRY.size == ENTRY_NBYTES
+
+
+class Kind(enum.IntEnum):
+    """What a frame's tensors are; the same words as `Namespace.kind`."""
+
+    KV = 1
+    EMBEDDING = 2
+    PROMPT = 3
+    LATENT = 4
+
+
+DTYPES: Final[dict[str, tuple[int, int]]] = {  # name -> (code on the wire, bytes an element)
+    "bool": (1, 1),
+    "uint8": (2, 1),
+    "int8": (3, 1),
+    "int16": (4, 2),
+    "int32": (5, 4),
+    "int64": (6, 8),
+    "float16": (7, 2),
+    "bfloat16": (8, 2),
+    "float32": (9, 4),
+    "float64": (10, 8),
+    "float8_e4m3fn": (11, 1),
+    "float8_e5m2": (12, 1),
+}
+_DTYPE_BY_CODE: Final = {code: (name, itemsize) for name, (code, itemsize) in DTYPES.items()}
+_KIND_BY_CODE: Final = {int(kind): kind for kind in Kind}
+
+
+@dataclass(frozen=True, slots=True)
+class TensorSpec:
+    """One tensor's name, dtype (a name in `DTYPES`) and shape (row-major, at most 8 dimensions, zero sizes allowed)."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the tensor's elements. Raises TensorError if the dtype is unknown."""
+        if self.dtype not in DTYPES:
+            raise TensorError(f"dtype {self.dtype!r} cannot be stored; use one of {', '.join(sorted(DTYPES))}")
+        nbytes = DTYPES[self.dtype][1]
+        for size in self.shape:
+            nbytes *= size
+        return nbytes
+
+
+@dataclass(frozen=True, slots=True)
+class StoredTensor:
+    """A tensor inside a frame: its spec, its byte range in the frame and its xxh3-128 (big-endian digest)."""
+
+    spec: TensorSpec
+    offset: int
+    nbytes: int
+    checksum: bytes
+
+
+@dataclass(frozen=True, slots=True)
+class FrameMeta:
+    """Identity of a frame: everything in the header but sizes, tensors and checksums. Times are Unix milliseconds.
+
+    `expires_ms` 0 means never. `parent` and `namespace` may be `NO_KEY`; `home` is where placement puts the frame.
+    """
+
+    kind: Kind
+    key: bytes
+    namespace: bytes
+    parent: bytes
+    home: bytes
+    index: int
+    created_ms: int
+    expires_ms: int
+    writer: str
+
+
+@dataclass(frozen=True, slots=True)
+class FrameHeader:
+    """A parsed header: identity, alignment, tensors in stored order, total sizes and the header's own checksum."""
+
+    meta: FrameMeta
+    alignment: int
+    tensors: tuple[StoredTensor, ...]
+    header_nbytes: int
+    frame_nbytes: int
+    checksum: bytes
+
+
+@dataclass(frozen=True, slots=True)
+class Layout:
+    """Where `pack_header` will put things: the size of the header, each tensor's offset, and the whole frame's size."""
+
+    header_nbytes: int
+    offsets: tuple[int, ...]
+    frame_nbytes: int
+
+
+def align_up(nbytes: int, alignment: int) -> int:
+    """The smallest multiple of `alignment` (a power of two) that is >= nbytes."""
+    return (nbytes + alignment - 1) & -alignment
+
+
+def layout_of(sizes: Sequence[int], alignment: int = DEFAULT_ALIGNMENT) -> Layout:
+    """The only layout for tensors of these sizes in bytes. Pure arithmetic; raises TensorError over a limit."""
+    if alignment < 64 or alignment > MAX_ALIGNMENT or alignment & (alignment - 1):
+        raise TensorError(f"alignment {alignment} is not a power of two from 64 to {MAX_ALIGNMENT}")
+    if len(sizes) > MAX_TENSORS:
+        raise TensorError(f"{len(sizes)} tensors in one frame; the limit is {MAX_TENSORS}: split them over several keys")
+    header_nbytes = end = align_up(PREFIX_NBYTES + ENTRY_NBYTES * len(sizes), alignment)
+    offsets = []
+    for nbytes in sizes:
+        offset = align_up(end, alignment)
+        offsets.append(offset)
+        end = offset + nbytes
+    if end > MAX_FRAME_NBYTES:
+        raise TensorError(f"the frame would be {end} bytes; the limit is {MAX_FRAME_NBYTES}")
+    return Layout(header_nbytes, tuple(offsets), end)
+
+
+def header_checksum(header: bytes | bytearray | memoryview) -> bytes:
+    """xxh3-128 of the header with its checksum field read as zeros (16 bytes)."""
+    state = xxhash.xxh3_128(header[:SUM_OFFSET])
+    state.update(_ZERO_SUM)
+    state.update(header[SUM_OFFSET + SUM_NBYTES :])
+    return state.digest()
+
+
+def _pack_entry(spec: TensorSpec, offset: int, nbytes: int, checksum: bytes) -> bytes:
+    name = spec.name.encode()
+    if not name or len(name) > MAX_NAME_NBYTES or b"\0" in name:
+        raise TensorError(f"tensor name {spec.name!r} must be 1 to {MAX_NAME_NBYTES} UTF-8 bytes without NUL")
+    if len(spec.shape) > MAX_DIMS:
+        raise TensorError(f"tensor {spec.name!r} has {len(spec.shape)} dimensions; the limit is {MAX_DIMS}: reshape it")
+    shape = spec.shape + (0,) * (MAX_DIMS - len(spec.shape))
+    code = DTYPES[spec.dtype][0]
+    return _ENTRY.pack(code, len(spec.shape), len(name), 0, offset, nbytes, checksum, *shape, name)
+
+
+def pack_header(
+    meta: FrameMeta, specs: Sequence[TensorSpec], checksums: Sequence[bytes], alignment: int = DEFAULT_ALIGNMENT
+) -> bytes:
+    """The header bytes (padded to the alignment) for these tensors with these xxh3-128 digests.
+
+    Raises TensorError for what a frame cannot express (too many dimensions, duplicate names, long names).
+    """
+    sizes = [spec.nbytes for spec in specs]
+    layout = layout_of(sizes, alignment)
+    if len({spec.name for spec in specs}) != len(specs):
+        raise TensorError("two tensors of one frame share a name; name them apart")
+    writer = meta.writer.encode("ascii", "replace")[:MAX_WRITER_NBYTES]
+    header = bytearray(layout.header_nbytes)
+    _PREFIX.pack_into(
+        header, 0, MAGIC, VERSION, int(meta.kind), 0, layout.header_nbytes, layout.frame_nbytes, alignment, len(specs),
+        0, _ZERO_SUM, meta.index, meta.created_ms, meta.expires_ms, writer,
+        meta.key, meta.namespace, meta.parent, meta.home, NO_KEY,
+    )  # fmt: skip
+    position = PREFIX_NBYTES
+    for spec, offset, nbytes, checksum in zip(specs, layout.offsets, sizes, checksums, strict=True):
+        header[position : position + ENTRY_NBYTES] = _pack_entry(spec, offset, nbytes, checksum)
+        position += ENTRY_NBYTES
+    header[SUM_OFFSET : SUM_OFFSET + SUM_NBYTES] = header_checksum(header)
+    return bytes(header)
+
+
+def frame_segments(header: bytes, payloads: Sequence[memoryview], alignment: int) -> list[bytes | memoryview]:
+    """The frame as a list of buffers in order (header, tensors, zero gaps): for a scatter-gather write, no copy."""
+    segments: list[bytes | memoryview] = [header]
+    end = len(header)
+    for payload in payloads:
+        gap = align_up(end, alignment) - end
+        if gap:
+            segments.append(bytes(gap))
+        if len(payload):
+            segments.append(payload)
+        end += gap + len(payload)
+    return segments
+
+
+def header_nbytes_of(prefix: bytes | memoryview, limit_nbytes: int) -> int:
+    """How long the header that starts with this 256-byte prefix is. Raises FrameError if it is not a frame's.
+
+    Reads nothing but the prefix, so a receiver can learn how much to read next; `limit_nbytes` is the extent's size.
+    """
+    if len(prefix) < PREFIX_NBYTES:
+        raise FrameError(f"{len(prefix)} bytes are too few for a frame's {PREFIX_NBYTES}-byte prefix")
+    fields = _PREFIX.unpack_from(prefix)
+    magic, version, header_nbytes, alignment, count = fields[0], fields[1], fields[4], fields[6], fields[7]
+    if magic != MAGIC:
+        raise FrameError(f"magic {magic!r} is not a frame's {MAGIC!r}")
+    if version != VERSION:
+        raise FrameError(f"frame version {version} is not {VERSION}; read it with an mmcache release that knows it")
+    if alignment < 64 or alignment > MAX_ALIGNMENT or alignment & (alignment - 1):
+        raise FrameError(f"alignment {alignment} is not a power of two from 64 to {MAX_ALIGNMENT}")
+    if count > MAX_TENSORS:
+        raise FrameError(f"{count} tensors; the limit is {MAX_TENSORS}")
+    if header_nbytes != align_up(PREFIX_NBYTES + ENTRY_NBYTES * count, alignment) or header_nbytes > limit_nbytes:
+        raise FrameError(f"header size {header_nbytes} does not fit {count} tensors in {limit_nbytes} bytes")
+    return int(header_nbytes)
+
+
+def parse_header(
+    data: bytes | memoryview, *, limit_nbytes: int | None = None, checksum: bytes | None = None, verify: bool = True
+) -> FrameHeader:
+    """The header at the start of `data`, checked completely; nothing of it is trusted before it is checked.
+
+    `limit_nbytes` bounds the whole frame (default: len(data)); `checksum`, if given, must be the header's (the start of
+    an Acquire reply's chain). `verify=False` skips only the checksum. Raises FrameError and nothing else; allocates
+    at most a bounded header (under 170 KiB).
+    """
+    limit = len(data) if limit_nbytes is None else limit_nbytes
+    header_nbytes = header_nbytes_of(data, min(limit, len(data)))
+    header = bytes(data[:header_nbytes])
+    (_, _, kind_code, reserved, _, frame_nbytes, alignment, count, reserved_2, header_sum, index, created_ms,
+     expires_ms, writer, key, namespace, parent, home, reserved_3) = _PREFIX.unpack_from(header)  # fmt: skip
+    if verify and (header_checksum(header) != header_sum or (checksum is not None and checksum != header_sum)):
+        raise CorruptFrame("the header's checksum does not match")
+    if frame_nbytes > limit or frame_nbytes > MAX_FRAME_NBYTES:
+        raise FrameError(f"frame size {frame_nbytes} is over the limit of {min(limit, MAX_FRAME_NBYTES)} bytes")
+    kind = _KIND_BY_CODE.get(kind_code)
+    if kind is None:
+        raise FrameError(f"unknown kind {kind_code}")
+    if reserved or reserved_2 or reserved_3 != NO_KEY:
+        raise FrameError("reserved header fields are not zero")
+    tensors = _parse_entries(header, count, header_nbytes, frame_nbytes, alignment)
+    if any(header[PREFIX_NBYTES + ENTRY_NBYTES * count :]):
+        raise FrameError("header padding is not zero")
+    meta = FrameMeta(kind, key, namespace, parent, home, index, created_ms, expires_ms, _parse_text(writer, "writer"))
+    return FrameHeader(meta, alignment, tensors, header_nbytes, frame_nbytes, header_sum)
+
+
+def _parse_text(field: bytes, what: str) -> str:
+    text = field.rstrip(b"\0")
+    try:
+        decoded = text.decode()
+    except UnicodeDecodeError:
+        raise FrameError(f"{what} is not UTF-8") from None
+    if "\0" in decoded:
+        raise FrameError(f"{what} holds a NUL byte")
+    return decoded
+
+
+def _parse_entries(
+    header: bytes, count: int, header_nbytes: int, frame_nbytes: int, alignment: int
+) -> tuple[StoredTensor, ...]:
+    tensors = []
+    names: set[str] = set()
+    end = header_nbytes
+    for position in range(PREFIX_NBYTES, PREFIX_NBYTES + ENTRY_NBYTES * count, ENTRY_NBYTES):
+        fields = _ENTRY.unpack_from(header, position)
+        code, ndim, name_nbytes, reserved, offset, nbytes, checksum = fields[:7]
+        dtype = _DTYPE_BY_CODE.get(code)
+        if dtype is None:
+            raise FrameError(f"unknown dtype code {code}")
+        if ndim > MAX_DIMS or reserved or any(fields[7 + ndim : 7 + MAX_DIMS]):
+            raise FrameError(f"tensor entry with {ndim} dimensions is malformed")
+        name = _parse_text(fields[15], "tensor name")
+        if not name or len(name.encode()) != name_nbytes or name in names:
+            raise FrameError(f"tensor name {name!r} is empty, repeated or of another length than declared")
+        names.add(name)
+        shape = fields[7 : 7 + ndim]
+        expected = dtype[1]
+        for size in shape:
+            expected *= size
+        if nbytes != expected or offset != align_up(end, alignment):
+            raise FrameError(f"tensor {name!r}: offset {offset} or size {nbytes} is not what its shape and place give")
+        end = offset + nbytes
+        if end > frame_nbytes:
+            raise FrameError(f"tensor {name!r} ends at {end}, past the frame's {frame_nbytes} bytes")
+        tensors.append(StoredTensor(TensorSpec(name, dtype[0], shape), offset, nbytes, checksum))
+    if end != frame_nbytes:
+        raise FrameError(f"tensors end at {end} but the frame says {frame_nbytes} bytes")
+    return tuple(tensors)
+
+
+def check_expected(header: FrameHeader, frame_nbytes: int, header_nbytes: int, key: bytes | None) -> None:
+    """Raise FrameError unless the header has the announced sizes and, where `key` is given, echoes that key."""
+    if header.frame_nbytes != frame_nbytes or header.header_nbytes != header_nbytes:
+        raise FrameError("the frame's size is not the one that was announced")
+    if key is not None and header.meta.key != key:
+        raise CorruptFrame("the frame belongs to another key")
+
+
+class Frame:
+    """A whole frame over a buffer: header parsed, tensors as zero-copy views. Parsing copies no payload.
+
+    Until `verify()` returns, only the header is verified; tensor bytes are whatever the buffer holds.
+    """
+
+    __slots__ = ("data", "header")
+
+    def __init__(self, header: FrameHeader, data: memoryview) -> None:
+        self.header = header
+        self.data = data
+
+    @classmethod
+    def parse(cls, data: bytes | bytearray | memoryview, *, checksum: bytes | None = None) -> Frame:
+        """The frame at the start of `data`, which may be longer. Raises FrameError."""
+        view = memoryview(data).cast("B") if not isinstance(data, bytes) else memoryview(data)
+        header = parse_header(view, checksum=checksum)
+        return cls(header, view[: header.frame_nbytes])
+
+    def payload(self, tensor: StoredTensor) -> memoryview:
+        """The tensor's bytes, a view."""
+        return self.data[tensor.offset : tensor.offset + tensor.nbytes]
+
+    def verify(self) -> None:
+        """Check every tensor's checksum and every gap's zeros. Raises CorruptFrame naming the first that fails."""
+        check = FrameCheck(self.data)
+        check.advance(self.header.frame_nbytes)
+
+
+class FrameCheck:
+    """Checks a frame while it lands in `extent` (a buffer of exactly the frame's size), front to back.
+
+    Call `advance(landed_nbytes)` as more of the front is filled: it hashes what is new and raises FrameError as soon
+    as something is wrong. `header` is set once the header has landed; `done` once all is there and verified.
+    """
+
+    __slots__ = ("_checked", "_index", "_state", "done", "extent", "header")
+
+    def __init__(self, extent: memoryview) -> None:
+        self.extent = extent
+        self.header: FrameHeader | None = None
+        self.done = False
+        self._checked = 0
+        self._index = 0
+        self._state = xxhash.xxh3_128()
+
+    def advance(self, landed_nbytes: int) -> None:
+        """`landed_nbytes` bytes from the start of the extent are in place. Raises FrameError."""
+        if self.header is None and not self._try_header(landed_nbytes):
+            return
+        assert self.header is not None
+        tensors = self.header.tensors
+        while self._index < len(tensors):
+            tensor = tensors[self._index]
+            if self._checked < tensor.offset:
+                if landed_nbytes < tensor.offset:
+                    return
+                if any(self.extent[self._checked : tensor.offset]):
+                    raise CorruptFrame(f"padding before tensor {tensor.spec.name!r} is not zero")
+                self._checked = tensor.offset
+            end = min(landed_nbytes, tensor.offset + tensor.nbytes)
+            if end > self._checked:
+                self._state.update(self.extent[self._checked : end])
+                self._checked = end
+            if end < tensor.offset + tensor.nbytes:
+                return
+            if self._state.digest() != tensor.checksum:
+                raise CorruptFrame(f"tensor {tensor.spec.name!r}: its checksum does not match its bytes")
+            self._state.reset()
+            self._index += 1
+        self.done = True
+
+    def _try_header(self, landed_nbytes: int) -> bool:
+        if landed_nbytes < PREFIX_NBYTES:
+            if landed_nbytes >= len(self.extent):
+                raise FrameError(f"{landed_nbytes} bytes are too few for a frame")
+            return False
+        header_nbytes = header_nbytes_of(self.extent[:PREFIX_NBYTES], len(self.extent))
+        if landed_nbytes < header_nbytes:
+            return False
+        self.header = parse_header(self.extent[:header_nbytes], limit_nbytes=len(self.extent))
+        if self.header.frame_nbytes != len(self.extent):
+            raise FrameError(f"the frame says {self.header.frame_nbytes} bytes, its extent has {len(self.extent)}")
+        self._checked = header_nbytes
+        return True

@@ -1,0 +1,1 @@
+"""Generated from proto/mmcache/pb/cache.proto by scripts/generate_pb.py; do not edit by hand."""

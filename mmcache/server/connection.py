@@ -1,0 +1,211 @@
+"""One connection's thread: read a message, have the service answer it, move the payload. Never trusts a length.
+
+A client that breaks the rules, stops mid-message or goes away costs only its own connection: what it was writing is
+aborted, and its leases end when they expire.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Sequence
+
+import numpy as np
+from google.protobuf.message import Message
+
+from mmcache.errors import MMCacheError, ProtocolError, TransportError
+from mmcache.pb import cache_pb2 as pb
+from mmcache.server.service import BadRequest, Service, parse, status_of
+from mmcache.store.shard import Landing
+from mmcache.transport.base import (
+    PRELUDE_NBYTES,
+    SLICE_NBYTES,
+    SLOT_DONE,
+    SLOT_NOTE,
+    Op,
+    Prelude,
+    is_http,
+    pack_prelude,
+    parse_prelude,
+)
+from mmcache.transport.shm import RingView
+from mmcache.transport.tcp import Channel, close_fds
+
+log = logging.getLogger("mmcache.server")
+_HTTP_ANSWER = (
+    b"HTTP/1.1 400 Bad Request\r\nContent-Type: text/plain\r\nConnection: close\r\n\r\n"
+    b"This port speaks mmcache's framed protocol, not HTTP. Connect with mmcache://HOST:PORT.\n"
+)
+
+
+class Connection:
+    """Serves one client until it leaves, misbehaves, or the server drains."""
+
+    def __init__(self, channel: Channel, service: Service, *, same_host: bool, tenant: int = 0) -> None:
+        self.channel, self.service = channel, service
+        self.same_host, self.tenant = same_host, tenant
+        self.idle = True
+        self._ring: RingView | None = None
+        self._joined = False
+        self._scratch = memoryview(bytearray(0))
+
+    def serve(self) -> None:
+        """Answer messages until the connection ends. Raises nothing."""
+        try:
+            while True:
+                self.idle = True
+                head, fds = self._receive_head()
+                self.idle = False
+                try:
+                    self._serve_one(head, fds)
+                finally:
+                    close_fds(fds)
+        except ProtocolError as error:
+            self._complain(error)
+        except TransportError as error:
+            log.debug("connection ended: %s", error)
+        except Exception:
+            log.exception("connection dropped after an internal error")
+        finally:
+            self.channel.close()
+
+    def _deadline(self) -> float:
+        return time.monotonic() + self.service.config.io_timeout_s
+
+    def _receive_head(self) -> tuple[bytes, list[int]]:
+        """The next prelude, waiting as long as it takes for its first byte but not for the rest."""
+        if self.same_host and not self._joined:
+            data, fds = self.channel.recv_with_fds(PRELUDE_NBYTES, None)
+            return data, fds
+        first = self.channel.recv(1, None)
+        return first + self.channel.recv(PRELUDE_NBYTES - 1, self._deadline()), []
+
+    def _serve_one(self, head: bytes, fds: list[int]) -> None:
+        if is_http(head):
+            self.channel.send([_HTTP_ANSWER], self._deadline())
+            raise TransportError("an HTTP client")
+        prelude = parse_prelude(head, self.service.config.max_body_nbytes)
+        if prelude.payload_nbytes:
+            raise ProtocolError(f"{prelude.op.name} announces payload; it follows only after the server's answer")
+        body = self.channel.recv(prelude.body_nbytes, self._deadline()) if prelude.body_nbytes else b""
+        try:
+            if prelude.op == Op.JOIN:
+                self._join(prelude, body, fds)
+            elif not self._joined:
+                raise BadRequest("the first message of a connection must be JOIN")
+            elif prelude.op == Op.ACQUIRE:
+                self._acquire(prelude, body)
+            elif prelude.op == Op.RESERVE:
+                self._put(prelude, body)
+            else:
+                reply = self.service.handle(prelude.op, self.tenant, body)
+                if prelude.request_id:
+                    self._reply(prelude, reply)
+        except BadRequest as error:
+            self._error(prelude.request_id, error.code, str(error))
+
+    def _reply(self, prelude: Prelude, message: Message, payload: Sequence[memoryview] = (), op: Op | None = None) -> None:
+        body = message.SerializeToString()
+        payload_nbytes = sum(map(len, payload))
+        head = pack_prelude(op or prelude.op, prelude.request_id, len(body), payload_nbytes) + body
+        self.channel.send([head, *payload], self._deadline())
+
+    def _error(self, request_id: int, code: int, message: str) -> None:
+        body = pb.ErrorReply(code=code, message=message).SerializeToString()  # type: ignore[arg-type]
+        self.channel.send([pack_prelude(Op.ERROR, request_id, len(body)) + body], self._deadline())
+
+    def _complain(self, error: ProtocolError) -> None:
+        log.info("connection dropped: %s", error)
+        try:
+            self._error(0, pb.ErrorReply.BAD_REQUEST, str(error))
+        except MMCacheError:
+            log.debug("the peer left before the complaint")
+
+    def _join(self, prelude: Prelude, body: bytes, fds: list[int]) -> None:
+        request = parse(pb.JoinRequest(), body)
+        if request.ring_slots:
+            if len(fds) != 1:
+                raise BadRequest("a ring was announced without its one file descriptor")
+            try:
+                self._ring = RingView(fds.pop(), request.ring_slots, request.ring_slot_nbytes)
+            except TransportError as error:
+                raise BadRequest(str(error)) from None
+        with_arena = self.same_host and request.want_arena
+        reply = self.service.join_reply(request, with_arena=with_arena)
+        self._joined = True
+        if not with_arena:
+            self._reply(prelude, reply)
+            return
+        answer = reply.SerializeToString()
+        head = pack_prelude(Op.JOIN, prelude.request_id, len(answer)) + answer
+        self.channel.send_with_fds(head, [self.service.shard.arena.fd], self._deadline())
+
+    def _acquire(self, prelude: Prelude, body: bytes) -> None:
+        reply, found, inline = self.service.acquire(self.tenant, body)
+        if not inline:
+            self._reply(prelude, reply)
+            return
+        lease_id, reply.lease_id = reply.lease_id, 0
+        try:
+            self._reply(prelude, reply, [self.service.shard.view(entry) for entry in found])
+        finally:
+            if lease_id:
+                self.service.shard.release(self.tenant, lease_id)
+
+    def _put(self, prelude: Prelude, body: bytes) -> None:
+        request = parse(pb.ReserveRequest(), body)
+        if request.ring and self._ring is None:
+            raise BadRequest("the payload is to come through a ring, but this connection has none")
+        asked_nbytes = sum(request.frame_nbytes)
+        with self.service.inflight(asked_nbytes) as fits:
+            if not fits:
+                status = bytes([pb.OVERLOADED]) * len(request.frame_nbytes)
+                self._reply(prelude, pb.ReserveReply(status=status))
+                return
+            status, landings = self.service.reserve(self.tenant, request)
+            try:
+                self._reply(prelude, pb.ReserveReply(status=status))
+                if landings:
+                    self._receive_frames(landings, through_ring=request.ring)
+                    results = bytes(status_of(landing.commit()) for landing in landings)
+                    self._reply(prelude, pb.PutReply(status=results), op=Op.PUT_DONE)
+            finally:
+                for landing in landings:
+                    landing.abort()
+
+    def _receive_frames(self, landings: Sequence[Landing], *, through_ring: bool) -> None:
+        if not len(self._scratch):
+            self._scratch = memoryview(bytearray(SLICE_NBYTES))
+        if through_ring:
+            self._receive_through_ring(landings)
+            return
+        for landing in landings:
+            while landing.left_nbytes:
+                self.channel.wait_readable(self._deadline())
+                landing.land(SLICE_NBYTES, self.channel.recv_available_into, self._scratch)
+
+    def _receive_through_ring(self, landings: Sequence[Landing]) -> None:
+        ring = self._ring
+        assert ring is not None
+        number = 0
+        filled = used = 0
+        slot = ring.slot(0)
+
+        def copy_slot(target: memoryview) -> int:
+            np.copyto(np.frombuffer(target, np.uint8), slot[used : used + len(target)])
+            return len(target)
+
+        for landing in landings:
+            while landing.left_nbytes:
+                if used == filled:
+                    if filled:
+                        self.channel.send([SLOT_DONE], self._deadline())
+                        number += 1
+                    (filled,) = SLOT_NOTE.unpack(self.channel.recv(SLOT_NOTE.size, self._deadline()))
+                    if not 0 < filled <= ring.slot_nbytes:
+                        raise ProtocolError(f"a slot note of {filled} bytes for slots of {ring.slot_nbytes}")
+                    used, slot = 0, ring.slot(number)
+                used += landing.land(min(filled - used, SLICE_NBYTES), copy_slot, self._scratch)
+        if used != filled:
+            raise ProtocolError("more bytes came through the ring than the frames hold")
+        self.channel.send([SLOT_DONE], self._deadline())

@@ -1,0 +1,202 @@
+"""The server process: listeners, one thread per connection, a ready line, and a graceful drain.
+
+`Server` can also be used without listeners: `attach` serves one end of a socket pair (that is `embedded://`).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ipaddress
+import logging
+import os
+import socket
+import stat
+import tempfile
+import threading
+import time
+from pathlib import Path
+from typing import Final
+
+from mmcache.config import ServerConfig, parse_host_port
+from mmcache.errors import ConfigError, TransportError
+from mmcache.pb import cache_pb2 as pb
+from mmcache.server.connection import Connection
+from mmcache.server.service import Service
+from mmcache.store.shard import Shard
+from mmcache.transport.base import Op, pack_prelude
+from mmcache.transport.tcp import Channel, connect_unix
+
+log = logging.getLogger("mmcache.server")
+TICK_S: Final = 1.0
+BACKLOG: Final = 128
+
+
+class Server:
+    """A shard and its connections. `start` binds; `stop` drains: running requests end, new ones are refused."""
+
+    def __init__(self, config: ServerConfig) -> None:
+        self.config = config
+        self.address: tuple[str, int] | None = None
+        self.unix_path = ""
+        self._listeners: list[socket.socket] = []
+        self._connections: dict[Connection, threading.Thread] = {}
+        self._lock = threading.Lock()
+        self._stopping = threading.Event()
+        self._private_dir: tempfile.TemporaryDirectory[str] | None = None
+        addresses = _resolve(config) if config.listen else []
+        self.shard = Shard(config)
+        self.service = Service(self.shard, config)
+        try:
+            for family, address in addresses[:1]:
+                self._listen_tcp(family, address)
+        except OSError as error:
+            self.shard.close()
+            raise TransportError(f"cannot listen on {config.listen}: {error}; choose another --listen") from error
+
+    def _listen_tcp(self, family: int, address: tuple[str, int]) -> None:
+        listener = socket.socket(family, socket.SOCK_STREAM)
+        try:
+            listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            listener.bind(address)
+            listener.listen(BACKLOG)
+        except OSError:
+            listener.close()
+            raise
+        host, port = listener.getsockname()[:2]
+        self.address = (host, port)
+        self._listeners.append(listener)
+
+    def _listen_unix(self) -> None:
+        path = self.config.unix_path
+        if path == "auto":
+            self._private_dir = tempfile.TemporaryDirectory(prefix="mmcache-")
+            path = str(Path(self._private_dir.name) / "shard.sock")
+        else:
+            _remove_stale(path)
+        listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        old_mask = os.umask(0o177)
+        try:
+            listener.bind(path)
+            listener.listen(BACKLOG)
+        except OSError as error:
+            listener.close()
+            raise TransportError(f"cannot listen on unix socket {path}: {error}; choose another --unix") from error
+        finally:
+            os.umask(old_mask)
+        self.unix_path = self.service.unix_path = path
+        self._listeners.append(listener)
+
+    def start(self) -> None:
+        """Begin to accept, on threads of this process. Raises TransportError if the unix socket cannot be bound."""
+        if self.config.unix_path:
+            self._listen_unix()
+        for listener in self._listeners:
+            threading.Thread(target=self._accept, args=(listener,), name="mmcache-accept", daemon=True).start()
+        threading.Thread(target=self._tick, name="mmcache-tick", daemon=True).start()
+
+    def attach(self, sock: socket.socket) -> None:
+        """Serve one already connected unix socket as a client on this host."""
+        self._serve(Channel(sock), same_host=True)
+
+    def stop(self) -> None:
+        """Stop accepting, let running requests end within `drain_s`, then close every connection and free the memory."""
+        self._stopping.set()
+        for listener in self._listeners:
+            with contextlib.suppress(OSError):
+                listener.shutdown(socket.SHUT_RDWR)
+            listener.close()
+        deadline = time.monotonic() + self.config.drain_s
+        while True:
+            with self._lock:
+                connections = dict(self._connections)
+            for connection in connections:
+                if connection.idle or time.monotonic() >= deadline:
+                    with contextlib.suppress(OSError):
+                        connection.channel.sock.shutdown(socket.SHUT_RDWR)
+            if not connections or time.monotonic() >= deadline + 1:
+                break
+            next(iter(connections.values())).join(0.02)
+        if self._private_dir:
+            self._private_dir.cleanup()
+        elif self.unix_path:
+            with contextlib.suppress(OSError):
+                os.unlink(self.unix_path)
+        self.shard.close()
+
+    def _accept(self, listener: socket.socket) -> None:
+        same_host = listener.family == socket.AF_UNIX
+        while not self._stopping.is_set():
+            try:
+                sock, _ = listener.accept()
+            except OSError:
+                if self._stopping.is_set():
+                    return
+                time.sleep(0.05)  # out of descriptors: leave some time for connections to close
+                continue
+            try:
+                self._serve(Channel(sock), same_host=same_host)
+            except Exception:
+                log.exception("a connection could not be served")
+                sock.close()
+
+    def _serve(self, channel: Channel, *, same_host: bool) -> None:
+        connection = Connection(channel, self.service, same_host=same_host)
+        with self._lock:
+            full = len(self._connections) >= self.config.max_connections
+            if not full:
+                thread = threading.Thread(target=self._run, args=(connection,), name="mmcache-connection", daemon=True)
+                self._connections[connection] = thread
+        if full:
+            message = f"{self.config.max_connections} connections are open, the limit; raise --max-connections"
+            body = pb.ErrorReply(code=pb.ErrorReply.LIMIT, message=message).SerializeToString()
+            with contextlib.suppress(TransportError):
+                channel.send([pack_prelude(Op.ERROR, 0, len(body)) + body], time.monotonic() + 1)
+            channel.close()
+            return
+        thread.start()
+
+    def _run(self, connection: Connection) -> None:
+        try:
+            connection.serve()
+        finally:
+            with self._lock:
+                self._connections.pop(connection, None)
+
+    def _tick(self) -> None:
+        while not self._stopping.wait(TICK_S):
+            self.shard.tick()
+
+
+def _resolve(config: ServerConfig) -> list[tuple[int, tuple[str, int]]]:
+    """The addresses to bind. Raises ConfigError for a name that is not one, or for a network nobody may be trusted on."""
+    host, port = parse_host_port(config.listen)
+    try:
+        infos = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
+    except OSError as error:
+        raise ConfigError(f"--listen {config.listen}: {error}") from None
+    addresses = [(info[0], (str(info[4][0]), int(info[4][1]))) for info in infos]
+    exposed = [address for _, (address, _) in addresses if not ipaddress.ip_address(address.split("%")[0]).is_loopback]
+    if exposed and not config.insecure_network:
+        raise ConfigError(
+            f"--listen {config.listen} reaches beyond this host ({exposed[0]}), where anyone could read and write the "
+            "cache: there is no authentication yet; listen on 127.0.0.1, or pass --insecure-network on a private network"
+        )
+    return [(int(family), address) for family, address in addresses]
+
+
+def _remove_stale(path: str) -> None:
+    """Remove a socket file nobody listens on; anything else at `path` is left, and an error."""
+    try:
+        mode = os.stat(path).st_mode
+    except FileNotFoundError:
+        return
+    except OSError as error:
+        raise TransportError(f"unix socket {path}: {error}") from error
+    if not stat.S_ISSOCK(mode):
+        raise ConfigError(f"{path} exists and is not a socket; choose another --unix")
+    try:
+        connect_unix(path, 1.0).close()
+    except TransportError:
+        os.unlink(path)
+        return
+    raise ConfigError(f"another server listens on {path}; stop it or choose another --unix")

@@ -1,0 +1,235 @@
+"""What each request without payload means: protobuf in, shard call, protobuf out. No sockets here.
+
+Requests that carry payload (Acquire inline, Reserve) are driven by connection.py; their decisions are here too.
+"""
+
+from __future__ import annotations
+
+import secrets
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Final, TypeVar
+
+from google.protobuf.message import DecodeError, Message
+
+from mmcache._version import __version__
+from mmcache.config import ServerConfig
+from mmcache.errors import KeyInputError, MMCacheError
+from mmcache.frame import parse_header
+from mmcache.pb import cache_pb2 as pb
+from mmcache.store.answers import Found, Refusal
+from mmcache.store.shard import Landing, Shard
+from mmcache.transport.base import PROTOCOL, Op
+
+KEY_NBYTES: Final = 32
+_M = TypeVar("_M", bound=Message)
+_PUT_STATUS: Final[dict[Refusal, int]] = {
+    Refusal.PRESENT: pb.PRESENT,
+    Refusal.BUSY: pb.BUSY,
+    Refusal.FULL: pb.FULL,
+    Refusal.AGAIN: pb.FULL,
+    Refusal.TOO_LARGE: pb.TOO_LARGE,
+    Refusal.NO_ENTRIES: pb.NO_ENTRIES,
+    Refusal.LOST: pb.LOST,
+    Refusal.BAD_FRAME: pb.BAD_FRAME,
+}
+
+
+class BadRequest(MMCacheError):
+    """A request this server will not carry out; `code` and the message go back to the client."""
+
+    def __init__(self, message: str, code: int = pb.ErrorReply.BAD_REQUEST) -> None:
+        super().__init__(message)
+        self.code = code
+
+
+def status_of(reason: Refusal | None) -> int:
+    """The PutStatus that tells a client why a key was not stored, or, for None, that it was."""
+    return pb.STORED if reason is None else _PUT_STATUS[reason]
+
+
+class Service:
+    """Answers requests for one shard. Thread-safe: connections call it concurrently."""
+
+    def __init__(self, shard: Shard, config: ServerConfig) -> None:
+        self.shard, self.config = shard, config
+        self.server_id = secrets.token_bytes(16)
+        self.unix_path = ""
+        self.started_at = time.monotonic()
+        self._inflight_nbytes = 0
+        self._inflight_lock = threading.Lock()
+        self._plain: dict[Op, tuple[Callable[[], Message], Callable[..., Message]]] = {
+            Op.DECLARE: (pb.DeclareRequest, self._declare),
+            Op.CONTAINS: (pb.ContainsRequest, self._contains),
+            Op.FINISH: (pb.FinishRequest, self._finish),
+            Op.DELETE: (pb.DeleteRequest, self._delete),
+            Op.RECHECK: (pb.RecheckRequest, self._recheck),
+            Op.INSPECT: (pb.InspectRequest, self._inspect),
+            Op.STAT: (pb.StatRequest, self._stat),
+        }
+
+    def handle(self, op: Op, tenant: int, body: bytes) -> Message:
+        """The reply to a request without payload. Raises BadRequest."""
+        if op not in self._plain:
+            raise BadRequest(f"{op.name} is not a request", pb.ErrorReply.UNSUPPORTED)
+        make, answer = self._plain[op]
+        return answer(tenant, parse(make(), body))
+
+    def join_reply(self, request: pb.JoinRequest, *, with_arena: bool) -> pb.JoinReply:
+        """What a client is told when it joins. Raises BadRequest for a protocol this release does not speak."""
+        if request.protocol < PROTOCOL:
+            raise BadRequest(
+                f"protocol {request.protocol} is too old; this server speaks {PROTOCOL}: upgrade the client",
+                pb.ErrorReply.UNSUPPORTED,
+            )
+        config = self.config
+        return pb.JoinReply(
+            protocol=PROTOCOL,
+            server=f"mmcache/{__version__}",
+            server_id=self.server_id,
+            arena_nbytes=self.shard.arena.nbytes if with_arena else 0,
+            arena_prefaulted=config.prefault,
+            alignment=config.alignment,
+            lease_s=config.lease_s,
+            unix_path=self.unix_path,
+            limits=pb.Limits(
+                batch_keys=config.max_batch_keys,
+                body_nbytes=config.max_body_nbytes,
+                frame_nbytes=config.memory_nbytes,
+                inline_nbytes=config.max_inline_nbytes,
+            ),
+        )
+
+    def acquire(self, tenant: int, body: bytes) -> tuple[pb.AcquireReply, list[Found], bool]:
+        """Look up and pin: the reply, the found frames in order, and whether the client wants them inline.
+
+        The lease is in the reply; with inline the caller releases it after sending.
+        """
+        request = parse(pb.AcquireRequest(), body)
+        keys = self.split(request.keys)
+        lease_id, entries = self.shard.acquire(tenant, keys, prefix=request.prefix)
+        status = bytearray(pb.FOUND if entry else pb.MISS for entry in entries)
+        room = self.config.max_inline_nbytes
+        found: list[Found] = []
+        for position, entry in enumerate(entries):
+            if entry is None:
+                continue
+            if request.inline and found and entry.nbytes > room:
+                status[position:] = bytes(pb.LATER if later else pb.MISS for later in entries[position:])
+                break
+            room -= entry.nbytes
+            found.append(entry)
+        reply = pb.AcquireReply(
+            lease_id=lease_id,
+            status=bytes(status),
+            offsets=[entry.offset for entry in found],
+            frame_nbytes=[entry.nbytes for entry in found],
+            header_nbytes=[entry.header_nbytes for entry in found],
+            header_sums=b"".join(entry.header_sum for entry in found),
+        )
+        return reply, found, request.inline
+
+    def reserve(self, tenant: int, request: pb.ReserveRequest) -> tuple[bytes, list[Landing]]:
+        """Decide on each key of a Reserve: its status bytes, and a landing for each WANTED one, in order."""
+        keys, parents = self.split(request.keys), self.split(request.parents)
+        sizes = request.frame_nbytes
+        if not len(keys) == len(parents) == len(sizes):
+            raise BadRequest(
+                f"{len(keys)} keys, {len(parents)} parents, {len(sizes)} sizes; send one of each per key"
+            )
+        status = bytearray()
+        landings: list[Landing] = []
+        for key, parent, nbytes in zip(keys, parents, sizes, strict=True):
+            answer = self.shard.reserve(tenant, key, parent, nbytes) if nbytes else Refusal.BAD_FRAME
+            if isinstance(answer, Landing):
+                landings.append(answer)
+                status.append(pb.WANTED)
+            else:
+                status.append(status_of(answer))
+        return bytes(status), landings
+
+    @contextmanager
+    def inflight(self, nbytes: int) -> Iterator[bool]:
+        """Account for payload on its way in; yields False, with nothing accounted, when there is too much already."""
+        with self._inflight_lock:
+            fits = self._inflight_nbytes + nbytes <= self.config.max_inflight_nbytes
+            if fits:
+                self._inflight_nbytes += nbytes
+        try:
+            yield fits
+        finally:
+            if fits:
+                with self._inflight_lock:
+                    self._inflight_nbytes -= nbytes
+
+    def split(self, column: bytes) -> list[bytes]:
+        """A column of 32-byte keys as a list. Raises BadRequest for another length or too many."""
+        if len(column) % KEY_NBYTES:
+            raise BadRequest(f"a key column of {len(column)} bytes is not a multiple of {KEY_NBYTES}; keys have 32 bytes")
+        if len(column) > self.config.max_batch_keys * KEY_NBYTES:
+            raise BadRequest(
+                f"{len(column) // KEY_NBYTES} keys in one batch; the limit is {self.config.max_batch_keys}: send several",
+                pb.ErrorReply.LIMIT,
+            )
+        return [column[start : start + KEY_NBYTES] for start in range(0, len(column), KEY_NBYTES)]
+
+    def _declare(self, tenant: int, request: pb.DeclareRequest) -> Message:
+        try:
+            self.shard.declare(tenant, request.namespace, request.kind, request.facts)
+        except KeyInputError as error:
+            raise BadRequest(str(error)) from None
+        return pb.DeclareReply()
+
+    def _contains(self, tenant: int, request: pb.ContainsRequest) -> Message:
+        present = self.shard.contains(tenant, self.split(request.keys), prefix=request.prefix)
+        return pb.ContainsReply(present=bytes(present))
+
+    def _finish(self, tenant: int, request: pb.FinishRequest) -> Message:
+        return pb.FinishReply(held=self.shard.release(tenant, request.lease_id))
+
+    def _delete(self, tenant: int, request: pb.DeleteRequest) -> Message:
+        return pb.DeleteReply(deleted=bytes(self.shard.delete(tenant, self.split(request.keys))))
+
+    def _recheck(self, tenant: int, request: pb.RecheckRequest) -> Message:
+        return pb.RecheckReply(dropped=bytes(self.shard.recheck(tenant, key) for key in self.split(request.keys)))
+
+    def _inspect(self, tenant: int, request: pb.InspectRequest) -> Message:
+        keys = self.split(request.key)
+        if len(keys) != 1:
+            raise BadRequest("inspect takes one key")
+        lease_id, (found,) = self.shard.acquire(tenant, keys)
+        if found is None:
+            return pb.InspectReply(found=False)
+        try:
+            header = bytes(self.shard.view(found)[: found.header_nbytes])
+        finally:
+            self.shard.release(tenant, lease_id)
+        try:
+            declared = self.shard.declared(tenant, parse_header(header, limit_nbytes=found.nbytes).meta.namespace)
+        except MMCacheError:
+            declared = None
+        return pb.InspectReply(
+            found=True,
+            header=header,
+            kind=declared.kind if declared else "",
+            facts=dict(declared.facts) if declared else {},
+        )
+
+    def _stat(self, tenant: int, request: pb.StatRequest) -> Message:
+        return pb.StatReply(
+            counters={**self.shard.stat(), "inflight_bytes": self._inflight_nbytes},
+            server=f"mmcache/{__version__}",
+            server_id=self.server_id,
+            uptime_s=time.monotonic() - self.started_at,
+        )
+
+
+def parse(message: _M, body: bytes) -> _M:
+    """`message` filled from `body`. Raises BadRequest."""
+    try:
+        message.ParseFromString(body)
+    except DecodeError as error:
+        raise BadRequest(f"the request body cannot be read as {type(message).__name__}: {error}") from None
+    return message

@@ -1,0 +1,53 @@
+"""What the index answers with: values, never exceptions, for everything that ordinary traffic can meet."""
+
+from __future__ import annotations
+
+from enum import Enum
+from typing import NamedTuple
+
+
+class Found(NamedTuple):
+    """Where an entry lies: its frame's offset and size in bytes, the size of the frame's header, and its checksum."""
+
+    offset: int
+    nbytes: int
+    header_nbytes: int
+    header_sum: bytes
+
+
+class Reserved(NamedTuple):
+    """Where the frame may be written, in bytes from the start of the arena."""
+
+    offset: int
+
+
+class Refusal(Enum):
+    """Why a value was not stored. The value says it in words. The last two are the shard's, which sees the bytes."""
+
+    PRESENT = "the key is stored already"
+    BUSY = "another writer is storing this key"
+    FULL = "all memory this tenant may have is leased, being written, or below such an entry; retry when leases end"
+    AGAIN = "one call evicts only so much and it was not enough; call again to go on"
+    TOO_LARGE = "the value is larger than the whole store"
+    NO_ENTRIES = "the store holds its maximum number of entries and none can leave now; retry when leases end"
+    BAD_FRAME = "the bytes are not the frame that was announced; pack it again"
+    LOST = "the reservation expired before the value was committed; put it again"
+
+
+class IndexStats(NamedTuple):
+    """A snapshot. Bytes are of extents (rounded up to the alignment): `held_bytes` of those leased or reserved.
+    From `evictions` on: counts since the start."""
+
+    entries: int
+    ghosts: int
+    bytes_used: int
+    bytes_capacity: int
+    largest_free_bytes: int
+    held_bytes: int
+    leases: int
+    reservations: int
+    evictions: int
+    expired_entries: int
+    expired_leases: int
+    expired_reservations: int
+    refused_pins: int

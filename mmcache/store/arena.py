@@ -1,0 +1,88 @@
+"""The arena: one sealed shared-memory file that only this process can write, and how much memory it may take.
+
+The file is a memfd sealed against shrinking and growing (a reader can never be hit by SIGBUS) and then against future
+writable maps, so a client that gets the descriptor can read and nothing more, whatever its uid
+(man 2 memfd_create, F_SEAL_FUTURE_WRITE; Linux 5.1 or newer).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import mmap
+import os
+from pathlib import Path
+from typing import Final
+
+from mmcache.errors import StoreError
+
+F_SEAL_FUTURE_WRITE: Final = 0x0010  # linux/fcntl.h; not named by Python's fcntl
+MEMORY_SHARE: Final = 0.9  # of what the cgroup or the machine has left; the rest is for the server itself
+_CGROUP_ROOT: Final = Path("/sys/fs/cgroup")
+
+
+def memory_left_nbytes(cgroup_root: Path = _CGROUP_ROOT, proc: Path = Path("/proc")) -> tuple[int, str]:
+    """The least of what the machine and each enclosing cgroup (v2 or v1) still allow, in bytes, and who says so."""
+    left, source = _meminfo_available(proc), f"{proc}/meminfo"
+    try:
+        lines = (proc / "self/cgroup").read_text().splitlines()
+    except OSError:
+        lines = []
+    for line in lines:
+        _, controllers, path = line.split(":", 2)
+        if controllers == "":
+            base, limit_name, used_name = cgroup_root, "memory.max", "memory.current"
+        elif "memory" in controllers.split(","):
+            base, limit_name, used_name = cgroup_root / "memory", "memory.limit_in_bytes", "memory.usage_in_bytes"
+        else:
+            continue
+        folder = base / path.lstrip("/")
+        for level in (folder, *folder.parents):
+            with contextlib.suppress(OSError, ValueError):
+                limit = int((level / limit_name).read_text())
+                used = int((level / used_name).read_text())
+                if limit - used < left:
+                    left, source = limit - used, str(level / limit_name)
+            if level == base:
+                break
+    return max(0, left), source
+
+
+def _meminfo_available(proc: Path) -> int:
+    with contextlib.suppress(OSError):
+        for line in (proc / "meminfo").read_text().splitlines():
+            if line.startswith("MemAvailable:"):
+                return int(line.split()[1]) * 1024
+    return 1 << 62
+
+
+class Arena:
+    """`nbytes` of shared memory, writable here and read-only for everybody else. Close it when no view is in use."""
+
+    def __init__(self, nbytes: int, *, prefault: bool = False) -> None:
+        left, source = memory_left_nbytes()
+        if nbytes > left * MEMORY_SHARE:
+            raise StoreError(
+                f"memory {nbytes / 2**20:.0f} MiB is more than {MEMORY_SHARE:.0%} of the {left / 2**20:.0f} MiB that "
+                f"{source} leaves; pass a smaller --memory or raise the limit"
+            )
+        self.nbytes = nbytes
+        self.fd = os.memfd_create("mmcache-arena", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
+        try:
+            os.ftruncate(self.fd, nbytes)
+            fcntl.fcntl(self.fd, fcntl.F_ADD_SEALS, fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW)
+            flags = mmap.MAP_SHARED | (mmap.MAP_POPULATE if prefault else 0)
+            self._map = mmap.mmap(self.fd, nbytes, flags=flags, prot=mmap.PROT_READ | mmap.PROT_WRITE)
+            fcntl.fcntl(self.fd, fcntl.F_ADD_SEALS, F_SEAL_FUTURE_WRITE | fcntl.F_SEAL_SEAL)
+        except OSError as error:
+            os.close(self.fd)
+            raise StoreError(f"no sealed shared memory of {nbytes} bytes: {error}; Linux 5.1 or newer is needed") from error
+        self.view = memoryview(self._map)
+
+    def close(self) -> None:
+        """Unmap and close. Views still held keep their memory until they are dropped."""
+        with contextlib.suppress(BufferError):
+            self.view.release()
+            self._map.close()
+        with contextlib.suppress(OSError):
+            os.close(self.fd)

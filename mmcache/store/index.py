@@ -1,0 +1,408 @@
+"""What a shard holds: which key lies where, who is reading or writing it, and what leaves when memory is short.
+
+Rows (rows.py) name the entries, extents (extents.py) their bytes, leases.py who has a claim on them; here these are
+brought together. RESERVED rows, rows with children and rows whose extent a lease pins are never evicted.
+
+Leases pin extents, not rows. When a pinned entry is deleted, its row lets go of the extent at once (the key is a miss
+and can be stored again) and the extent is freed with its last pin; an extent is doomed when its row no longer has it.
+
+No call does unbounded work: beyond the keys it was given, a call drops about `EXPIRE_PINS` expired pins and evicts
+`MAKE_ROOM_STEPS` entries at most; what is left waits for the next call. Not thread-safe: the caller holds a lock.
+`now` is monotonic seconds and never decreases. PURE: no clock, no randomness, no I/O.
+"""
+
+from __future__ import annotations
+
+from array import array
+from collections import Counter
+from collections.abc import Callable, Sequence
+from typing import TypeVar
+
+from mmcache.errors import KeyInputError, StoreError, UsageError
+from mmcache.store.answers import Found, IndexStats, Refusal, Reserved
+from mmcache.store.columns import NIL, Memory, column32, heap
+from mmcache.store.extents import Extents
+from mmcache.store.leases import Lease, Leases, Reservation, Reservations
+from mmcache.store.policy import LRU, Policy
+from mmcache.store.rows import LIVE, RECORD, RESERVED, Rows
+from mmcache.store.table import KEY_NBYTES, tenant_prefix
+
+NO_PARENT = bytes(KEY_NBYTES)
+HEADER_SUM_NBYTES = 16
+MAX_CLAIMS = 65_536  # open leases, and open reservations: their tables must not grow without limit
+EXPIRE_PINS = 4096
+EXPIRE_CLAIMS = 256
+MAKE_ROOM_STEPS = 256
+SCAN_PER_STEP = 16
+EXPIRE_STEPS = 128  # what dropping expired claims counts for among the steps of making room
+
+T = TypeVar("T")
+
+__all__ = ["Found", "Index", "IndexStats", "Refusal", "Reserved"]
+
+
+class Index:
+    """Entries, leases and reservations over `capacity_bytes` of arena; decides, and moves no bytes.
+
+    At most `max_entries` rows, ghosts included. Leases and reservations last `lease_s`. `max_pinned_bytes` caps what
+    one tenant may have leased and reserved together (None: no cap). `seed` keys the hash table and should be secret.
+    Raises StoreError for sizes that cannot work, UsageError for a call that breaks its contract (nothing has changed
+    then), and nothing else.
+    """
+
+    def __init__(
+        self,
+        *,
+        capacity_bytes: int,
+        max_entries: int,
+        alignment: int = 64,
+        seed: int,
+        lease_s: float = 30.0,
+        max_pinned_bytes: int | None = None,
+        policy: Callable[[int, Memory], Policy] = LRU,
+        memory: Memory = heap,
+    ) -> None:
+        if not 2 <= max_entries < 1 << 30:
+            raise StoreError(f"max_entries is {max_entries}; give 2 to 2**30 - 1")
+        self._lease_s = lease_s
+        self._extents = Extents(capacity_bytes, alignment, max_entries, memory)
+        self._max_held = self._extents.capacity_bytes if max_pinned_bytes is None else max_pinned_bytes
+        self._rows = Rows(max_entries, seed, policy, memory)
+        self._pins = column32(memory, 2 * max_entries + 1)  # how many leases pin it, by extent node
+        self._leases = Leases()
+        self._reservations = Reservations()
+        self._held: dict[int, int] = {}  # bytes pinned and reserved, by tenant
+        self._nbytes_by_kind: Counter[int] = Counter()
+        self._evictions = 0
+        self._expired_entries = 0
+        self._expired_leases = 0
+        self._expired_reservations = 0
+        self._refused_pins = 0
+
+    # Reading
+
+    def contains(self, tenant: int, keys: Sequence[bytes], now: float, *, prefix: bool = False) -> list[bool]:
+        """Whether each key is stored; with `prefix`, only the leading hits: the list ends before the first miss.
+
+        Neither pins nor counts as a use.
+        """
+        state, expires_at = self._rows.state, self._rows.expires_at
+        rows = self._rows.table.find_all(tenant_prefix(tenant), keys, prefix)
+        found: list[bool] = []
+        append = found.append
+        for row in rows:
+            hit = row >= 0 and state[row] == LIVE
+            if hit and expires_at[row] <= now:
+                hit = False
+                self._expire_entry(row)
+            if prefix and not hit:
+                break
+            append(hit)
+        return found
+
+    def acquire(
+        self, tenant: int, keys: Sequence[bytes], *, lease_id: int, now: float, prefix: bool = False
+    ) -> list[Found | None]:
+        """Where each stored key lies (None: a miss), pinned under one lease until `release` or `now + lease_s`.
+
+        With `prefix` only the leading hits: the list ends before the first miss. The keys count as used, the first
+        one last. A key that would bring the tenant's held bytes over its cap is a miss and counted in `refused_pins`.
+        No lease is kept when nothing was found. UsageError when `lease_id` is open.
+        """
+        if lease_id in self._leases:
+            raise UsageError(f"lease id {lease_id} is in use; draw a new one for every acquire")
+        self.expire(now)
+        rows, pins, sizes = self._rows, self._pins, self._extents.size_bytes
+        state, expires_at, nodes, records = rows.state, rows.expires_at, rows.node, rows.records
+        unpack, width, new = RECORD.unpack_from, RECORD.size, tuple.__new__
+        held, limit = self._held.get(tenant, 0), self._max_held
+        if len(self._leases) >= MAX_CLAIMS:
+            limit = -1
+        found: list[Found | None] = []
+        pinned: list[int] = []
+        for row in rows.table.find_all(tenant_prefix(tenant), keys, prefix):
+            if row >= 0 and state[row] == LIVE:
+                if expires_at[row] > now:
+                    node = nodes[row]
+                    pin_count = pins[node]
+                    size = 0 if pin_count else sizes[node]
+                    if held + size <= limit:
+                        held += size
+                        pins[node] = pin_count + 1
+                        found.append(new(Found, unpack(records, row * width)))
+                        pinned += row, node
+                        continue
+                    self._refused_pins += 1
+                else:
+                    self._expire_entry(row)
+            if prefix:
+                break
+            found.append(None)
+        if pinned:
+            self._held[tenant] = held
+            self._leases.add(lease_id, tenant, now + self._lease_s, array("I", pinned))
+            touch = rows.policy.touch
+            for row in pinned[-2::-2]:
+                touch(row)
+        return found
+
+    def release(self, tenant: int, lease_id: int, now: float) -> bool:
+        """Ends a lease. True when it was `tenant`'s and had not expired, so that all that was read under it holds;
+        a second call answers False. Another tenant's lease is left alone."""
+        lease = self._leases.take(tenant, lease_id)
+        if lease is None:
+            return False
+        self._unpin(lease)
+        return lease.expires_at > now
+
+    # Writing
+
+    def reserve(
+        self, tenant: int, key: bytes, parent: bytes, nbytes: int, *, reservation_id: int, now: float, kind: int = 0
+    ) -> Reserved | Refusal:
+        """Memory to write a value of `nbytes` >= 1 to, reserved until `commit`, `abort` or `now + lease_s`.
+
+        Evicts what it must; what was evicted stays evicted when the call is refused. PRESENT counts as a use.
+        `parent` is the key of the entry this one is useless without; 32 zero bytes, or none at all: there is none.
+        UsageError when `reservation_id` is open or a number out of range, KeyInputError for keys that are not 32 bytes.
+        """
+        if len(key) != KEY_NBYTES or len(parent) not in (0, KEY_NBYTES):
+            raise KeyInputError(f"key and parent have {len(key)} and {len(parent)} bytes; give {KEY_NBYTES} each")
+        if nbytes < 1 or not 0 <= kind < 256:
+            raise UsageError(f"nbytes is {nbytes} and kind {kind}; give nbytes >= 1 and 0 <= kind < 256")
+        if reservation_id in self._reservations:
+            raise UsageError(f"reservation id {reservation_id} is in use; draw a new one for every reserve")
+        self.expire(now)
+        rows, extents = self._rows, self._extents
+        prefix = tenant_prefix(tenant)
+        row = rows.table.find(prefix, key)
+        if row >= 0:
+            if rows.state[row] == LIVE:
+                if rows.expires_at[row] > now:
+                    rows.policy.touch(row)
+                    return Refusal.PRESENT
+                self._expire_entry(row)
+            elif rows.state[row] == RESERVED:
+                return Refusal.BUSY
+        if nbytes > extents.capacity_bytes:
+            return Refusal.TOO_LARGE
+        size = extents.rounded(nbytes)
+        if self._held.get(tenant, 0) + size > self._max_held or len(self._reservations) >= MAX_CLAIMS:
+            return Refusal.FULL
+        if parent in (NO_PARENT, key):
+            parent = b""
+        if rows.table.available() < 2:
+            enough = self._make_room(lambda: self._has_rows(prefix, key, parent) or None, now, Refusal.NO_ENTRIES)
+            if isinstance(enough, Refusal):
+                return enough
+        row = rows.claim(prefix, key, parent)
+        place = self._make_room(lambda: extents.alloc(nbytes), now, Refusal.FULL)
+        if isinstance(place, Refusal):
+            rows.vacate(row)
+            return place
+        node, offset = place
+        rows.node[row] = node
+        rows.kind[row] = kind
+        RECORD.pack_into(rows.records, row * RECORD.size, offset, nbytes, 0, b"")
+        self._held[tenant] = self._held.get(tenant, 0) + size
+        self._reservations.add(reservation_id, row, tenant, now + self._lease_s)
+        return Reserved(offset)
+
+    def begin_write(self, reservation_id: int, now: float) -> bool:
+        """Call before copying into the reserved memory: it cannot be reclaimed, even past its expiry, until as many
+        `end_write`. Renews the expiry. False: the reservation is gone; write nothing."""
+        return self._reservations.begin_write(reservation_id, now + self._lease_s)
+
+    def end_write(self, reservation_id: int) -> None:
+        """The copy begun with `begin_write` has ended, well or not."""
+        abandoned = self._reservations.end_write(reservation_id)
+        if abandoned is not None:
+            self._cancel(abandoned)
+
+    def commit(
+        self, reservation_id: int, *, header_nbytes: int, header_sum: bytes, expires_at: float, now: float
+    ) -> bool:
+        """Makes the reserved entry visible until `expires_at` (monotonic seconds; inf: for ever).
+
+        False, and nothing is stored: the reservation is gone, is still being written (it stays), or `expires_at` has
+        passed (it ends). A reservation past its expiry that was not reclaimed yet is as good as any: its memory was
+        never anyone else's. UsageError when the header's size or checksum has an impossible size.
+        """
+        if not 0 <= header_nbytes < 1 << 32 or len(header_sum) != HEADER_SUM_NBYTES:
+            raise UsageError(
+                f"header_nbytes is {header_nbytes} and header_sum has {len(header_sum)} bytes; "
+                f"give 0 <= header_nbytes < 2**32 and {HEADER_SUM_NBYTES} bytes"
+            )
+        reservation = self._reservations.take(reservation_id)
+        if reservation is None:
+            return False
+        if expires_at <= now:
+            self._cancel(reservation)
+            return False
+        rows, row = self._rows, reservation.row
+        offset, nbytes, _, _ = RECORD.unpack_from(rows.records, row * RECORD.size)
+        RECORD.pack_into(rows.records, row * RECORD.size, offset, nbytes, header_nbytes, header_sum)
+        rows.expires_at[row] = expires_at
+        self._unhold(reservation.tenant, self._extents.size_bytes[rows.node[row]])
+        self._nbytes_by_kind[rows.kind[row]] += nbytes
+        rows.settle(row)
+        return True
+
+    def abort(self, reservation_id: int) -> None:
+        """Gives a reservation back, after the copies under way have ended. Unknown ids are ignored."""
+        reservation = self._reservations.abandon(reservation_id)
+        if reservation is not None:
+            self._cancel(reservation)
+
+    def delete(self, tenant: int, keys: Sequence[bytes], now: float) -> list[bool]:
+        """Removes entries; True for each key that was stored. Leased ones are misses at once, and their memory is
+        freed with the last lease. A key being written is not stored yet: False, and the write goes on."""
+        deleted: list[bool] = []
+        for row in self._rows.table.find_all(tenant_prefix(tenant), keys, False):
+            live = row >= 0 and self._rows.state[row] == LIVE
+            deleted.append(live and self._rows.expires_at[row] > now)
+            if live:
+                self._drop(row)
+        return deleted
+
+    # Time and room
+
+    def expire(self, now: float) -> bool:
+        """Drops expired leases and reservations, oldest first, up to the limits of one call; whether there were any.
+        `acquire` and `reserve` begin with this, but an idle index holds memory until somebody calls it."""
+        pins = claims = 0
+        while pins < EXPIRE_PINS and claims < EXPIRE_CLAIMS:
+            lease = self._leases.take_expired(now)
+            reservation = self._reservations.take_expired(now)
+            if lease is None and reservation is None:
+                break
+            claims += 1
+            if lease is not None:
+                self._expired_leases += 1
+                pins += self._unpin(lease)
+            if reservation is not None:
+                self._expired_reservations += 1
+                self._cancel(reservation)
+        return claims > 0
+
+    def _make_room(self, attempt: Callable[[], T | None], now: float, none_left: Refusal) -> T | Refusal:
+        """Evicts until `attempt` answers something; that, or why not."""
+        policy, steps = self._rows.policy, MAKE_ROOM_STEPS
+        while (got := attempt()) is None:
+            if steps <= 0:
+                return Refusal.AGAIN
+            steps -= 1
+            victim = policy.victim(self._evictable, SCAN_PER_STEP)
+            if victim is not None:
+                self._drop(victim)
+                self._evictions += 1
+            elif policy.exhausted():
+                if not self.expire(now):
+                    return none_left
+                steps -= EXPIRE_STEPS
+        return got
+
+    def _has_rows(self, prefix: bytes, key: bytes, parent: bytes) -> bool:
+        return self._rows.needed(prefix, key, parent) <= self._rows.table.available()
+
+    def _evictable(self, row: int) -> bool:
+        return not self._rows.children[row] and not self._pins[self._rows.node[row]]
+
+    # How claims and entries end
+
+    def _drop(self, row: int) -> None:
+        """Ends a LIVE row. Its extent is freed now, or with its last pin."""
+        rows, node = self._rows, self._rows.node[row]
+        self._nbytes_by_kind[rows.kind[row]] -= RECORD.unpack_from(rows.records, row * RECORD.size)[1]
+        rows.vacate(row)
+        rows.node[row] = NIL
+        if not self._pins[node]:
+            self._extents.free(node)
+
+    def _expire_entry(self, row: int) -> None:
+        self._drop(row)
+        self._expired_entries += 1
+
+    def _unpin(self, lease: Lease) -> int:
+        """Ends a lease already taken from the table; the number of its pins."""
+        rows, pins, count, freed_bytes = self._rows, self._pins, 0, 0
+        # The order of acquire's touches, so that rows set aside meanwhile come back parents last.
+        for row, node in lease.pairs():
+            count += 1
+            pins[node] -= 1
+            if not pins[node]:
+                freed_bytes += self._extents.size_bytes[node]
+                if rows.node[row] != node:
+                    self._extents.free(node)
+                elif not rows.children[row]:
+                    rows.policy.unshelve(row)
+        self._unhold(lease.tenant, freed_bytes)
+        return count
+
+    def _cancel(self, reservation: Reservation) -> None:
+        """Ends a reservation already taken from the table."""
+        node = self._rows.node[reservation.row]
+        self._unhold(reservation.tenant, self._extents.size_bytes[node])
+        self._rows.node[reservation.row] = NIL
+        self._rows.vacate(reservation.row)
+        self._extents.free(node)
+
+    def _unhold(self, tenant: int, size: int) -> None:
+        held = self._held.pop(tenant, 0) - size
+        if held:
+            self._held[tenant] = held
+
+    # Looking at it
+
+    def stats(self) -> IndexStats:
+        """A snapshot of sizes and counts."""
+        return IndexStats(
+            entries=self._rows.live,
+            ghosts=self._rows.ghosts,
+            bytes_used=self._extents.capacity_bytes - self._extents.free_bytes,
+            bytes_capacity=self._extents.capacity_bytes,
+            largest_free_bytes=self._extents.largest_free_bytes(),
+            held_bytes=sum(self._held.values()),
+            leases=len(self._leases),
+            reservations=len(self._reservations),
+            evictions=self._evictions,
+            expired_entries=self._expired_entries,
+            expired_leases=self._expired_leases,
+            expired_reservations=self._expired_reservations,
+            refused_pins=self._refused_pins,
+        )
+
+    def nbytes_by_kind(self) -> dict[int, int]:
+        """Bytes of the stored values, unrounded, by kind; kinds with none are left out."""
+        return dict(+self._nbytes_by_kind)
+
+    def check_integrity(self) -> None:
+        """Walks everything; raises AssertionError saying what is wrong. For tests: O(entries)."""
+        rows, held = self._rows, dict.fromkeys(self._held, 0)
+        self._extents.check_integrity()
+        used = rows.check_integrity(lambda row: self._pins[rows.node[row]] > 0)
+        owners = {rows.node[row]: row for row in used if rows.state[row] in (RESERVED, LIVE)}
+        reserved = {reservation.row: reservation.tenant for reservation in self._reservations}
+        assert len(reserved) == len(self._reservations), "two reservations have one row"
+        unclaimed = {row for row in used if rows.state[row] == RESERVED} ^ reserved.keys()
+        assert not unclaimed, f"rows {unclaimed} are reserved without a reservation, or the reverse"
+        pins: dict[int, int] = {}
+        tenants: dict[int, int] = {}
+        for lease in self._leases:
+            for _, node in lease.pairs():
+                pins[node] = pins.get(node, 0) + 1
+                assert tenants.setdefault(node, lease.tenant) == lease.tenant, f"node {node} is pinned by two tenants"
+        for node, count in pins.items():
+            assert self._pins[node] == count, f"node {node} counts {self._pins[node]} pins of {count}"
+            held[tenants[node]] = held.get(tenants[node], 0) + self._extents.size_bytes[node]
+        assert sum(self._pins) == sum(pins.values()), "extents are pinned by nobody"
+        for row, tenant in reserved.items():
+            held[tenant] = held.get(tenant, 0) + self._extents.size_bytes[rows.node[row]]
+        assert held == self._held, f"held bytes by tenant are {held}, counted as {self._held}"
+        known = owners.keys() | pins.keys()
+        assert all(map(self._extents.is_allocated, known)), "an entry's extent is free"
+        assert len(known) == self._extents.allocated, f"{self._extents.allocated - len(known)} extents have no owner"
+        for node, row in owners.items():
+            offset, nbytes, _, _ = RECORD.unpack_from(rows.records, row * RECORD.size)
+            assert offset == self._extents.offset_bytes[node], f"row {row} is at {offset}, its extent is not"
+            assert nbytes <= self._extents.size_bytes[node], f"row {row} is larger than its extent"

@@ -1,0 +1,49 @@
+"""Faults planted in a real store, so that a test or a benchmark can show that they are noticed.
+
+They reach into a `Shard` of this process (an embedded server's): real bytes in the real arena are changed, and real
+index rows point at the wrong entry. Nothing in the product imports this.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from mmcache.config import ClientConfig
+from mmcache.embedded import EmbeddedClient
+from mmcache.errors import UsageError
+from mmcache.store.answers import Found
+from mmcache.store.shard import Shard
+
+_TENANT = 0
+
+
+@contextmanager
+def embedded(memory_nbytes: int, verify: bool = True) -> Iterator[tuple[EmbeddedClient, Shard]]:
+    """A client with a server in this process, and that server's shard."""
+    with EmbeddedClient(ClientConfig(scheme="embedded", memory_nbytes=memory_nbytes, verify=verify)) as client:
+        yield client, client.shard
+
+
+def locate(shard: Shard, digest: bytes) -> Found:
+    """Where a stored key lies. Raises UsageError if it is not stored."""
+    lease_id, found = shard.acquire(_TENANT, [digest])
+    if not lease_id or found[0] is None:
+        raise UsageError(f"{digest.hex()} is not stored, so no fault can be planted in it")
+    shard.release(_TENANT, lease_id)
+    return found[0]
+
+
+def flip_bit(shard: Shard, digest: bytes, bit: int) -> None:
+    """Flip one bit of a stored frame; `bit` counts from the frame's start, modulo its size."""
+    found = locate(shard, digest)
+    position = found.offset + bit // 8 % found.nbytes
+    shard.arena.view[position] ^= 1 << bit % 8
+
+
+def swap_entries(shard: Shard, first: bytes, second: bytes) -> None:
+    """Make the index hold each of two keys at the other's place: valid frames, wrong keys."""
+    locate(shard, first)
+    locate(shard, second)
+    with shard.lock:
+        shard.index.swap(_TENANT, first, second)

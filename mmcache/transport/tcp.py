@@ -1,0 +1,200 @@
+"""A framed stream socket, unix or TCP, with a deadline on every call. Blocking; used by both ends.
+
+The kernel's own timeouts (SO_RCVTIMEO, SO_SNDTIMEO) bound each call, so a large receive is one system call into the
+destination instead of a poll before every piece.
+"""
+
+from __future__ import annotations
+
+import array
+import contextlib
+import ipaddress
+import os
+import select
+import socket
+import time
+from collections.abc import Sequence
+from struct import pack
+from typing import Final
+
+from mmcache.errors import DeadlineExceeded, TransportError
+
+Buffer = bytes | bytearray | memoryview
+_IOV_MAX: Final = 512
+_MAX_FDS: Final = 2
+
+
+def _timeval(seconds: float) -> bytes:
+    whole = int(seconds)
+    return pack("ll", whole, max(1, int((seconds - whole) * 1e6)))
+
+
+class Channel:
+    """Exact sends and receives over one connected socket. Any failure raises TransportError: drop the channel then.
+
+    `deadline` is a `time.monotonic()` instant; `None` waits for ever (a server waiting for the next request).
+    """
+
+    __slots__ = ("_recv_timeout_s", "_send_timeout_s", "sock")
+
+    def __init__(self, sock: socket.socket) -> None:
+        sock.setblocking(True)
+        if sock.family in (socket.AF_INET, socket.AF_INET6):
+            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        self.sock = sock
+        self._recv_timeout_s = self._send_timeout_s = 0.0
+
+    def _arm(self, option: int, current_s: float, deadline: float | None) -> float:
+        """Set the kernel's timeout when it is more than a little off what is left; returns what is set now."""
+        if deadline is None:
+            wanted_s = 0.0
+        else:
+            wanted_s = deadline - time.monotonic()
+            if wanted_s <= 0:
+                raise DeadlineExceeded("the deadline passed; raise deadline_s or look at the server's load")
+            if 0.9 * current_s <= wanted_s <= 1.1 * current_s:
+                return current_s
+        if wanted_s != current_s:
+            self.sock.setsockopt(socket.SOL_SOCKET, option, _timeval(wanted_s) if wanted_s else bytes(16))
+        return wanted_s
+
+    def send(self, buffers: Sequence[Buffer], deadline: float | None) -> None:
+        """Send all the buffers, in order, without joining them."""
+        pending = [memoryview(b).cast("B") for b in buffers if len(b)]
+        start = 0
+        try:
+            while start < len(pending):
+                self._send_timeout_s = self._arm(socket.SO_SNDTIMEO, self._send_timeout_s, deadline)
+                sent = self.sock.sendmsg(pending[start : start + _IOV_MAX])
+                while start < len(pending) and sent >= len(pending[start]):
+                    sent -= len(pending[start])
+                    start += 1
+                if sent:
+                    pending[start] = pending[start][sent:]
+        except BlockingIOError:
+            raise DeadlineExceeded("the peer did not take the bytes in time") from None
+        except OSError as error:
+            raise _as_transport_error(error) from error
+
+    def recv_into(self, view: memoryview, deadline: float | None) -> None:
+        """Fill `view` (bytes) completely."""
+        filled, total = 0, len(view)
+        try:
+            while filled < total:
+                self._recv_timeout_s = self._arm(socket.SO_RCVTIMEO, self._recv_timeout_s, deadline)
+                count = self.sock.recv_into(view[filled:] if filled else view, 0, socket.MSG_WAITALL)
+                if count == 0:
+                    raise TransportError("the peer closed the connection")
+                filled += count
+        except BlockingIOError:
+            raise DeadlineExceeded("the peer did not answer in time") from None
+        except OSError as error:
+            raise _as_transport_error(error) from error
+
+    def recv(self, nbytes: int, deadline: float | None) -> bytes:
+        """Exactly `nbytes` bytes (bounded by the caller before it asks)."""
+        data = bytearray(nbytes)
+        self.recv_into(memoryview(data), deadline)
+        return bytes(data)
+
+    def recv_available_into(self, view: memoryview) -> int:
+        """What has already arrived, at most `view`: 0 when nothing has. Never waits. Raises on a closed peer."""
+        try:
+            count = self.sock.recv_into(view, 0, socket.MSG_DONTWAIT)
+        except BlockingIOError:
+            return 0
+        except OSError as error:
+            raise _as_transport_error(error) from error
+        if count == 0 and len(view):
+            raise TransportError("the peer closed the connection")
+        return count
+
+    def wait_readable(self, deadline: float) -> None:
+        """Wait until there is something to receive. Raises DeadlineExceeded."""
+        poll = select.poll()
+        poll.register(self.sock, select.POLLIN)
+        left_ms = (deadline - time.monotonic()) * 1000
+        if left_ms <= 0 or not poll.poll(left_ms):
+            raise DeadlineExceeded("the peer sent nothing in time")
+
+    def send_with_fds(self, data: bytes, fds: Sequence[int], deadline: float) -> None:
+        """Send `data` with file descriptors beside its first byte (unix sockets only)."""
+        self._send_timeout_s = self._arm(socket.SO_SNDTIMEO, self._send_timeout_s, deadline)
+        rights = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", fds))]
+        try:
+            sent = self.sock.sendmsg([data], rights)
+        except OSError as error:
+            raise _as_transport_error(error) from error
+        if sent < len(data):
+            self.send([memoryview(data)[sent:]], deadline)
+
+    def recv_with_fds(self, nbytes: int, deadline: float | None) -> tuple[bytes, list[int]]:
+        """Exactly `nbytes` bytes and the file descriptors that came beside them; the caller owns those."""
+        self._recv_timeout_s = self._arm(socket.SO_RCVTIMEO, self._recv_timeout_s, deadline)
+        try:
+            data, ancillary, _, _ = self.sock.recvmsg(nbytes, socket.CMSG_SPACE(_MAX_FDS * 4), socket.MSG_CMSG_CLOEXEC)
+        except BlockingIOError:
+            raise DeadlineExceeded("the peer did not answer in time") from None
+        except OSError as error:
+            raise _as_transport_error(error) from error
+        fds = array.array("i")
+        for level, kind, payload in ancillary:
+            if level == socket.SOL_SOCKET and kind == socket.SCM_RIGHTS:
+                fds.frombytes(payload[: len(payload) - len(payload) % fds.itemsize])
+        if not data:
+            close_fds(fds)
+            raise TransportError("the peer closed the connection")
+        try:
+            rest = self.recv(nbytes - len(data), deadline) if len(data) < nbytes else b""
+        except TransportError:
+            close_fds(fds)
+            raise
+        return data + rest, list(fds)
+
+    @property
+    def is_unix(self) -> bool:
+        """True for a unix socket."""
+        return self.sock.family == socket.AF_UNIX
+
+    @property
+    def is_loopback(self) -> bool:
+        """True if the peer is on this host's loopback interface."""
+        return ipaddress.ip_address(self.sock.getpeername()[0].split("%")[0]).is_loopback
+
+    def close(self) -> None:
+        """Close this end's descriptor (no shutdown: a forked copy in another process stays usable)."""
+        with contextlib.suppress(OSError):
+            self.sock.close()
+
+
+def close_fds(fds: Sequence[int]) -> None:
+    """Close descriptors, ignoring those already closed."""
+    for fd in fds:
+        with contextlib.suppress(OSError):
+            os.close(fd)
+
+
+def _as_transport_error(error: OSError) -> TransportError:
+    if isinstance(error, TransportError):
+        return error
+    return TransportError(f"the connection broke: {error}")
+
+
+def connect_tcp(host: str, port: int, timeout_s: float) -> Channel:
+    """A channel to HOST:PORT. Raises TransportError."""
+    try:
+        return Channel(socket.create_connection((host, port), timeout_s))
+    except OSError as error:
+        raise TransportError(f"no answer from {host}:{port}: {error}; is `mmcache serve` running there?") from error
+
+
+def connect_unix(path: str, timeout_s: float) -> Channel:
+    """A channel to a unix socket. Raises TransportError."""
+    sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    try:
+        sock.settimeout(timeout_s)
+        sock.connect(path)
+    except OSError as error:
+        sock.close()
+        raise TransportError(f"no answer from unix socket {path}: {error}; is `mmcache serve` running there?") from error
+    return Channel(sock)
