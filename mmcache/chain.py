@@ -169,8 +169,10 @@ def _segments(spans: Sequence[PlaceholderSpan], first: int, count: int, size: in
 
 def _token_bytes(token_ids: Any) -> bytes:
     """Each token id as u64-LE, or KeyInputError. Plain sequences go through array("Q"): it refuses all but ints."""
+    if isinstance(token_ids, (str, bytes, bytearray)):
+        raise KeyInputError(f"token_ids: object of type {type(token_ids).__name__}; {_TOKENS_WANTED}")
     try:
-        if isinstance(token_ids, Sequence) and not isinstance(token_ids, (bytes, bytearray)):
+        if isinstance(token_ids, Sequence):
             ids = np.frombuffer(array("Q", token_ids), dtype=np.uint64)
             # A bool passes as 0 or 1; only where such ids occur is it worth looking at each one's type.
             valid = not (ids.size and ids.min() <= 1 and any(isinstance(token, bool) for token in token_ids))

@@ -44,16 +44,21 @@ def _fail(error: Exception) -> NoReturn:
     epilog="Example: **mmcache serve --memory 8GiB --prefault** · then **mmcache stat** or connect to mmcache://127.0.0.1:7600"
 )
 def serve(
-    listen: Annotated[str | None, typer.Option(help="HOST:PORT to listen on; port 0 picks one.", metavar="HOST:PORT")] = None,
+    listen: Annotated[
+        str | None, typer.Option(help="HOST:PORT to listen on; port 0 picks one.", metavar="HOST:PORT")
+    ] = None,
     unix: Annotated[str | None, typer.Option(help="Unix socket path; 'auto' or '' for none.", metavar="PATH")] = None,
     memory: Annotated[str | None, typer.Option(help="Memory for stored values.", metavar="SIZE")] = None,
     max_entries: Annotated[int | None, typer.Option(help="Entries in the index; 0: one per 16 KiB.")] = None,
     alignment: Annotated[int | None, typer.Option(help="Of tensors in memory, bytes; 4096 for RDMA.")] = None,
-    prefault: Annotated[bool | None, typer.Option("--prefault", help="Take all the memory now, not on first use.")] = None,
+    prefault: Annotated[
+        bool | None, typer.Option("--prefault", help="Take all the memory now, not on first use.")
+    ] = None,
     lease_s: Annotated[float | None, typer.Option(help="How long a reader may hold an entry.")] = None,
     max_connections: Annotated[int | None, typer.Option(help="Connections at once.")] = None,
     insecure_network: Annotated[
-        bool | None, typer.Option("--insecure-network", help="Allow an address other hosts can reach, with no access control.")
+        bool | None,
+        typer.Option("--insecure-network", help="Allow an address other hosts can reach, with no access control."),
     ] = None,
     verbose: Annotated[bool, typer.Option("--verbose", "-v", help="Log every dropped connection.")] = False,
     as_json: Json = False,
@@ -124,7 +129,7 @@ def inspect(
     url: Url = DEFAULT_URL,
     as_json: Json = False,
 ) -> None:
-    """Show one entry: its tensors, when it was written and expires, and the facts of its namespace. Exit 1 if absent."""
+    """Show one entry: its tensors, times and the facts of its namespace. Exit 1 if it is not stored."""
     try:
         digest = bytes.fromhex(key)
         if len(digest) != 32:
@@ -147,7 +152,11 @@ def inspect(
             print(f"{name}:")
             rows = value if name == "tensors" else [f"{fact} = {text}" for fact, text in value.items()]
             for row in rows:
-                print(f"  {row['name']}: {row['dtype']}{row['shape']} {row['nbytes']:,} bytes" if isinstance(row, dict) else f"  {row}")
+                print(
+                    f"  {row['name']}: {row['dtype']}{row['shape']} {row['nbytes']:,} bytes"
+                    if isinstance(row, dict)
+                    else f"  {row}"
+                )
         else:
             print(f"{name}: {value}")
 
@@ -162,7 +171,7 @@ def _describe(header_bytes: bytes, kind: str, facts: dict[str, str]) -> dict[str
         "key": meta.key.hex(),
         "kind": kind or meta.kind.name.lower(),
         "frame_nbytes": header.frame_nbytes,
-        "index": meta.index,
+        "index": meta.chain_index,
         "parent": meta.parent.hex() if any(meta.parent) else None,
         "home": meta.home.hex(),
         "namespace": meta.namespace.hex(),

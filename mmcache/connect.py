@@ -7,7 +7,7 @@ from mmcache.config import parse_url
 
 
 def connect(url: str, *, verify: bool | None = None, deadline_s: float | None = None, lazy: bool = False) -> Client:
-    """A client for `mmcache://HOST:PORT`, `mmcache+unix:///path` or `embedded://?memory=1GiB` (a server in this process).
+    """A client for `mmcache://HOST:PORT`, `mmcache+unix:///path` or `embedded://?memory=1GiB` (server in this process).
 
     On the same host the bytes travel through shared memory unless the URL says `transport=tcp`. `deadline_s` bounds
     every call; `verify=False` turns off checksums of reads. The server is asked once, and TransportError raised if it

@@ -20,7 +20,9 @@ class EmbeddedClient(Client):
     """A client with a server of its own; closing it frees the memory. `shard` is the store, for inspection."""
 
     def __init__(self, config: ClientConfig, server_config: ServerConfig | None = None) -> None:
-        self._server = Server(server_config or ServerConfig(listen="", unix_path="", memory_nbytes=config.memory_nbytes))
+        self._server = Server(
+            server_config or ServerConfig(listen="", unix_path="", memory_nbytes=config.memory_nbytes)
+        )
         self._server.start()
         self._owner_pid = os.getpid()
         super().__init__(config, self._dial)
@@ -32,7 +34,9 @@ class EmbeddedClient(Client):
 
     def _dial(self) -> Channel:
         if os.getpid() != self._owner_pid:
-            raise TransportError("an embedded server stays in the process that made it; run `mmcache serve` to share one")
+            raise TransportError(
+                "an embedded server stays in the process that made it; run `mmcache serve` to share one"
+            )
         ours, theirs = socket.socketpair()
         self._server.attach(theirs)
         return Channel(ours)

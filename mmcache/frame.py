@@ -12,8 +12,9 @@ from __future__ import annotations
 import enum
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from struct import Struct
-from typing import Final
+from typing import Any, Final, NamedTuple
 
 import xxhash
 
@@ -36,8 +37,10 @@ NO_KEY: Final = bytes(32)
 
 _PREFIX = Struct("<8sHBBIQIHH16sQQQ24s32s32s32s32s32s")
 _ENTRY = Struct("<BBHIQQ16s8Q56s")
+_ENTRY_HEAD = Struct("<BBHIQQ")  # the checksum lies between the two
+_ENTRY_TAIL = Struct("<8Q56s")
 _ZERO_SUM = bytes(SUM_NBYTES)
-assert _PREFIX.size == PREFIX_NBYTES and _ENTRY.size == ENTRY_NBYTES
+assert (_PREFIX.size, _ENTRY.size) == (PREFIX_NBYTES, ENTRY_NBYTES)
 
 
 class Kind(enum.IntEnum):
@@ -67,8 +70,7 @@ _DTYPE_BY_CODE: Final = {code: (name, itemsize) for name, (code, itemsize) in DT
 _KIND_BY_CODE: Final = {int(kind): kind for kind in Kind}
 
 
-@dataclass(frozen=True, slots=True)
-class TensorSpec:
+class TensorSpec(NamedTuple):
     """One tensor's name, dtype (a name in `DTYPES`) and shape (row-major, at most 8 dimensions, zero sizes allowed)."""
 
     name: str
@@ -86,8 +88,7 @@ class TensorSpec:
         return nbytes
 
 
-@dataclass(frozen=True, slots=True)
-class StoredTensor:
+class StoredTensor(NamedTuple):
     """A tensor inside a frame: its spec, its byte range in the frame and its xxh3-128 (big-endian digest)."""
 
     spec: TensorSpec
@@ -96,8 +97,7 @@ class StoredTensor:
     checksum: bytes
 
 
-@dataclass(frozen=True, slots=True)
-class FrameMeta:
+class FrameMeta(NamedTuple):
     """Identity of a frame: everything in the header but sizes, tensors and checksums. Times are Unix milliseconds.
 
     `expires_ms` 0 means never. `parent` and `namespace` may be `NO_KEY`; `home` is where placement puts the frame.
@@ -108,14 +108,13 @@ class FrameMeta:
     namespace: bytes
     parent: bytes
     home: bytes
-    index: int
+    chain_index: int
     created_ms: int
     expires_ms: int
     writer: str
 
 
-@dataclass(frozen=True, slots=True)
-class FrameHeader:
+class FrameHeader(NamedTuple):
     """A parsed header: identity, alignment, tensors in stored order, total sizes and the header's own checksum."""
 
     meta: FrameMeta
@@ -145,7 +144,9 @@ def layout_of(sizes: Sequence[int], alignment: int = DEFAULT_ALIGNMENT) -> Layou
     if alignment < 64 or alignment > MAX_ALIGNMENT or alignment & (alignment - 1):
         raise TensorError(f"alignment {alignment} is not a power of two from 64 to {MAX_ALIGNMENT}")
     if len(sizes) > MAX_TENSORS:
-        raise TensorError(f"{len(sizes)} tensors in one frame; the limit is {MAX_TENSORS}: split them over several keys")
+        raise TensorError(
+            f"{len(sizes)} tensors in one frame; the limit is {MAX_TENSORS}: split them over several keys"
+        )
     header_nbytes = end = align_up(PREFIX_NBYTES + ENTRY_NBYTES * len(sizes), alignment)
     offsets = []
     for nbytes in sizes:
@@ -191,7 +192,7 @@ def pack_header(
     header = bytearray(layout.header_nbytes)
     _PREFIX.pack_into(
         header, 0, MAGIC, VERSION, int(meta.kind), 0, layout.header_nbytes, layout.frame_nbytes, alignment, len(specs),
-        0, _ZERO_SUM, meta.index, meta.created_ms, meta.expires_ms, writer,
+        0, _ZERO_SUM, meta.chain_index, meta.created_ms, meta.expires_ms, writer,
         meta.key, meta.namespace, meta.parent, meta.home, NO_KEY,
     )  # fmt: skip
     position = PREFIX_NBYTES
@@ -221,10 +222,14 @@ def header_nbytes_of(prefix: bytes | memoryview, limit_nbytes: int) -> int:
 
     Reads nothing but the prefix, so a receiver can learn how much to read next; `limit_nbytes` is the extent's size.
     """
+    return int(_check_prefix(prefix, limit_nbytes)[4])
+
+
+def _check_prefix(prefix: bytes | memoryview, limit_nbytes: int) -> tuple[Any, ...]:
     if len(prefix) < PREFIX_NBYTES:
         raise FrameError(f"{len(prefix)} bytes are too few for a frame's {PREFIX_NBYTES}-byte prefix")
     fields = _PREFIX.unpack_from(prefix)
-    magic, version, header_nbytes, alignment, count = fields[0], fields[1], fields[4], fields[6], fields[7]
+    magic, version, _, _, header_nbytes, _, alignment, count = fields[:8]
     if magic != MAGIC:
         raise FrameError(f"magic {magic!r} is not a frame's {MAGIC!r}")
     if version != VERSION:
@@ -235,7 +240,7 @@ def header_nbytes_of(prefix: bytes | memoryview, limit_nbytes: int) -> int:
         raise FrameError(f"{count} tensors; the limit is {MAX_TENSORS}")
     if header_nbytes != align_up(PREFIX_NBYTES + ENTRY_NBYTES * count, alignment) or header_nbytes > limit_nbytes:
         raise FrameError(f"header size {header_nbytes} does not fit {count} tensors in {limit_nbytes} bytes")
-    return int(header_nbytes)
+    return fields
 
 
 def parse_header(
@@ -245,13 +250,13 @@ def parse_header(
 
     `limit_nbytes` bounds the whole frame (default: len(data)); `checksum`, if given, must be the header's (the start of
     an Acquire reply's chain). `verify=False` skips only the checksum. Raises FrameError and nothing else; allocates
-    at most a bounded header (under 170 KiB).
+    at most a bounded header (under 230 KiB).
     """
     limit = len(data) if limit_nbytes is None else limit_nbytes
-    header_nbytes = header_nbytes_of(data, min(limit, len(data)))
+    fields = _check_prefix(data, min(limit, len(data)))
+    (_, _, kind_code, reserved, header_nbytes, frame_nbytes, alignment, count, reserved_2, header_sum, index,
+     created_ms, expires_ms, writer, key, namespace, parent, home, reserved_3) = fields  # fmt: skip
     header = bytes(data[:header_nbytes])
-    (_, _, kind_code, reserved, _, frame_nbytes, alignment, count, reserved_2, header_sum, index, created_ms,
-     expires_ms, writer, key, namespace, parent, home, reserved_3) = _PREFIX.unpack_from(header)  # fmt: skip
     if verify and (header_checksum(header) != header_sum or (checksum is not None and checksum != header_sum)):
         raise CorruptFrame("the header's checksum does not match")
     if frame_nbytes > limit or frame_nbytes > MAX_FRAME_NBYTES:
@@ -262,7 +267,8 @@ def parse_header(
     if reserved or reserved_2 or reserved_3 != NO_KEY:
         raise FrameError("reserved header fields are not zero")
     tensors = _parse_entries(header, count, header_nbytes, frame_nbytes, alignment)
-    if any(header[PREFIX_NBYTES + ENTRY_NBYTES * count :]):
+    table_end = PREFIX_NBYTES + ENTRY_NBYTES * count
+    if header[table_end:] != bytes(header_nbytes - table_end):
         raise FrameError("header padding is not zero")
     meta = FrameMeta(kind, key, namespace, parent, home, index, created_ms, expires_ms, _parse_text(writer, "writer"))
     return FrameHeader(meta, alignment, tensors, header_nbytes, frame_nbytes, header_sum)
@@ -279,36 +285,45 @@ def _parse_text(field: bytes, what: str) -> str:
     return decoded
 
 
+@lru_cache(maxsize=4096)
+def _parse_entry(head: bytes, tail: bytes) -> tuple[TensorSpec, int, int]:
+    """(spec, offset, nbytes) of an entry without its checksum; remembered, as most frames of a run repeat them."""
+    code, ndim, name_nbytes, reserved, offset, nbytes = _ENTRY_HEAD.unpack(head)
+    *sizes, name_field = _ENTRY_TAIL.unpack(tail)
+    dtype = _DTYPE_BY_CODE.get(code)
+    if dtype is None:
+        raise FrameError(f"unknown dtype code {code}")
+    if ndim > MAX_DIMS or reserved or any(sizes[ndim:]):
+        raise FrameError(f"tensor entry with {ndim} dimensions is malformed")
+    name = _parse_text(name_field, "tensor name")
+    if not name or len(name.encode()) != name_nbytes:
+        raise FrameError(f"tensor name {name!r} is empty or of another length than declared")
+    expected = dtype[1]
+    for size in sizes[:ndim]:
+        expected *= size
+    if nbytes != expected:
+        raise FrameError(f"tensor {name!r}: {nbytes} bytes are not what its shape gives")
+    return TensorSpec(name, dtype[0], tuple(sizes[:ndim])), offset, nbytes
+
+
 def _parse_entries(
     header: bytes, count: int, header_nbytes: int, frame_nbytes: int, alignment: int
 ) -> tuple[StoredTensor, ...]:
     tensors = []
-    names: set[str] = set()
     end = header_nbytes
     for position in range(PREFIX_NBYTES, PREFIX_NBYTES + ENTRY_NBYTES * count, ENTRY_NBYTES):
-        fields = _ENTRY.unpack_from(header, position)
-        code, ndim, name_nbytes, reserved, offset, nbytes, checksum = fields[:7]
-        dtype = _DTYPE_BY_CODE.get(code)
-        if dtype is None:
-            raise FrameError(f"unknown dtype code {code}")
-        if ndim > MAX_DIMS or reserved or any(fields[7 + ndim : 7 + MAX_DIMS]):
-            raise FrameError(f"tensor entry with {ndim} dimensions is malformed")
-        name = _parse_text(fields[15], "tensor name")
-        if not name or len(name.encode()) != name_nbytes or name in names:
-            raise FrameError(f"tensor name {name!r} is empty, repeated or of another length than declared")
-        names.add(name)
-        shape = fields[7 : 7 + ndim]
-        expected = dtype[1]
-        for size in shape:
-            expected *= size
-        if nbytes != expected or offset != align_up(end, alignment):
-            raise FrameError(f"tensor {name!r}: offset {offset} or size {nbytes} is not what its shape and place give")
+        split, rest = position + _ENTRY_HEAD.size, position + _ENTRY_HEAD.size + SUM_NBYTES
+        spec, offset, nbytes = _parse_entry(header[position:split], header[rest : position + ENTRY_NBYTES])
+        if offset != align_up(end, alignment):
+            raise FrameError(f"tensor {spec.name!r}: offset {offset} is not where it must lie")
         end = offset + nbytes
         if end > frame_nbytes:
-            raise FrameError(f"tensor {name!r} ends at {end}, past the frame's {frame_nbytes} bytes")
-        tensors.append(StoredTensor(TensorSpec(name, dtype[0], shape), offset, nbytes, checksum))
+            raise FrameError(f"tensor {spec.name!r} ends at {end}, past the frame's {frame_nbytes} bytes")
+        tensors.append(StoredTensor(spec, offset, nbytes, header[split:rest]))
     if end != frame_nbytes:
         raise FrameError(f"tensors end at {end} but the frame says {frame_nbytes} bytes")
+    if count > 1 and len({tensor.spec.name for tensor in tensors}) != count:
+        raise FrameError("two tensors share a name")
     return tuple(tensors)
 
 
@@ -318,90 +333,3 @@ def check_expected(header: FrameHeader, frame_nbytes: int, header_nbytes: int, k
         raise FrameError("the frame's size is not the one that was announced")
     if key is not None and header.meta.key != key:
         raise CorruptFrame("the frame belongs to another key")
-
-
-class Frame:
-    """A whole frame over a buffer: header parsed, tensors as zero-copy views. Parsing copies no payload.
-
-    Until `verify()` returns, only the header is verified; tensor bytes are whatever the buffer holds.
-    """
-
-    __slots__ = ("data", "header")
-
-    def __init__(self, header: FrameHeader, data: memoryview) -> None:
-        self.header = header
-        self.data = data
-
-    @classmethod
-    def parse(cls, data: bytes | bytearray | memoryview, *, checksum: bytes | None = None) -> Frame:
-        """The frame at the start of `data`, which may be longer. Raises FrameError."""
-        view = memoryview(data).cast("B") if not isinstance(data, bytes) else memoryview(data)
-        header = parse_header(view, checksum=checksum)
-        return cls(header, view[: header.frame_nbytes])
-
-    def payload(self, tensor: StoredTensor) -> memoryview:
-        """The tensor's bytes, a view."""
-        return self.data[tensor.offset : tensor.offset + tensor.nbytes]
-
-    def verify(self) -> None:
-        """Check every tensor's checksum and every gap's zeros. Raises CorruptFrame naming the first that fails."""
-        check = FrameCheck(self.data)
-        check.advance(self.header.frame_nbytes)
-
-
-class FrameCheck:
-    """Checks a frame while it lands in `extent` (a buffer of exactly the frame's size), front to back.
-
-    Call `advance(landed_nbytes)` as more of the front is filled: it hashes what is new and raises FrameError as soon
-    as something is wrong. `header` is set once the header has landed; `done` once all is there and verified.
-    """
-
-    __slots__ = ("_checked", "_index", "_state", "done", "extent", "header")
-
-    def __init__(self, extent: memoryview) -> None:
-        self.extent = extent
-        self.header: FrameHeader | None = None
-        self.done = False
-        self._checked = 0
-        self._index = 0
-        self._state = xxhash.xxh3_128()
-
-    def advance(self, landed_nbytes: int) -> None:
-        """`landed_nbytes` bytes from the start of the extent are in place. Raises FrameError."""
-        if self.header is None and not self._try_header(landed_nbytes):
-            return
-        assert self.header is not None
-        tensors = self.header.tensors
-        while self._index < len(tensors):
-            tensor = tensors[self._index]
-            if self._checked < tensor.offset:
-                if landed_nbytes < tensor.offset:
-                    return
-                if any(self.extent[self._checked : tensor.offset]):
-                    raise CorruptFrame(f"padding before tensor {tensor.spec.name!r} is not zero")
-                self._checked = tensor.offset
-            end = min(landed_nbytes, tensor.offset + tensor.nbytes)
-            if end > self._checked:
-                self._state.update(self.extent[self._checked : end])
-                self._checked = end
-            if end < tensor.offset + tensor.nbytes:
-                return
-            if self._state.digest() != tensor.checksum:
-                raise CorruptFrame(f"tensor {tensor.spec.name!r}: its checksum does not match its bytes")
-            self._state.reset()
-            self._index += 1
-        self.done = True
-
-    def _try_header(self, landed_nbytes: int) -> bool:
-        if landed_nbytes < PREFIX_NBYTES:
-            if landed_nbytes >= len(self.extent):
-                raise FrameError(f"{landed_nbytes} bytes are too few for a frame")
-            return False
-        header_nbytes = header_nbytes_of(self.extent[:PREFIX_NBYTES], len(self.extent))
-        if landed_nbytes < header_nbytes:
-            return False
-        self.header = parse_header(self.extent[:header_nbytes], limit_nbytes=len(self.extent))
-        if self.header.frame_nbytes != len(self.extent):
-            raise FrameError(f"the frame says {self.header.frame_nbytes} bytes, its extent has {len(self.extent)}")
-        self._checked = header_nbytes
-        return True

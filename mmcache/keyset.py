@@ -1,6 +1,6 @@
-"""Stored keys and sequences of them: Part (which piece of a value), Key (one name), Keys (a column of names).
+"""What a stored key consists of: Part (which piece of a value), Key (one name), Keys (columns of them).
 
-How a chain key comes to be is in keys.py; here is only what follows from it: H(chain key, part), parents, slices.
+How a chain key comes to be is in chain.py and keys.py; here is what follows from it: H(chain key, part), parents.
 PURE: no clock, no randomness, no I/O.
 """
 
@@ -95,9 +95,9 @@ class Key:
     """The name of one stored value; every digest is 32 bytes, anything else raises KeyInputError.
 
     `digest` is the stored key, H(chain, part). `chain` identifies the content before the part. `home` is the chain key
-    of the first block of the run this block belongs to: it decides placement. `namespace` is the namespace id. `parent`
-    is the stored key of the previous block with the same part, `parent_chain` that block's chain key; 32 zero bytes
-    mean there is none. `index` is the position in the chain.
+    of the first block of the run this block belongs to: it decides placement. `namespace` is the namespace id, as a
+    NamespaceId where the key was made from a Namespace. `parent` is the stored key of the previous block with the same
+    part, `parent_chain` that block's chain key; 32 zero bytes mean there is none. `index` is the position in the chain.
     """
 
     digest: bytes

@@ -19,8 +19,12 @@ from mmcache.frame import DTYPES, FrameHeader, StoredTensor, TensorSpec
 
 Bytes = NDArray[np.uint8]
 _NUMPY_NAMES: Final = frozenset(DTYPES) - {"bfloat16", "float8_e4m3fn", "float8_e5m2"}
-_WORDS: Final = {"bfloat16": np.dtype("<u2"), "float8_e4m3fn": np.dtype("u1"), "float8_e5m2": np.dtype("u1")}
-DEFAULT_NAMES: Final = tuple(str(i) for i in range(64))
+_WORDS: Final[dict[str, np.dtype[Any]]] = {
+    "bfloat16": np.dtype("<u2"),
+    "float8_e4m3fn": np.dtype("u1"),
+    "float8_e5m2": np.dtype("u1"),
+}
+_NAME_OF: Final = {np.dtype(name): name for name in _NUMPY_NAMES}  # dtype.name is slow; other byte orders are not in it
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,10 +61,10 @@ def _flat(array: NDArray[Any]) -> Bytes:
 
 
 def _from_numpy(array: NDArray[Any], dtype: str | None, *, writable: bool) -> HostTensor:
-    name = dtype or array.dtype.name
-    if dtype is None and (name not in _NUMPY_NAMES or array.dtype.byteorder == ">"):
+    name = dtype or _NAME_OF.get(array.dtype, "")
+    if not name:
         raise TensorError(
-            f"numpy dtype {array.dtype} cannot be stored; use one of {', '.join(sorted(_NUMPY_NAMES))} in native order, "
+            f"numpy dtype {array.dtype} cannot be stored; use native-order {', '.join(sorted(_NUMPY_NAMES))}, "
             "or label raw words with mmcache.tensors.as_dtype"
         )
     if writable:
@@ -76,7 +80,9 @@ def _from_torch(tensor: Any, *, writable: bool) -> HostTensor:
     if name not in DTYPES:
         raise TensorError(f"torch dtype {name} cannot be stored; use one of {', '.join(sorted(DTYPES))}")
     if tensor.device.type != "cpu":
-        raise TensorError(f"the tensor is on {tensor.device}; copy it to host memory first (.cpu()), or use a connector")
+        raise TensorError(
+            f"the tensor is on {tensor.device}; copy it to host memory first (.cpu()), or use a connector"
+        )
     if not tensor.is_contiguous():
         if writable:
             raise TensorError("a destination tensor must be contiguous; pass a contiguous one and copy out")
@@ -111,7 +117,7 @@ def host_tensor(value: Any, *, writable: bool = False) -> HostTensor:
 
 
 def named_tensors(value: Any, *, writable: bool = False) -> dict[str, HostTensor]:
-    """One key's tensors by name: a mapping keeps its names, a list or tuple is named '0', '1', ..., a single one '0'."""
+    """One key's tensors by name: a mapping keeps its names, a list is named '0', '1', ..., a single tensor '0'."""
     if isinstance(value, Mapping):
         return {str(name): host_tensor(item, writable=writable) for name, item in value.items()}
     if isinstance(value, (list, tuple)):
@@ -154,7 +160,8 @@ def _fits(stored: StoredTensor, buffer: HostTensor) -> bool:
 def as_numpy(spec: TensorSpec, payload: memoryview) -> NDArray[Any]:
     """A zero-copy ndarray over a stored tensor's bytes (raw words for bfloat16 and float8), read-only if they are."""
     dtype = _WORDS.get(spec.dtype) or np.dtype(spec.dtype)
-    return np.frombuffer(payload, dtype).reshape(spec.shape)
+    array: NDArray[Any] = np.frombuffer(payload, dtype)
+    return array.reshape(spec.shape)
 
 
 def as_torch(spec: TensorSpec, payload: memoryview) -> Any:

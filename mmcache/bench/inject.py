@@ -10,7 +10,7 @@ import random
 from collections.abc import Sequence
 
 from mmcache.bench.report import Injection
-from mmcache.keys import Key
+from mmcache.keyset import Key
 from mmcache.store.shard import Shard
 from mmcache.testing import faults
 

@@ -14,20 +14,22 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, Protocol, TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 import numpy.typing as npt
 
-import mmcache
 from mmcache.bench import corpus, encoder, workload
 from mmcache.bench.inject import Injector
 from mmcache.bench.oracle import ExactLRU, Step, Tallies, replay
 from mmcache.bench.report import Injection, Latency, Report
+from mmcache.client.blocking import Client
 from mmcache.config import parse_nbytes
+from mmcache.connect import connect
 from mmcache.errors import ConfigError
 from mmcache.frame import DEFAULT_ALIGNMENT, layout_of
-from mmcache.keys import Key, Keys, Namespace, embedding_key
+from mmcache.keys import Namespace, embedding_key
+from mmcache.keyset import Key, Keys
 from mmcache.tensors import as_dtype
 from mmcache.testing import faults
 from mmcache.testing.process import ServerProcess
@@ -76,21 +78,6 @@ class MediaOptions:
             raise ConfigError(f"{self.questions} questions asked for: choose 1 to {len(workload.QUESTIONS)}")
 
 
-class Cache(Protocol):
-    """What the benchmark needs of a client."""
-
-    @property
-    def counters(self) -> dict[str, int]: ...
-
-    def match_prefix(self, keys: Keys) -> int: ...
-
-    def get_into(self, keys: Keys, buffers: Sequence[Any]) -> list[Result]: ...
-
-    def put(self, keys: Keys, tensors: Sequence[Any]) -> list[Result]: ...
-
-    def stat(self) -> dict[str, Any]: ...
-
-
 def run(options: MediaOptions, progress: Progress | None = None) -> Report:
     """Run the workload once and report. `progress` is called with (requests done, requests in all).
 
@@ -109,7 +96,7 @@ def run(options: MediaOptions, progress: Progress | None = None) -> Report:
     started = time.perf_counter()
     with _opened(options, memory_nbytes) as (cache, injector, where):
         engine = _Engine(cache, encoder.VisionEncoder(options.seed), injector)
-        capacity_nbytes = int(cache.stat()["bytes_capacity"])
+        capacity_nbytes = int(cache.stat()["counters"]["bytes_capacity"])
         for done, (request, step) in enumerate(zip(requests, steps, strict=True)):
             engine.serve(request, step)
             if progress is not None:
@@ -148,7 +135,7 @@ def run(options: MediaOptions, progress: Progress | None = None) -> Report:
 class _Engine:
     """Serves requests through the cache as an inference engine would, and checks everything it is given."""
 
-    def __init__(self, cache: Cache, vision: encoder.VisionEncoder, injector: Injector | None) -> None:
+    def __init__(self, cache: Client, vision: encoder.VisionEncoder, injector: Injector | None) -> None:
         salt = secrets.token_hex(16)  # every run starts cold, on a shared server too
         self._kv = Namespace(
             kind="kv",
@@ -247,18 +234,18 @@ class _Engine:
 
 
 @contextmanager
-def _opened(options: MediaOptions, memory_nbytes: int) -> Iterator[tuple[Cache, Injector | None, str]]:
+def _opened(options: MediaOptions, memory_nbytes: int) -> Iterator[tuple[Client, Injector | None, str]]:
     """A client of the chosen server, what damages it if asked for, and what the server is, in words."""
     if options.inject is not None:
         with faults.embedded(memory_nbytes, verify=options.verify) as (client, shard):
             yield client, Injector(options.inject, shard, options.seed), "a cache inside this process"
     elif options.connect is not None:
-        with mmcache.connect(options.connect, verify=options.verify) as client:
+        with connect(options.connect, verify=options.verify) as client:
             yield client, None, "the server it was told to connect to"
     else:
         with (
             ServerProcess(memory=str(memory_nbytes)) as server,
-            mmcache.connect(server.url, verify=options.verify, deadline_s=DEADLINE_S) as client,
+            connect(server.url, verify=options.verify, deadline_s=DEADLINE_S) as client,
         ):
             yield client, None, "a server in another process of this machine"
 

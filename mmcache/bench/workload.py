@@ -17,7 +17,8 @@ from dataclasses import dataclass
 from mmcache.bench import corpus
 from mmcache.bench.encoder import GRID, TOKENS_PER_PICTURE, KVShape, block_truths, preprocess, truth
 from mmcache.bench.oracle import Entry, Step
-from mmcache.keys import PlaceholderSpan, item_digest
+from mmcache.chain import PlaceholderSpan
+from mmcache.keys import item_digest
 from mmcache.media import media_digest, samples_digest
 
 # Special tokens of Qwen2-VL's tokenizer; words get stable made-up ids below them.
@@ -25,6 +26,7 @@ IM_START, IM_END, VISION_START, VISION_END, IMAGE_PAD, VIDEO_PAD = 151644, 15164
 MAX_PIXELS = 256 * 28 * 28
 FEW_PIXELS = 128 * 28 * 28
 FPS, FEW_FPS = 2.0, 1.0
+UNDER_WAY = 2  # sessions at any time
 
 SYSTEM = (
     "You are a careful assistant who looks at pictures and videos before answering. Describe only what can be seen. "
@@ -53,7 +55,7 @@ class Scale:
     questions: int
 
 
-FULL = Scale(photos=8, videos=8, video_s=4, questions=4)
+FULL = Scale(photos=8, videos=16, video_s=2, questions=4)
 QUICK = Scale(photos=3, videos=1, video_s=2, questions=3)
 
 
@@ -188,7 +190,9 @@ def requests(scale: Scale, seed: int) -> list[Request]:
         _comparison(photo, video_medium(video, FEW_FPS, MAX_PIXELS))
         for photo, video in zip(reversed(photos), videos[: scale.videos // 2], strict=False)
     ]
-    return list(_interleave(sessions, random.Random(seed), width=3))
+    rng = random.Random(seed)
+    returns = [session[:1] for session in sessions]
+    return [*_interleave(sessions, rng), *_interleave(returns, rng)]
 
 
 def _session(medium: Medium, variant: Medium, questions: int) -> list[Request]:
@@ -208,11 +212,11 @@ def _comparison(first: Medium, second: Medium) -> list[Request]:
     return [there, back, there]
 
 
-def _interleave(sessions: list[list[Request]], rng: random.Random, width: int) -> Iterator[Request]:
-    """The sessions in random order, `width` of them under way at any time."""
+def _interleave(sessions: list[list[Request]], rng: random.Random) -> Iterator[Request]:
+    """The sessions in random order, UNDER_WAY of them at any time."""
     waiting = [list(session) for session in sessions]
     rng.shuffle(waiting)
-    active = [waiting.pop() for _ in range(min(width, len(waiting)))]
+    active = [waiting.pop() for _ in range(min(UNDER_WAY, len(waiting)))]
     while active:
         session = rng.choice(active)
         yield session.pop(0)

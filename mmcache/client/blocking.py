@@ -6,33 +6,30 @@ raise only UsageError, for arguments that can never work; whatever happens to th
 
 from __future__ import annotations
 
+import logging
 import os
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from types import TracebackType
-from typing import Any, TypeVar
+from typing import Any, Self, TypeVar
 
-import xxhash
-
-from mmcache._version import __version__
+from mmcache.client.batch import PutBatch, described, get_run
 from mmcache.client.lease import LeasedFrames
 from mmcache.client.link import Dialer, Link
 from mmcache.client.plan import Breaker, batches, put_batches
-from mmcache.client.protocol import put_result
 from mmcache.config import ClientConfig
-from mmcache.errors import KeyInputError, MMCacheError, RequestRefused, TransportError, UsageError
-from mmcache.frame import FrameMeta, Kind, frame_segments, layout_of, pack_header
-from mmcache.keyset import Key, Keys, NamespaceId
+from mmcache.errors import MMCacheError, RequestRefused, TransportError, UsageError
+from mmcache.frame import layout_of
+from mmcache.keyset import Key, Keys
 from mmcache.pb import cache_pb2 as pb
-from mmcache.tensors import HostTensor, check_count, named_tensors, specs_of
-from mmcache.transport.base import MISS, Found, Op, Outcome, Result
-from mmcache.transport.shm import read_frame
+from mmcache.tensors import HostTensor, check_count, named_tensors
+from mmcache.transport.base import MISS, Op, Outcome, Result
 from mmcache.transport.tcp import Channel
 
+log = logging.getLogger("mmcache.client")
 T = TypeVar("T")
-_WRITER = f"mmcache/{__version__}"
 AnyKeys = Keys | Key | Iterable[Key]
 
 
@@ -53,10 +50,12 @@ class Client:
         self._pid = os.getpid()
         self._closed = False
 
-    def __enter__(self) -> Client:
+    def __enter__(self) -> Self:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         self.close()
 
     # ------------------------------------------------------------------ data operations
@@ -97,7 +96,7 @@ class Client:
             for run in batches(len(rows), link.joined.limits.batch_keys):
                 position = run.start
                 while position < run.stop:
-                    position = _get_run(link, rows.digests, targets, results, range(position, run.stop), check, deadline)
+                    position = get_run(link, rows.digests, targets, results, range(position, run.stop), check, deadline)
             corrupt = [rows.digests[i] for i, result in enumerate(results) if result.outcome is Outcome.CORRUPT]
             if corrupt:
                 request = pb.RecheckRequest(keys=b"".join(corrupt[: link.joined.limits.batch_keys]))
@@ -123,7 +122,7 @@ class Client:
         rows = Keys.of(keys)
         check_count(rows, tensors, "tensors")
         values = [named_tensors(value) for value in tensors]
-        namespaces = {_described(namespace) for namespace in rows.namespaces}
+        namespaces = {described(namespace) for namespace in rows.namespaces}
         results = [Result(Outcome.UNAVAILABLE)] * len(rows)
 
         def ask(link: Link, deadline: float) -> None:
@@ -135,7 +134,7 @@ class Client:
             sizes = [layout_of([t.data.nbytes for t in value.values()], alignment).frame_nbytes for value in values]
             limits = link.joined.limits
             for run in put_batches(sizes, limits.batch_keys, limits.inline_nbytes):
-                batch = _PutBatch(rows, values, sizes, run, alignment, ttl_s)
+                batch = PutBatch(rows, values, sizes, run, alignment, ttl_s)
                 results[run.start : run.stop] = batch.send(link, deadline)
 
         def fail(reason: str) -> None:
@@ -266,7 +265,7 @@ class Client:
                 self._give_back(link, usable=usable)
 
     def _attempt(self, ask: Callable[[Link, float], T], fail: Callable[[str], T]) -> T:
-        """As `_demand`, but every failure becomes `fail(reason)`; a server that just failed is left alone for a while."""
+        """As `_demand`, but a failure becomes `fail(reason)`; a server that just failed is left alone for a while."""
         if not self._breaker.allows(time.monotonic()):
             self.counters["skipped"] += 1
             return fail("the server did not answer a moment ago; it is asked again shortly")
@@ -274,7 +273,9 @@ class Client:
             result = self._demand(ask)
         except UsageError:
             raise
-        except (MMCacheError, OSError) as error:
+        except Exception as error:
+            if not isinstance(error, (MMCacheError, OSError)):
+                log.exception("an operation failed inside the client; it counts as a miss")
             self.counters["failures"] += 1
             self._breaker.failed(time.monotonic())
             return fail(str(error))
@@ -296,103 +297,3 @@ class Client:
         self.counters["misses"] += len(results) - len(hits)
         self.counters["verify_failures"] += sum(result.outcome is Outcome.CORRUPT for result in results)
         self.counters["bytes_read"] += sum(tensor.data.nbytes for target in hits for tensor in target.values())
-
-
-def _get_run(
-    link: Link,
-    digests: Sequence[bytes],
-    targets: Sequence[Mapping[str, HostTensor]],
-    results: list[Result],
-    run: range,
-    verify: bool,
-    deadline: float,
-) -> int:
-    """Read the keys of `run` that one Acquire covers; returns where the next one starts."""
-    conversation, arena = link.conversation, link.arena
-    column = b"".join(digests[run.start : run.stop])
-    acquired = link.run(conversation.acquire(column, inline=arena is None), deadline)
-    read: list[tuple[int, Result]] = []
-    for position, found in zip(run, acquired.entries, strict=True):
-        if found is None:
-            continue
-        key, target = digests[position], targets[position]
-        if arena is not None:
-            result = read_frame(arena, found, key, target, verify)
-        else:
-            result = link.run(conversation.receive_frame(found, key, target, verify), deadline)
-        read.append((position, result))
-    if acquired.lease_id:
-        if verify:
-            link.run(conversation.release_quietly(acquired.lease_id), deadline)
-        else:
-            request = pb.FinishRequest(lease_id=acquired.lease_id)
-            if not link.run(conversation.call(Op.FINISH, request, pb.FinishReply()), deadline).held:
-                lost = Result(Outcome.MISS, "the lease expired while the entry was being read")
-                read = [(position, lost) for position, _ in read]
-    for position, result in read:
-        results[position] = result
-    if acquired.later_from is None:
-        return run.stop
-    if acquired.later_from == 0:
-        results[run.start] = Result(Outcome.MISS, "too much memory is leased; release leases or raise --memory")
-        return run.start + 1
-    return run.start + acquired.later_from
-
-
-def _described(namespace: bytes) -> NamespaceId:
-    if not isinstance(namespace, NamespaceId):
-        raise KeyInputError("a key to be stored must carry the id of a Namespace (Namespace.id), not bare bytes")
-    return namespace
-
-
-class _PutBatch:
-    """One Reserve and the frames it wants: headers are made, and payloads hashed, only for what is wanted."""
-
-    def __init__(
-        self,
-        rows: Keys,
-        values: Sequence[Mapping[str, HostTensor]],
-        sizes: Sequence[int],
-        run: range,
-        alignment: int,
-        ttl_s: float | None,
-    ) -> None:
-        self.rows, self.values, self.sizes, self.run, self.alignment = rows, values, sizes, run, alignment
-        self.created_ms = time.time_ns() // 1_000_000
-        self.expires_ms = self.created_ms + max(1, int(ttl_s * 1000)) if ttl_s is not None else 0
-
-    def send(self, link: Link, deadline: float) -> list[Result]:
-        """Reserve, send what is wanted, and say what became of each key."""
-        start, stop = self.run.start, self.run.stop
-        rows, conversation = self.rows, link.conversation
-        reserve = conversation.reserve(
-            b"".join(rows.digests[start:stop]),
-            b"".join(rows.parents[start:stop]),
-            self.sizes[start:stop],
-            link.ring is not None,
-        )
-        status = link.run(reserve, deadline)
-        wanted = [position for position, code in zip(self.run, status, strict=True) if code == pb.WANTED]
-        stored: Iterator[int] = iter(())
-        if wanted:
-            frames = (self._segments(position) for position in wanted)
-            stored = iter(link.run(conversation.send_frames(frames, len(wanted), link.ring), deadline))
-        return [put_result(next(stored) if code == pb.WANTED else code) for code in status]
-
-    def _segments(self, position: int) -> list[bytes | memoryview]:
-        rows, value = self.rows, self.values[position]
-        namespace = _described(rows.namespaces[position])
-        meta = FrameMeta(
-            kind=Kind[namespace.kind.upper()],
-            key=rows.digests[position],
-            namespace=namespace,
-            parent=rows.parents[position],
-            home=rows.homes[position],
-            index=rows.indices[position],
-            created_ms=self.created_ms,
-            expires_ms=self.expires_ms,
-            writer=_WRITER,
-        )
-        sums = [xxhash.xxh3_128_digest(tensor.data) for tensor in value.values()]
-        header = pack_header(meta, specs_of(value), sums, self.alignment)
-        return frame_segments(header, [tensor.data.data for tensor in value.values()], self.alignment)

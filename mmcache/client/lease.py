@@ -7,7 +7,8 @@ from types import TracebackType
 
 from mmcache.client.link import Link
 from mmcache.errors import FrameError, LeaseLost
-from mmcache.frame import Frame, check_expected, parse_header
+from mmcache.frame import check_expected, parse_header
+from mmcache.frame_view import Frame
 from mmcache.transport.base import Found
 
 

@@ -180,7 +180,13 @@ def _read_acquired(reply: pb.AcquireReply, asked: int, prefix: bool) -> Acquired
     count = status.count(pb.FOUND)
     if len(status) > asked or (not prefix and len(status) != asked):
         raise ProtocolError(f"{len(status)} statuses for {asked} keys")
-    if not count == len(reply.offsets) == len(reply.frame_nbytes) == len(reply.header_nbytes) == len(sums) // SUM_NBYTES:
+    if (
+        not count
+        == len(reply.offsets)
+        == len(reply.frame_nbytes)
+        == len(reply.header_nbytes)
+        == len(sums) // SUM_NBYTES
+    ):
         raise ProtocolError("the columns of an Acquire reply differ in length")
     found = iter(
         [
@@ -269,4 +275,3 @@ def put_result(status: int) -> Result:
         return _PUT_RESULTS[status]  # type: ignore[index]
     except KeyError:
         raise ProtocolError(f"put status {status} is unknown to this release") from None
-

@@ -104,7 +104,9 @@ class Connection:
         except BadRequest as error:
             self._error(prelude.request_id, error.code, str(error))
 
-    def _reply(self, prelude: Prelude, message: Message, payload: Sequence[memoryview] = (), op: Op | None = None) -> None:
+    def _reply(
+        self, prelude: Prelude, message: Message, payload: Sequence[memoryview] = (), op: Op | None = None
+    ) -> None:
         body = message.SerializeToString()
         payload_nbytes = sum(map(len, payload))
         head = pack_prelude(op or prelude.op, prelude.request_id, len(body), payload_nbytes) + body

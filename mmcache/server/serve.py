@@ -99,7 +99,7 @@ class Server:
         self._serve(Channel(sock), same_host=True)
 
     def stop(self) -> None:
-        """Stop accepting, let running requests end within `drain_s`, then close every connection and free the memory."""
+        """Stop accepting, let running requests end within `drain_s`, close every connection and free the memory."""
         self._stopping.set()
         for listener in self._listeners:
             with contextlib.suppress(OSError):
@@ -168,7 +168,7 @@ class Server:
 
 
 def _resolve(config: ServerConfig) -> list[tuple[int, tuple[str, int]]]:
-    """The addresses to bind. Raises ConfigError for a name that is not one, or for a network nobody may be trusted on."""
+    """The addresses to bind. Raises ConfigError for a bad name, or for an address that other hosts can reach."""
     host, port = parse_host_port(config.listen)
     try:
         infos = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
@@ -179,7 +179,7 @@ def _resolve(config: ServerConfig) -> list[tuple[int, tuple[str, int]]]:
     if exposed and not config.insecure_network:
         raise ConfigError(
             f"--listen {config.listen} reaches beyond this host ({exposed[0]}), where anyone could read and write the "
-            "cache: there is no authentication yet; listen on 127.0.0.1, or pass --insecure-network on a private network"
+            "cache: there is no authentication yet; listen on 127.0.0.1, or pass --insecure-network"
         )
     return [(int(family), address) for family, address in addresses]
 

@@ -136,9 +136,7 @@ class Service:
         keys, parents = self.split(request.keys), self.split(request.parents)
         sizes = request.frame_nbytes
         if not len(keys) == len(parents) == len(sizes):
-            raise BadRequest(
-                f"{len(keys)} keys, {len(parents)} parents, {len(sizes)} sizes; send one of each per key"
-            )
+            raise BadRequest(f"{len(keys)} keys, {len(parents)} parents, {len(sizes)} sizes; send one of each per key")
         status = bytearray()
         landings: list[Landing] = []
         for key, parent, nbytes in zip(keys, parents, sizes, strict=True):
@@ -167,10 +165,12 @@ class Service:
     def split(self, column: bytes) -> list[bytes]:
         """A column of 32-byte keys as a list. Raises BadRequest for another length or too many."""
         if len(column) % KEY_NBYTES:
-            raise BadRequest(f"a key column of {len(column)} bytes is not a multiple of {KEY_NBYTES}; keys have 32 bytes")
+            raise BadRequest(
+                f"a key column of {len(column)} bytes is not a multiple of {KEY_NBYTES}; keys have 32 bytes"
+            )
         if len(column) > self.config.max_batch_keys * KEY_NBYTES:
             raise BadRequest(
-                f"{len(column) // KEY_NBYTES} keys in one batch; the limit is {self.config.max_batch_keys}: send several",
+                f"{len(column) // KEY_NBYTES} keys in one batch; the limit is {self.config.max_batch_keys}: split it",
                 pb.ErrorReply.LIMIT,
             )
         return [column[start : start + KEY_NBYTES] for start in range(0, len(column), KEY_NBYTES)]

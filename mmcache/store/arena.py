@@ -76,7 +76,9 @@ class Arena:
             fcntl.fcntl(self.fd, fcntl.F_ADD_SEALS, F_SEAL_FUTURE_WRITE | fcntl.F_SEAL_SEAL)
         except OSError as error:
             os.close(self.fd)
-            raise StoreError(f"no sealed shared memory of {nbytes} bytes: {error}; Linux 5.1 or newer is needed") from error
+            raise StoreError(
+                f"no sealed shared memory of {nbytes} bytes: {error}; Linux 5.1 or newer is needed"
+            ) from error
         self.view = memoryview(self._map)
 
     def close(self) -> None:

@@ -27,7 +27,6 @@ from mmcache.store.policy import LRU, Policy
 from mmcache.store.rows import LIVE, RECORD, RESERVED, Rows
 from mmcache.store.table import KEY_NBYTES, tenant_prefix
 
-NO_PARENT = bytes(KEY_NBYTES)
 HEADER_SUM_NBYTES = 16
 MAX_CLAIMS = 65_536  # open leases, and open reservations: their tables must not grow without limit
 EXPIRE_PINS = 4096
@@ -187,9 +186,12 @@ class Index:
         if nbytes > extents.capacity_bytes:
             return Refusal.TOO_LARGE
         size = extents.rounded(nbytes)
-        if self._held.get(tenant, 0) + size > self._max_held or len(self._reservations) >= MAX_CLAIMS:
-            return Refusal.FULL
-        if parent in (NO_PARENT, key):
+        # No eviction can help here, so none is tried.
+        others = sum(self._held.values()) - self._held.get(tenant, 0)
+        room = min(self._max_held, extents.capacity_bytes - others) - self._held.get(tenant, 0)
+        if size > room or len(self._reservations) >= MAX_CLAIMS:
+            return Refusal.AGAIN if self.expire(now) else Refusal.FULL
+        if parent in (bytes(KEY_NBYTES), key):
             parent = b""
         if rows.table.available() < 2:
             enough = self._make_room(lambda: self._has_rows(prefix, key, parent) or None, now, Refusal.NO_ENTRIES)
@@ -386,20 +388,15 @@ class Index:
         assert len(reserved) == len(self._reservations), "two reservations have one row"
         unclaimed = {row for row in used if rows.state[row] == RESERVED} ^ reserved.keys()
         assert not unclaimed, f"rows {unclaimed} are reserved without a reservation, or the reverse"
-        pins: dict[int, int] = {}
-        tenants: dict[int, int] = {}
-        for lease in self._leases:
-            for _, node in lease.pairs():
-                pins[node] = pins.get(node, 0) + 1
-                assert tenants.setdefault(node, lease.tenant) == lease.tenant, f"node {node} is pinned by two tenants"
-        for node, count in pins.items():
-            assert self._pins[node] == count, f"node {node} counts {self._pins[node]} pins of {count}"
-            held[tenants[node]] = held.get(tenants[node], 0) + self._extents.size_bytes[node]
-        assert sum(self._pins) == sum(pins.values()), "extents are pinned by nobody"
+        pins = Counter((node, lease.tenant) for lease in self._leases for _, node in lease.pairs())
+        for (node, tenant), count in pins.items():
+            assert self._pins[node] == count, f"node {node} counts {self._pins[node]} pins of tenant {tenant}'s {count}"
+            held[tenant] = held.get(tenant, 0) + self._extents.size_bytes[node]
+        assert sum(self._pins) == pins.total(), "extents are pinned by nobody"
         for row, tenant in reserved.items():
             held[tenant] = held.get(tenant, 0) + self._extents.size_bytes[rows.node[row]]
         assert held == self._held, f"held bytes by tenant are {held}, counted as {self._held}"
-        known = owners.keys() | pins.keys()
+        known = owners.keys() | {node for node, _ in pins}
         assert all(map(self._extents.is_allocated, known)), "an entry's extent is free"
         assert len(known) == self._extents.allocated, f"{self._extents.allocated - len(known)} extents have no owner"
         for node, row in owners.items():

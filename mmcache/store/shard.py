@@ -17,10 +17,11 @@ from typing import Final
 
 from mmcache.config import ServerConfig
 from mmcache.errors import FrameError, KeyInputError
-from mmcache.frame import Frame, FrameCheck, FrameMeta
+from mmcache.frame import FrameMeta
+from mmcache.frame_view import Frame, FrameCheck
 from mmcache.keys import namespace_id
-from mmcache.store.arena import Arena
 from mmcache.store.answers import Found, Refusal, Reserved
+from mmcache.store.arena import Arena
 from mmcache.store.index import Index
 
 MAX_NAMESPACES: Final = 65536
@@ -64,7 +65,9 @@ class Shard:
     def declare(self, tenant: int, namespace: bytes, kind: str, facts: Mapping[str, str]) -> None:
         """Keep a namespace's facts so that entries can be explained. Raises KeyInputError if they are not its own."""
         if namespace_id(kind, facts) != namespace:
-            raise KeyInputError("the namespace id is not the digest of these facts; the client must be of another keys version")
+            raise KeyInputError(
+                "the namespace id is not the digest of these facts; the client must be of another keys version"
+            )
         with self.lock:
             if len(self._namespaces) < MAX_NAMESPACES:
                 self._namespaces[tenant, namespace] = Declared(kind, dict(facts))
@@ -169,7 +172,7 @@ class Landing:
     and is harmless after `commit`.
     """
 
-    __slots__ = ("_check", "_names", "_reservation_id", "_shard", "_view", "refusal", "landed_nbytes")
+    __slots__ = ("_check", "_names", "_reservation_id", "_shard", "_view", "landed_nbytes", "refusal")
 
     def __init__(self, shard: Shard, names: tuple[bytes, bytes], reservation_id: int, view: memoryview) -> None:
         self._shard, self._names, self._reservation_id, self._view = shard, names, reservation_id, view

@@ -13,7 +13,9 @@ from mmcache.config import ClientConfig
 from mmcache.embedded import EmbeddedClient
 from mmcache.errors import UsageError
 from mmcache.store.answers import Found
+from mmcache.store.rows import RECORD
 from mmcache.store.shard import Shard
+from mmcache.store.table import tenant_prefix
 
 _TENANT = 0
 
@@ -46,4 +48,10 @@ def swap_entries(shard: Shard, first: bytes, second: bytes) -> None:
     locate(shard, first)
     locate(shard, second)
     with shard.lock:
-        shard.index.swap(_TENANT, first, second)
+        rows = shard.index._rows
+        prefix = tenant_prefix(_TENANT)
+        one, other = rows.table.find(prefix, first), rows.table.find(prefix, second)
+        rows.node[one], rows.node[other] = rows.node[other], rows.node[one]
+        here, there = (RECORD.unpack_from(rows.records, row * RECORD.size) for row in (one, other))
+        RECORD.pack_into(rows.records, one * RECORD.size, *there)
+        RECORD.pack_into(rows.records, other * RECORD.size, *here)

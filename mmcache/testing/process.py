@@ -21,8 +21,21 @@ class ServerProcess:
     become ready.
     """
 
-    def __init__(self, memory: str = "1GiB", *arguments: str, listen: str = "127.0.0.1:0", ready_s: float = 30.0) -> None:
-        command = [sys.executable, "-m", "mmcache", "serve", "--listen", listen, "--memory", memory, "--json", *arguments]
+    def __init__(
+        self, memory: str = "1GiB", *arguments: str, listen: str = "127.0.0.1:0", ready_s: float = 30.0
+    ) -> None:
+        command = [
+            sys.executable,
+            "-m",
+            "mmcache",
+            "serve",
+            "--listen",
+            listen,
+            "--memory",
+            memory,
+            "--json",
+            *arguments,
+        ]
         self._command, self._ready_s = command, ready_s
         self.process: subprocess.Popen[str] | None = None
         self.url = self.unix_path = ""

@@ -77,7 +77,7 @@ class RingView(Ring):
     def __init__(self, fd: int, slots: int, slot_nbytes: int) -> None:
         self.slots, self.slot_nbytes, self.fd = slots, slot_nbytes, fd
         try:
-            if not 1 < slots <= 64 or not 4096 <= slot_nbytes or slots * slot_nbytes > MAX_RING_NBYTES:
+            if not 1 < slots <= 64 or slot_nbytes < 4096 or slots * slot_nbytes > MAX_RING_NBYTES:
                 raise TransportError(f"a ring of {slots} x {slot_nbytes} bytes is outside the limits")
             _check_sealed(fd, slots * slot_nbytes, "ring")
             self._map = mmap.mmap(fd, slots * slot_nbytes, flags=mmap.MAP_SHARED, prot=mmap.PROT_READ)
@@ -96,18 +96,16 @@ def copy_hashed(source: Bytes, target: Bytes) -> bytes:
     nbytes = source.nbytes
     if nbytes <= SLICE_NBYTES:
         np.copyto(target, source)
-        return xxhash.xxh3_128_digest(target)
+        return xxhash.xxh3_128_digest(target.data)
     state = xxhash.xxh3_128()
     for start in range(0, nbytes, SLICE_NBYTES):
         piece = target[start : start + SLICE_NBYTES]
         np.copyto(piece, source[start : start + SLICE_NBYTES])
-        state.update(piece)
+        state.update(piece.data)
     return state.digest()
 
 
-def read_frame(
-    arena: ArenaMap, found: Found, key: bytes, buffers: Mapping[str, HostTensor], verify: bool
-) -> Result:
+def read_frame(arena: ArenaMap, found: Found, key: bytes, buffers: Mapping[str, HostTensor], verify: bool) -> Result:
     """Copy one frame out of the mapped arena into its destinations, verified as it is copied.
 
     The header is copied first and its checksum begins the chain, so bytes that change meanwhile (an expired lease)

@@ -196,5 +196,7 @@ def connect_unix(path: str, timeout_s: float) -> Channel:
         sock.connect(path)
     except OSError as error:
         sock.close()
-        raise TransportError(f"no answer from unix socket {path}: {error}; is `mmcache serve` running there?") from error
+        raise TransportError(
+            f"no answer from unix socket {path}: {error}; is `mmcache serve` running there?"
+        ) from error
     return Channel(sock)

@@ -1,0 +1,123 @@
+"""One batch over one link: reading what an Acquire covers, and sending what a Reserve wants."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Final
+
+import xxhash
+
+from mmcache._version import __version__
+from mmcache.client.link import Link
+from mmcache.client.protocol import put_result
+from mmcache.errors import KeyInputError
+from mmcache.frame import FrameMeta, Kind, frame_segments, pack_header
+from mmcache.keyset import Keys, NamespaceId
+from mmcache.pb import cache_pb2 as pb
+from mmcache.tensors import HostTensor, specs_of
+from mmcache.transport.base import Op, Outcome, Result
+from mmcache.transport.shm import read_frame
+
+WRITER: Final = f"mmcache/{__version__}"
+
+
+def get_run(
+    link: Link,
+    digests: Sequence[bytes],
+    targets: Sequence[Mapping[str, HostTensor]],
+    results: list[Result],
+    run: range,
+    verify: bool,
+    deadline: float,
+) -> int:
+    """Read the keys of `run` that one Acquire covers; returns where the next one starts."""
+    conversation, arena = link.conversation, link.arena
+    column = b"".join(digests[run.start : run.stop])
+    acquired = link.run(conversation.acquire(column, inline=arena is None), deadline)
+    read: list[tuple[int, Result]] = []
+    for position, found in zip(run, acquired.entries, strict=True):
+        if found is None:
+            continue
+        key, target = digests[position], targets[position]
+        if arena is not None:
+            result = read_frame(arena, found, key, target, verify)
+        else:
+            result = link.run(conversation.receive_frame(found, key, target, verify), deadline)
+        read.append((position, result))
+    if acquired.lease_id:
+        if verify:
+            link.run(conversation.release_quietly(acquired.lease_id), deadline)
+        else:
+            request = pb.FinishRequest(lease_id=acquired.lease_id)
+            if not link.run(conversation.call(Op.FINISH, request, pb.FinishReply()), deadline).held:
+                lost = Result(Outcome.MISS, "the lease expired while the entry was being read")
+                read = [(position, lost) for position, _ in read]
+    for position, result in read:
+        results[position] = result
+    if acquired.later_from is None:
+        return run.stop
+    if acquired.later_from == 0:
+        results[run.start] = Result(Outcome.MISS, "too much memory is leased; release leases or raise --memory")
+        return run.start + 1
+    return run.start + acquired.later_from
+
+
+def described(namespace: bytes) -> NamespaceId:
+    """The id of a Namespace as itself. Raises KeyInputError for bare bytes, which nothing is known of."""
+    if not isinstance(namespace, NamespaceId):
+        raise KeyInputError("a key to be stored must carry the id of a Namespace (Namespace.id), not bare bytes")
+    return namespace
+
+
+class PutBatch:
+    """One Reserve and the frames it wants: headers are made, and payloads hashed, only for what is wanted."""
+
+    def __init__(
+        self,
+        rows: Keys,
+        values: Sequence[Mapping[str, HostTensor]],
+        sizes: Sequence[int],
+        run: range,
+        alignment: int,
+        ttl_s: float | None,
+    ) -> None:
+        self.rows, self.values, self.sizes, self.run, self.alignment = rows, values, sizes, run, alignment
+        self.created_ms = time.time_ns() // 1_000_000
+        self.expires_ms = self.created_ms + max(1, int(ttl_s * 1000)) if ttl_s is not None else 0
+
+    def send(self, link: Link, deadline: float) -> list[Result]:
+        """Reserve, send what is wanted, and say what became of each key."""
+        start, stop = self.run.start, self.run.stop
+        rows, conversation = self.rows, link.conversation
+        reserve = conversation.reserve(
+            b"".join(rows.digests[start:stop]),
+            b"".join(rows.parents[start:stop]),
+            self.sizes[start:stop],
+            link.ring is not None,
+        )
+        status = link.run(reserve, deadline)
+        wanted = [position for position, code in zip(self.run, status, strict=True) if code == pb.WANTED]
+        stored: Iterator[int] = iter(())
+        if wanted:
+            frames = (self._segments(position) for position in wanted)
+            stored = iter(link.run(conversation.send_frames(frames, len(wanted), link.ring), deadline))
+        return [put_result(next(stored) if code == pb.WANTED else code) for code in status]
+
+    def _segments(self, position: int) -> list[bytes | memoryview]:
+        rows, value = self.rows, self.values[position]
+        namespace = described(rows.namespaces[position])
+        meta = FrameMeta(
+            kind=Kind[namespace.kind.upper()],
+            key=rows.digests[position],
+            namespace=namespace,
+            parent=rows.parents[position],
+            home=rows.homes[position],
+            chain_index=rows.indices[position],
+            created_ms=self.created_ms,
+            expires_ms=self.expires_ms,
+            writer=WRITER,
+        )
+        sums = [xxhash.xxh3_128_digest(tensor.data.data) for tensor in value.values()]
+        header = pack_header(meta, specs_of(value), sums, self.alignment)
+        return frame_segments(header, [tensor.data.data for tensor in value.values()], self.alignment)
