@@ -31,6 +31,7 @@ from mmcache.store.index import Index
 
 CHAIN = 64
 MEAN_NBYTES = 4096
+LEASE_S = 2.0  # of the simulated clock, which an operation advances by 1 ms: leases do expire during the run
 SUM = bytes(16)
 
 
@@ -53,7 +54,10 @@ class Bench:
         before = rss_bytes()
         # Rows and bytes run out at about the same time.
         self.index = Index(
-            capacity_bytes=entries * (MEAN_NBYTES + 64), max_entries=entries, seed=self.rng.getrandbits(64)
+            capacity_bytes=entries * (MEAN_NBYTES + 64),
+            max_entries=entries,
+            seed=self.rng.getrandbits(64),
+            lease_s=LEASE_S,
         )
         self.chains: list[int] = []
         self.next_chain = self.next_id = 0

@@ -174,8 +174,8 @@ def _token_bytes(token_ids: Any) -> bytes:
     try:
         if isinstance(token_ids, Sequence):
             ids = np.frombuffer(array("Q", token_ids), dtype=np.uint64)
-            # A bool passes as 0 or 1; only where such ids occur is it worth looking at each one's type.
-            valid = not (ids.size and ids.min() <= 1 and any(isinstance(token, bool) for token in token_ids))
+            # A bool passes as 0 or 1, so only those places need a look at the type.
+            valid = not any(isinstance(token_ids[place], bool) for place in np.flatnonzero(ids <= 1).tolist())
         else:
             ids = np.asarray(token_ids)
             valid = ids.ndim == 1 and ids.dtype.kind in "iu" and (ids.dtype.kind == "u" or not (ids < 0).any())

@@ -150,7 +150,11 @@ class Keys(Sequence[Key]):
         """Keys from one key or from any iterable of them; a Keys is returned as it is."""
         if isinstance(keys, Keys):
             return keys
-        rows = [keys] if isinstance(keys, Key) else list(keys)
+        if isinstance(keys, Key):
+            key = keys
+            columns = [key.digest], [key.chain], [key.home], [key.namespace], [key.parent], [key.index]
+            return cls(*columns, [key.parent_chain])
+        rows = list(keys)
         for row in rows:
             if not isinstance(row, Key):
                 found = type(row).__name__

@@ -75,7 +75,7 @@ class VisionEncoder:
         self._class_token = rng.standard_normal(WIDTH, dtype=np.float32)
 
     def encode(self, pixels: Pixels) -> npt.NDArray[np.float16]:
-        """The embedding, float16 (257, 1024), of preprocessed pixels: class token first, then one row a patch."""
+        """The read-only float16 (257, 1024) embedding of preprocessed pixels: class token, then one row a patch."""
         side = SIDE // PATCH
         normalised = (pixels.astype(np.float32) / 255 - _MEAN) / _STD
         patches = normalised.reshape(side, PATCH, side, PATCH, 3).swapaxes(1, 2).reshape(side * side, -1)
@@ -83,6 +83,7 @@ class VisionEncoder:
         embedding = np.empty(EMBEDDING_SHAPE, dtype=np.float16)
         embedding[0] = self._class_token + rows.mean(axis=0)
         embedding[1:] = rows
+        embedding.setflags(write=False)
         return embedding
 
 

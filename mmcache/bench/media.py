@@ -14,6 +14,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any, TypeVar
 
 import numpy as np
@@ -147,7 +148,7 @@ class _Engine:
         )
         self._embedding = Namespace(kind="embedding", model="CLIP ViT-L/14", dtype="float16", cache_salt=salt)
         self._cache = cache
-        self._vision = vision
+        self._embedding_of = lru_cache(maxsize=128)(lambda picture: vision.encode(picture.pixels))  # at most 67 MB
         self._injector = injector
         self.tallies = Tallies()
         self.outcomes: Counter[str] = Counter()
@@ -200,7 +201,7 @@ class _Engine:
         tally.lookups += len(keys)
         missing: list[tuple[Key, npt.NDArray[np.float16]]] = []
         for key, picture, buffer, result in zip(keys, pictures, buffers, results, strict=True):
-            expected = self._vision.encode(picture.pixels)
+            expected = self._embedding_of(picture)
             if result:
                 self._compare(buffer, expected)
                 tally.hits += 1

@@ -47,7 +47,8 @@ def get_run(
         read.append((position, result))
     if acquired.lease_id:
         if verify:
-            link.run(conversation.release_quietly(acquired.lease_id), deadline)
+            pinned_nbytes = sum(found.nbytes for found in acquired.entries if found)
+            link.run(conversation.release_quietly(acquired.lease_id, pinned_nbytes), deadline)
         else:
             request = pb.FinishRequest(lease_id=acquired.lease_id)
             if not link.run(conversation.call(Op.FINISH, request, pb.FinishReply()), deadline).held:

@@ -25,7 +25,7 @@ from mmcache.frame import layout_of
 from mmcache.keyset import Key, Keys
 from mmcache.pb import cache_pb2 as pb
 from mmcache.tensors import HostTensor, check_count, named_tensors
-from mmcache.transport.base import MISS, Op, Outcome, Result
+from mmcache.transport.base import HIT, MISS, Op, Outcome, Result
 from mmcache.transport.tcp import Channel
 
 log = logging.getLogger("mmcache.client")
@@ -97,7 +97,11 @@ class Client:
                 position = run.start
                 while position < run.stop:
                     position = get_run(link, rows.digests, targets, results, range(position, run.stop), check, deadline)
-            corrupt = [rows.digests[i] for i, result in enumerate(results) if result.outcome is Outcome.CORRUPT]
+            corrupt = [
+                key
+                for key, result in zip(rows.digests, results, strict=True)
+                if result is not HIT and result.outcome is Outcome.CORRUPT
+            ]
             if corrupt:
                 request = pb.RecheckRequest(keys=b"".join(corrupt[: link.joined.limits.batch_keys]))
                 link.run(link.conversation.call(Op.RECHECK, request, pb.RecheckReply()), deadline)
@@ -207,7 +211,13 @@ class Client:
     def close(self) -> None:
         """Close every link of this process. Leases still held end by themselves."""
         self._closed = True
-        self._forget_links()
+        with self._lock:
+            links, self._idle = self._idle, []
+        for link in links:
+            if os.getpid() == self._pid:
+                link.leave()
+            else:
+                link.close()
 
     # ------------------------------------------------------------------ links
 
@@ -292,8 +302,16 @@ class Client:
         return self._attempt(ask, lambda reason: False)
 
     def _count_reads(self, targets: Sequence[Mapping[str, HostTensor]], results: Sequence[Result]) -> None:
-        hits = [target for target, result in zip(targets, results, strict=True) if result]
-        self.counters["hits"] += len(hits)
-        self.counters["misses"] += len(results) - len(hits)
-        self.counters["verify_failures"] += sum(result.outcome is Outcome.CORRUPT for result in results)
-        self.counters["bytes_read"] += sum(tensor.data.nbytes for target in hits for tensor in target.values())
+        hits = nbytes = corrupt = 0
+        for target, result in zip(targets, results, strict=True):
+            if result is HIT:
+                hits += 1
+                for tensor in target.values():
+                    nbytes += tensor.data.nbytes
+            elif result.outcome is Outcome.CORRUPT:
+                corrupt += 1
+        counters = self.counters
+        counters["hits"] += hits
+        counters["misses"] += len(results) - hits
+        counters["verify_failures"] += corrupt
+        counters["bytes_read"] += nbytes

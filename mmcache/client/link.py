@@ -6,10 +6,11 @@ again; the next call opens another.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import time
 from collections.abc import Callable
-from typing import TypeVar
+from typing import Final, TypeVar
 
 from mmcache._version import __version__
 from mmcache.client.protocol import Conversation, Effect, Flow, Recv, Send
@@ -22,6 +23,7 @@ from mmcache.transport.shm import ArenaMap, Ring
 from mmcache.transport.tcp import Channel, close_fds, connect_tcp, connect_unix
 
 T = TypeVar("T")
+FAREWELL_S: Final = 0.1
 Dial = Callable[[float], Channel]
 
 
@@ -61,6 +63,12 @@ class Link:
     def close(self) -> None:
         """Close this process's end."""
         self.channel.close()
+
+    def leave(self) -> None:
+        """Say goodbye and close."""
+        with contextlib.suppress(TransportError):
+            self.run(self.conversation.farewell(), time.monotonic() + FAREWELL_S)
+        self.close()
 
 
 def join(channel: Channel, deadline: float, *, shared: bool, known: tuple[bytes, ArenaMap] | None = None) -> Link:

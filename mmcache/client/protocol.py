@@ -9,7 +9,6 @@ then drop the connection. Payload checks (checksums, key echo) end in an Outcome
 from __future__ import annotations
 
 from collections.abc import Generator, Iterable, Mapping, Sequence
-from dataclasses import dataclass
 from itertools import chain
 from typing import Any, Final, NamedTuple, TypeVar
 
@@ -39,6 +38,8 @@ from mmcache.transport.base import (
 )
 
 KEY_NBYTES: Final = 32
+_FOUND, _LATER = int(pb.FOUND), int(pb.LATER)
+RIDER_NBYTES: Final = 1 << 20  # an idle client may pin this much until its lease expires
 
 
 class Send(NamedTuple):
@@ -65,8 +66,7 @@ _M = TypeVar("_M", bound=Message)
 Flow = Generator[Effect, Any, _T]
 
 
-@dataclass(frozen=True, slots=True)
-class Acquired:
+class Acquired(NamedTuple):
     """An Acquire reply: one entry a key (None: a miss, False: ask again), the lease and the payload that follows."""
 
     lease_id: int
@@ -75,18 +75,23 @@ class Acquired:
 
 
 class Conversation:
-    """The state of one connection: the request counter. One request is under way at a time."""
+    """The state of one connection: the request counter, and a lease to give back with the next request.
 
-    __slots__ = ("_request_id",)
+    One request is under way at a time.
+    """
+
+    __slots__ = ("_request_id", "_rider")
 
     def __init__(self) -> None:
         self._request_id = 0
+        self._rider = b""
 
     def request(self, op: Op, message: Message) -> bytes:
         """The bytes that ask `op`."""
         self._request_id = self._request_id % 0xFFFFFFFF + 1
         body = message.SerializeToString()
-        return pack_prelude(op, self._request_id, len(body)) + body
+        rider, self._rider = self._rider, b""
+        return rider + pack_prelude(op, self._request_id, len(body)) + body
 
     def reply(self, op: Op, reply: _M) -> Flow[tuple[_M, Prelude]]:
         """Receive the reply to the last request into `reply`. Raises RequestRefused with the server's words."""
@@ -111,10 +116,21 @@ class Conversation:
             raise ProtocolError(f"unexpected payload after {op.name}")
         return answer
 
-    def release_quietly(self, lease_id: int) -> Flow[None]:
-        """Give a lease back without waiting for an answer (request id 0 asks for none)."""
+    def release_quietly(self, lease_id: int, pinned_nbytes: int) -> Flow[None]:
+        """Give a lease back without an answer (request id 0 asks for none): now, or, if it pins little, with the next
+        request. Should none come, it ends when it expires."""
         body = pb.FinishRequest(lease_id=lease_id).SerializeToString()
-        yield Send((pack_prelude(Op.FINISH, 0, len(body)) + body,))
+        message = self._rider + pack_prelude(Op.FINISH, 0, len(body)) + body
+        self._rider = b""
+        if pinned_nbytes <= RIDER_NBYTES:
+            self._rider = message
+        else:
+            yield Send((message,))
+
+    def farewell(self) -> Flow[None]:
+        """What is left to say before the connection is closed."""
+        if self._rider:
+            yield Send((self._rider,))
 
     def acquire(self, keys: bytes, *, prefix: bool = False, inline: bool = False) -> Flow[Acquired]:
         """Look up and pin `keys` (32 bytes each). With inline, payload follows: receive it with `receive_frames`."""
@@ -177,29 +193,25 @@ class Conversation:
 def _read_acquired(reply: pb.AcquireReply, asked: int, prefix: bool) -> Acquired:
     status = reply.status
     sums = reply.header_sums
-    count = status.count(pb.FOUND)
+    count = status.count(_FOUND)
     if len(status) > asked or (not prefix and len(status) != asked):
         raise ProtocolError(f"{len(status)} statuses for {asked} keys")
-    if (
-        not count
-        == len(reply.offsets)
-        == len(reply.frame_nbytes)
-        == len(reply.header_nbytes)
-        == len(sums) // SUM_NBYTES
-    ):
+    if not count == len(reply.offsets) == len(reply.frame_nbytes) == len(reply.header_nbytes) == len(sums) / SUM_NBYTES:
         raise ProtocolError("the columns of an Acquire reply differ in length")
-    found = iter(
-        [
-            Found(offset, nbytes, header_nbytes, sums[i * SUM_NBYTES : (i + 1) * SUM_NBYTES])
-            for i, (offset, nbytes, header_nbytes) in enumerate(
-                zip(reply.offsets, reply.frame_nbytes, reply.header_nbytes, strict=True)
-            )
-        ]
+    places = zip(
+        reply.offsets,
+        reply.frame_nbytes,
+        reply.header_nbytes,
+        [sums[start : start + SUM_NBYTES] for start in range(0, len(sums), SUM_NBYTES)],
+        strict=True,
     )
-    entries = [next(found) if code == pb.FOUND else None for code in status]
-    if any(entry and not 0 < entry.header_nbytes <= entry.nbytes for entry in entries):
-        raise ProtocolError("a header larger than its frame")
-    later = status.find(pb.LATER)
+    entries: list[Found | None] = []
+    for code in status:
+        found = Found._make(next(places)) if code == _FOUND else None
+        if found is not None and not 0 < found.header_nbytes <= found.nbytes:
+            raise ProtocolError("a header larger than its frame")
+        entries.append(found)
+    later = status.find(_LATER)
     return Acquired(reply.lease_id, entries + [None] * (asked - len(entries)), None if later < 0 else later)
 
 

@@ -77,8 +77,8 @@ class Connection:
         if self.same_host and not self._joined:
             data, fds = self.channel.recv_with_fds(PRELUDE_NBYTES, None)
             return data, fds
-        first = self.channel.recv(1, None)
-        return first + self.channel.recv(PRELUDE_NBYTES - 1, self._deadline()), []
+        self.channel.wait_message()
+        return self.channel.recv(PRELUDE_NBYTES, self._deadline()), []
 
     def _serve_one(self, head: bytes, fds: list[int]) -> None:
         if is_http(head):

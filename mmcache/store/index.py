@@ -186,10 +186,8 @@ class Index:
         if nbytes > extents.capacity_bytes:
             return Refusal.TOO_LARGE
         size = extents.rounded(nbytes)
-        # No eviction can help here, so none is tried.
-        others = sum(self._held.values()) - self._held.get(tenant, 0)
-        room = min(self._max_held, extents.capacity_bytes - others) - self._held.get(tenant, 0)
-        if size > room or len(self._reservations) >= MAX_CLAIMS:
+        too_many = len(self._reservations) >= MAX_CLAIMS or self._held.get(tenant, 0) + size > self._max_held
+        if too_many or sum(self._held.values()) + size > extents.capacity_bytes:  # evicting all would not help
             return Refusal.AGAIN if self.expire(now) else Refusal.FULL
         if parent in (bytes(KEY_NBYTES), key):
             parent = b""
@@ -206,7 +204,7 @@ class Index:
         rows.node[row] = node
         rows.kind[row] = kind
         RECORD.pack_into(rows.records, row * RECORD.size, offset, nbytes, 0, b"")
-        self._held[tenant] = self._held.get(tenant, 0) + size
+        self._held[tenant] = self._held.get(tenant, 0) + size  # by now claims may have expired
         self._reservations.add(reservation_id, row, tenant, now + self._lease_s)
         return Reserved(offset)
 
@@ -217,9 +215,7 @@ class Index:
 
     def end_write(self, reservation_id: int) -> None:
         """The copy begun with `begin_write` has ended, well or not."""
-        abandoned = self._reservations.end_write(reservation_id)
-        if abandoned is not None:
-            self._cancel(abandoned)
+        self._cancel(self._reservations.end_write(reservation_id))
 
     def commit(
         self, reservation_id: int, *, header_nbytes: int, header_sum: bytes, expires_at: float, now: float
@@ -236,9 +232,7 @@ class Index:
                 f"give 0 <= header_nbytes < 2**32 and {HEADER_SUM_NBYTES} bytes"
             )
         reservation = self._reservations.take(reservation_id)
-        if reservation is None:
-            return False
-        if expires_at <= now:
+        if reservation is None or expires_at <= now:
             self._cancel(reservation)
             return False
         rows, row = self._rows, reservation.row
@@ -252,9 +246,7 @@ class Index:
 
     def abort(self, reservation_id: int) -> None:
         """Gives a reservation back, after the copies under way have ended. Unknown ids are ignored."""
-        reservation = self._reservations.abandon(reservation_id)
-        if reservation is not None:
-            self._cancel(reservation)
+        self._cancel(self._reservations.abandon(reservation_id))
 
     def delete(self, tenant: int, keys: Sequence[bytes], now: float) -> list[bool]:
         """Removes entries; True for each key that was stored. Leased ones are misses at once, and their memory is
@@ -341,8 +333,10 @@ class Index:
         self._unhold(lease.tenant, freed_bytes)
         return count
 
-    def _cancel(self, reservation: Reservation) -> None:
-        """Ends a reservation already taken from the table."""
+    def _cancel(self, reservation: Reservation | None) -> None:
+        """Ends a reservation already taken from the table, if one was."""
+        if reservation is None:
+            return
         node = self._rows.node[reservation.row]
         self._unhold(reservation.tenant, self._extents.size_bytes[node])
         self._rows.node[reservation.row] = NIL
@@ -383,7 +377,7 @@ class Index:
         rows, held = self._rows, dict.fromkeys(self._held, 0)
         self._extents.check_integrity()
         used = rows.check_integrity(lambda row: self._pins[rows.node[row]] > 0)
-        owners = {rows.node[row]: row for row in used if rows.state[row] in (RESERVED, LIVE)}
+        owners = [row for row in used if rows.state[row] in (RESERVED, LIVE)]
         reserved = {reservation.row: reservation.tenant for reservation in self._reservations}
         assert len(reserved) == len(self._reservations), "two reservations have one row"
         unclaimed = {row for row in used if rows.state[row] == RESERVED} ^ reserved.keys()
@@ -396,10 +390,10 @@ class Index:
         for row, tenant in reserved.items():
             held[tenant] = held.get(tenant, 0) + self._extents.size_bytes[rows.node[row]]
         assert held == self._held, f"held bytes by tenant are {held}, counted as {self._held}"
-        known = owners.keys() | {node for node, _ in pins}
+        known = {rows.node[row] for row in owners} | {node for node, _ in pins}
         assert all(map(self._extents.is_allocated, known)), "an entry's extent is free"
         assert len(known) == self._extents.allocated, f"{self._extents.allocated - len(known)} extents have no owner"
-        for node, row in owners.items():
+        for row in owners:
             offset, nbytes, _, _ = RECORD.unpack_from(rows.records, row * RECORD.size)
-            assert offset == self._extents.offset_bytes[node], f"row {row} is at {offset}, its extent is not"
-            assert nbytes <= self._extents.size_bytes[node], f"row {row} is larger than its extent"
+            extent = self._extents.offset_bytes[rows.node[row]], self._extents.size_bytes[rows.node[row]]
+            assert (offset, self._extents.rounded(nbytes)) == extent, f"row {row} is not where its extent is: {extent}"

@@ -126,9 +126,10 @@ class Result(NamedTuple):
     reason: str = ""
 
     def __bool__(self) -> bool:
-        return self.outcome in _GOOD
+        outcome = self[0]
+        return outcome is _HIT or outcome is _STORED or outcome is _PRESENT
 
 
-_GOOD: Final = frozenset((Outcome.HIT, Outcome.STORED, Outcome.PRESENT))
+_HIT, _STORED, _PRESENT = Outcome.HIT, Outcome.STORED, Outcome.PRESENT
 HIT: Final = Result(Outcome.HIT)
 MISS: Final = Result(Outcome.MISS)

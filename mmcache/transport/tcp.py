@@ -22,6 +22,7 @@ from mmcache.errors import DeadlineExceeded, TransportError
 Buffer = bytes | bytearray | memoryview
 _IOV_MAX: Final = 512
 _MAX_FDS: Final = 2
+READ_AHEAD_NBYTES: Final = 16 << 10  # small messages arrive whole in one system call; payloads bypass this
 
 
 def _timeval(seconds: float) -> bytes:
@@ -35,7 +36,7 @@ class Channel:
     `deadline` is a `time.monotonic()` instant; `None` waits for ever (a server waiting for the next request).
     """
 
-    __slots__ = ("_recv_timeout_s", "_send_timeout_s", "sock")
+    __slots__ = ("_ahead", "_end", "_recv_timeout_s", "_send_timeout_s", "_start", "sock")
 
     def __init__(self, sock: socket.socket) -> None:
         sock.setblocking(True)
@@ -43,6 +44,8 @@ class Channel:
             sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         self.sock = sock
         self._recv_timeout_s = self._send_timeout_s = 0.0
+        self._ahead = memoryview(bytearray(READ_AHEAD_NBYTES))
+        self._start = self._end = 0
 
     def _arm(self, option: int, current_s: float, deadline: float | None) -> float:
         """Set the kernel's timeout when it is more than a little off what is left; returns what is set now."""
@@ -77,28 +80,31 @@ class Channel:
             raise _as_transport_error(error) from error
 
     def recv_into(self, view: memoryview, deadline: float | None) -> None:
-        """Fill `view` (bytes) completely."""
-        filled, total = 0, len(view)
-        try:
-            while filled < total:
-                self._recv_timeout_s = self._arm(socket.SO_RCVTIMEO, self._recv_timeout_s, deadline)
-                count = self.sock.recv_into(view[filled:] if filled else view, 0, socket.MSG_WAITALL)
-                if count == 0:
-                    raise TransportError("the peer closed the connection")
-                filled += count
-        except BlockingIOError:
-            raise DeadlineExceeded("the peer did not answer in time") from None
-        except OSError as error:
-            raise _as_transport_error(error) from error
+        """Fill `view` (bytes) completely: from what was read ahead, the rest straight from the socket."""
+        total = len(view)
+        filled = self._take(view) if self._start < self._end else 0
+        while filled < total:
+            filled += self._recv_some(view[filled:] if filled else view, deadline, socket.MSG_WAITALL)
 
     def recv(self, nbytes: int, deadline: float | None) -> bytes:
-        """Exactly `nbytes` bytes (bounded by the caller before it asks)."""
-        data = bytearray(nbytes)
-        self.recv_into(memoryview(data), deadline)
-        return bytes(data)
+        """Exactly `nbytes` bytes (bounded by the caller before it asks); may read a little ahead."""
+        if nbytes > READ_AHEAD_NBYTES:
+            data = bytearray(nbytes)
+            self.recv_into(memoryview(data), deadline)
+            return bytes(data)
+        self._read_ahead(nbytes, deadline)
+        start = self._start
+        self._start = start + nbytes
+        return bytes(self._ahead[start : start + nbytes])
+
+    def wait_message(self) -> None:
+        """Wait, as long as it takes, for the first byte of what comes next."""
+        self._read_ahead(1, None)
 
     def recv_available_into(self, view: memoryview) -> int:
         """What has already arrived, at most `view`: 0 when nothing has. Never waits. Raises on a closed peer."""
+        if self._start < self._end:
+            return self._take(view)
         try:
             count = self.sock.recv_into(view, 0, socket.MSG_DONTWAIT)
         except BlockingIOError:
@@ -111,11 +117,44 @@ class Channel:
 
     def wait_readable(self, deadline: float) -> None:
         """Wait until there is something to receive. Raises DeadlineExceeded."""
+        if self._start < self._end:
+            return
         poll = select.poll()
         poll.register(self.sock, select.POLLIN)
         left_ms = (deadline - time.monotonic()) * 1000
         if left_ms <= 0 or not poll.poll(left_ms):
             raise DeadlineExceeded("the peer sent nothing in time")
+
+    def _recv_some(self, view: memoryview, deadline: float | None, flags: int = 0) -> int:
+        try:
+            self._recv_timeout_s = self._arm(socket.SO_RCVTIMEO, self._recv_timeout_s, deadline)
+            count = self.sock.recv_into(view, 0, flags)
+        except BlockingIOError:
+            raise DeadlineExceeded("the peer did not answer in time") from None
+        except OSError as error:
+            raise _as_transport_error(error) from error
+        if count == 0:
+            raise TransportError("the peer closed the connection")
+        return count
+
+    def _read_ahead(self, nbytes: int, deadline: float | None) -> None:
+        """Have at least `nbytes` (at most READ_AHEAD_NBYTES) read ahead."""
+        held = self._end - self._start
+        if held >= nbytes:
+            return
+        ahead = self._ahead
+        if self._start:
+            ahead[:held] = ahead[self._start : self._end]
+            self._start, self._end = 0, held
+        while self._end < nbytes:
+            self._end += self._recv_some(ahead[self._end :], deadline)
+
+    def _take(self, view: memoryview) -> int:
+        """Move what was read ahead into `view`, as far as it goes."""
+        count = min(len(view), self._end - self._start)
+        view[:count] = self._ahead[self._start : self._start + count]
+        self._start += count
+        return count
 
     def send_with_fds(self, data: bytes, fds: Sequence[int], deadline: float) -> None:
         """Send `data` with file descriptors beside its first byte (unix sockets only)."""

@@ -208,7 +208,7 @@ class IndexMachine(RuleBasedStateMachine):
         if self.in_ring(name, above):
             above = None
         scarce = self.max_entries - self.rows() < 2
-        before = self.held(tenant)
+        before, held = self.held(tenant), self.held(0) + self.held(1)
         size = -(-nbytes // UNIT) * UNIT
         got = self.index.reserve(tenant, key, parent, nbytes, reservation_id=reservation_id, now=self.now)
         if present is not None:
@@ -217,7 +217,7 @@ class IndexMachine(RuleBasedStateMachine):
             assert got is Refusal.BUSY
         elif nbytes > self.capacity:
             assert got is Refusal.TOO_LARGE
-        elif before + size > self.cap:
+        elif before + size > self.cap or held + size > self.capacity:
             assert got is Refusal.FULL
         else:
             self.observe_evictions(None if scarce else above)
@@ -319,4 +319,4 @@ class IndexMachine(RuleBasedStateMachine):
 
 
 TestIndex = IndexMachine.TestCase
-TestIndex.settings = settings(max_examples=150, stateful_step_count=50, deadline=None)
+TestIndex.settings = settings(max_examples=120, stateful_step_count=50, deadline=None)

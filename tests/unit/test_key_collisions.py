@@ -198,7 +198,7 @@ def keys_of(**facts: Any) -> set[bytes]:
         pytest.param({"attention_backend": "FLASH_ATTN"}, {"attention_backend": "FLASHINFER"}, id="backend"),
         pytest.param({"rope": {"type": "yarn", "factor": 4.0}}, {"rope": {"type": "yarn", "factor": 2.0}}, id="rope"),
         pytest.param({"rope": {"type": "yarn", "factor": 4.0}}, {"rope": None}, id="rope scaling or none"),
-        pytest.param({"fps": 2}, {"num_frames": 2}, id="another name"),
+        pytest.param({"max_pixels": 2}, {"min_pixels": 2}, id="another name"),
         pytest.param({"sliding_window": 4096}, {"sliding_window": 1024}, id="sliding window"),
         pytest.param({"sliding_window": 4096}, {"sliding_window": None}, id="sliding window or none"),
         pytest.param({"hf_overrides": {"num_layers": 2}}, {"hf_overrides": {}}, id="hf overrides"),
