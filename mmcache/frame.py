@@ -18,7 +18,7 @@ from typing import Any, Final, NamedTuple
 
 import xxhash
 
-from mmcache.errors import CorruptFrame, FrameError, TensorError
+from mmcache.errors import CorruptFrame, FrameError, KeyInputError, TensorError
 
 MAGIC: Final = b"MMCFRAME"
 VERSION: Final = 1
@@ -33,6 +33,7 @@ MAX_DIMS: Final = 8
 MAX_NAME_NBYTES: Final = 56
 MAX_WRITER_NBYTES: Final = 24
 MAX_FRAME_NBYTES: Final = 1 << 40
+MAX_HEADER_NBYTES: Final = 3 << 16  # of MAX_TENSORS at MAX_ALIGNMENT
 NO_KEY: Final = bytes(32)
 
 _PREFIX = Struct("<8sHBBIQIHH16sQQQ24s32s32s32s32s32s")
@@ -158,6 +159,14 @@ def layout_of(sizes: Sequence[int], alignment: int = DEFAULT_ALIGNMENT) -> Layou
     return Layout(header_nbytes, tuple(offsets), end)
 
 
+def _spread_nbytes(itemsize: int, sizes: Sequence[int]) -> int:
+    """Bytes of a shape with its zero sizes left out: array libraries must be able to count that far."""
+    nbytes = itemsize
+    for size in sizes:
+        nbytes *= size or 1
+    return nbytes
+
+
 def header_checksum(header: bytes | bytearray | memoryview) -> bytes:
     """xxh3-128 of the header with its checksum field read as zeros (16 bytes)."""
     state = xxhash.xxh3_128(header[:SUM_OFFSET])
@@ -167,11 +176,13 @@ def header_checksum(header: bytes | bytearray | memoryview) -> bytes:
 
 
 def _pack_entry(spec: TensorSpec, offset: int, nbytes: int, checksum: bytes) -> bytes:
-    name = spec.name.encode()
-    if not name or len(name) > MAX_NAME_NBYTES or b"\0" in name:
+    name = spec.name.encode(errors="replace")  # as "?": a lone surrogate is then not what it was
+    if name.decode() != spec.name or not name or len(name) > MAX_NAME_NBYTES or b"\0" in name:
         raise TensorError(f"tensor name {spec.name!r} must be 1 to {MAX_NAME_NBYTES} UTF-8 bytes without NUL")
     if len(spec.shape) > MAX_DIMS:
         raise TensorError(f"tensor {spec.name!r} has {len(spec.shape)} dimensions; the limit is {MAX_DIMS}: reshape it")
+    if _spread_nbytes(DTYPES[spec.dtype][1], spec.shape) > MAX_FRAME_NBYTES or min(spec.shape, default=0) < 0:
+        raise TensorError(f"tensor {spec.name!r} has shape {list(spec.shape)}, beyond {MAX_FRAME_NBYTES} bytes")
     shape = spec.shape + (0,) * (MAX_DIMS - len(spec.shape))
     code = DTYPES[spec.dtype][0]
     return _ENTRY.pack(code, len(spec.shape), len(name), 0, offset, nbytes, checksum, *shape, name)
@@ -182,13 +193,17 @@ def pack_header(
 ) -> bytes:
     """The header bytes (padded to the alignment) for these tensors with these xxh3-128 digests.
 
-    Raises TensorError for what a frame cannot express (too many dimensions, duplicate names, long names).
+    Raises TensorError for what a frame cannot express (too many dimensions, duplicate names, long names), and
+    KeyInputError for a key, namespace, parent or home that is not 32 bytes.
     """
     sizes = [spec.nbytes for spec in specs]
     layout = layout_of(sizes, alignment)
     if len({spec.name for spec in specs}) != len(specs):
         raise TensorError("two tensors of one frame share a name; name them apart")
-    writer = meta.writer.encode("ascii", "replace")[:MAX_WRITER_NBYTES]
+    for digest in (meta.key, meta.namespace, meta.parent, meta.home):
+        if len(digest) != len(NO_KEY):
+            raise KeyInputError(f"a digest of {len(digest)} bytes cannot stand in a header; it must have {len(NO_KEY)}")
+    writer = meta.writer.replace("\0", "?").encode("ascii", "replace")[:MAX_WRITER_NBYTES]
     header = bytearray(layout.header_nbytes)
     _PREFIX.pack_into(
         header, 0, MAGIC, VERSION, int(meta.kind), 0, layout.header_nbytes, layout.frame_nbytes, alignment, len(specs),
@@ -250,13 +265,15 @@ def parse_header(
 
     `limit_nbytes` bounds the whole frame (default: len(data)); `checksum`, if given, must be the header's (the start of
     an Acquire reply's chain). `verify=False` skips only the checksum. Raises FrameError and nothing else; allocates
-    at most a bounded header (under 230 KiB).
+    at most MAX_HEADER_NBYTES. Every byte of `data` is read once, so bytes that change meanwhile (a lease that expired)
+    cannot be checked in one state and used in another.
     """
     limit = len(data) if limit_nbytes is None else limit_nbytes
-    fields = _check_prefix(data, min(limit, len(data)))
+    prefix = bytes(data[:PREFIX_NBYTES])
+    fields = _check_prefix(prefix, min(limit, len(data)))
     (_, _, kind_code, reserved, header_nbytes, frame_nbytes, alignment, count, reserved_2, header_sum, index,
      created_ms, expires_ms, writer, key, namespace, parent, home, reserved_3) = fields  # fmt: skip
-    header = bytes(data[:header_nbytes])
+    header = prefix + data[PREFIX_NBYTES:header_nbytes]
     if verify and (header_checksum(header) != header_sum or (checksum is not None and checksum != header_sum)):
         raise CorruptFrame("the header's checksum does not match")
     if frame_nbytes > limit or frame_nbytes > MAX_FRAME_NBYTES:
@@ -270,16 +287,18 @@ def parse_header(
     table_end = PREFIX_NBYTES + ENTRY_NBYTES * count
     if header[table_end:] != bytes(header_nbytes - table_end):
         raise FrameError("header padding is not zero")
-    meta = FrameMeta(kind, key, namespace, parent, home, index, created_ms, expires_ms, _parse_text(writer, "writer"))
+    meta = FrameMeta(
+        kind, key, namespace, parent, home, index, created_ms, expires_ms, _parse_text(writer, "writer", "ascii")
+    )
     return FrameHeader(meta, alignment, tensors, header_nbytes, frame_nbytes, header_sum)
 
 
-def _parse_text(field: bytes, what: str) -> str:
+def _parse_text(field: bytes, what: str, encoding: str = "utf-8") -> str:
     text = field.rstrip(b"\0")
     try:
-        decoded = text.decode()
+        decoded = text.decode(encoding)
     except UnicodeDecodeError:
-        raise FrameError(f"{what} is not UTF-8") from None
+        raise FrameError(f"{what} is not {encoding.upper()}") from None
     if "\0" in decoded:
         raise FrameError(f"{what} holds a NUL byte")
     return decoded
@@ -298,10 +317,8 @@ def _parse_entry(head: bytes, tail: bytes) -> tuple[TensorSpec, int, int]:
     name = _parse_text(name_field, "tensor name")
     if not name or len(name.encode()) != name_nbytes:
         raise FrameError(f"tensor name {name!r} is empty or of another length than declared")
-    expected = dtype[1]
-    for size in sizes[:ndim]:
-        expected *= size
-    if nbytes != expected:
+    spread = _spread_nbytes(dtype[1], sizes[:ndim])
+    if spread > MAX_FRAME_NBYTES or nbytes != (0 if 0 in sizes[:ndim] else spread):
         raise FrameError(f"tensor {name!r}: {nbytes} bytes are not what its shape gives")
     return TensorSpec(name, dtype[0], tuple(sizes[:ndim])), offset, nbytes
 

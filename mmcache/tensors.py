@@ -37,8 +37,9 @@ class Labelled:
 
 def as_dtype(array: NDArray[Any], dtype: str) -> Labelled:
     """Say that `array`'s words (uint16 for bfloat16, uint8 for float8) are of `dtype`. Raises TensorError."""
-    if dtype not in DTYPES or DTYPES[dtype][1] != array.dtype.itemsize:
-        raise TensorError(f"{array.dtype} words cannot be {dtype!r}; use words of the same size and a known dtype")
+    words = array.dtype
+    if dtype not in DTYPES or DTYPES[dtype][1] != words.itemsize or words.hasobject or not words.isnative:
+        raise TensorError(f"{words} words cannot be {dtype!r}; use native words of the same size and a known dtype")
     return Labelled(array, dtype)
 
 
@@ -83,13 +84,15 @@ def _from_torch(tensor: Any, *, writable: bool) -> HostTensor:
         raise TensorError(
             f"the tensor is on {tensor.device}; copy it to host memory first (.cpu()), or use a connector"
         )
-    if not tensor.is_contiguous():
+    torch = sys.modules["torch"]
+    if tensor.layout is not torch.strided or tensor.is_nested:
+        raise TensorError("a sparse or nested tensor cannot be stored; pass a dense one")
+    if not tensor.is_contiguous() or tensor.is_neg():
         if writable:
             raise TensorError("a destination tensor must be contiguous; pass a contiguous one and copy out")
-        tensor = tensor.contiguous()
+        tensor = tensor.resolve_neg().contiguous()
     shape = tuple(tensor.shape)
-    torch = sys.modules["torch"]
-    flat = tensor.detach().reshape(-1)
+    flat = tensor.detach().as_strided((tensor.numel(),), (1,))  # a size of 1 may have any stride; reshape would keep it
     data = flat.view(torch.uint8).numpy() if flat.numel() else np.empty(0, np.uint8)
     return HostTensor(data, name, shape)
 
@@ -117,9 +120,15 @@ def host_tensor(value: Any, *, writable: bool = False) -> HostTensor:
 
 
 def named_tensors(value: Any, *, writable: bool = False) -> dict[str, HostTensor]:
-    """One key's tensors by name: a mapping keeps its names, a list is named '0', '1', ..., a single tensor '0'."""
+    """One key's tensors by name: a mapping keeps its names, a list is named '0', '1', ..., a single tensor '0'.
+
+    Raises TensorError for what is no tensor, and for two names that are the same text (1 and '1').
+    """
     if isinstance(value, Mapping):
-        return {str(name): host_tensor(item, writable=writable) for name, item in value.items()}
+        named = {str(name): host_tensor(item, writable=writable) for name, item in value.items()}
+        if len(named) != len(value):
+            raise TensorError("two tensors of one key share a name; name them apart")
+        return named
     if isinstance(value, (list, tuple)):
         return {str(i): host_tensor(item, writable=writable) for i, item in enumerate(value)}
     return {"0": host_tensor(value, writable=writable)}

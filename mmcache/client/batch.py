@@ -47,8 +47,7 @@ def get_run(
         read.append((position, result))
     if acquired.lease_id:
         if verify:
-            pinned_nbytes = sum(found.nbytes for found in acquired.entries if found)
-            link.run(conversation.release_quietly(acquired.lease_id, pinned_nbytes), deadline)
+            link.release(acquired, deadline)
         else:
             request = pb.FinishRequest(lease_id=acquired.lease_id)
             if not link.run(conversation.call(Op.FINISH, request, pb.FinishReply()), deadline).held:

@@ -44,11 +44,9 @@ class Client:
         self.counters: Counter[str] = Counter()
         self._dialer = Dialer(config, attach)
         self._breaker = Breaker()
-        self._idle: list[Link] = []
-        self._room = threading.Semaphore(config.max_connections)
-        self._lock = threading.Lock()
-        self._pid = os.getpid()
         self._closed = False
+        self._idle: list[Link] = []
+        self._start_pool()
 
     def __enter__(self) -> Self:
         return self
@@ -211,53 +209,66 @@ class Client:
     def close(self) -> None:
         """Close every link of this process. Leases still held end by themselves."""
         self._closed = True
-        with self._lock:
-            links, self._idle = self._idle, []
-        for link in links:
-            if os.getpid() == self._pid:
-                link.leave()
-            else:
-                link.close()
+        if os.getpid() == self._pid:
+            with self._changed:
+                links = list(self._idle)
+            for link in links:
+                link.say_goodbye()
+        self._forget_links()
 
     # ------------------------------------------------------------------ links
 
+    def _start_pool(self) -> None:
+        """Begin without links, also in a forked child: the parent's connections are not its to speak on."""
+        inherited, self._idle = self._idle, []
+        self._links = 0
+        self._changed = threading.Condition(threading.Lock())
+        self._pid = os.getpid()
+        for link in inherited:
+            link.close()
+
     def _forget_links(self) -> None:
-        with self._lock:
+        """Take the idle links out of the pool and close them."""
+        with self._changed:
             links, self._idle = self._idle, []
+            self._links -= len(links)
         for link in links:
             link.close()
 
     def _borrow(self, deadline: float) -> Link:
+        """An idle link, or a new one while there is room, or the next that comes back. Raises TransportError."""
         if self._closed:
             raise UsageError("this client is closed; connect again")
-        if os.getpid() != self._pid:  # a forked child: the parent's connections are not ours to speak on
-            self._lock, self._room = threading.Lock(), threading.Semaphore(self.config.max_connections)
-            self._pid = os.getpid()
-            self._forget_links()
-        if not self._room.acquire(timeout=max(0.0, deadline - time.monotonic())):
-            raise TransportError(f"all {self.config.max_connections} connections are busy; raise max_connections")
+        if os.getpid() != self._pid:
+            self._start_pool()
+        with self._changed:
+            while not self._idle and self._links >= self.config.max_connections:
+                if not self._changed.wait(max(0.0, deadline - time.monotonic())):
+                    raise TransportError(f"all {self._links} connections are busy; raise max_connections")
+            if self._idle:
+                return self._idle.pop()
+            self._links += 1
         try:
-            with self._lock:
-                if self._idle:
-                    return self._idle.pop()
             return self._dialer.open(deadline)
         except BaseException:
-            self._room.release()
+            self._give_back(None)
             raise
 
-    def _give_back(self, link: Link, *, usable: bool) -> None:
-        if usable and not self._closed:
-            with self._lock:
+    def _give_back(self, link: Link | None) -> None:
+        """Return a usable link; None for one that was closed, or never opened."""
+        with self._changed:
+            if link is None or self._closed:
+                self._links -= 1
+            else:
                 self._idle.append(link)
-        else:
+            self._changed.notify()
+        if link is not None and self._closed:
             link.close()
-        self._room.release()
 
     def _demand(self, ask: Callable[[Link, float], T]) -> T:
         """Run `ask` on a link; one more try on a fresh link if a kept one turns out to be dead."""
         deadline = time.monotonic() + self.config.deadline_s
         while True:
-            fresh = not self._idle or os.getpid() != self._pid
             link = self._borrow(deadline)
             usable = False
             try:
@@ -268,11 +279,15 @@ class Client:
                 usable = True
                 raise
             except TransportError:
-                self._forget_links()
-                if fresh or time.monotonic() >= deadline:
+                kept, link.kept = link.kept, False
+                if not kept or time.monotonic() >= deadline:
                     raise
+                self._forget_links()
             finally:
-                self._give_back(link, usable=usable)
+                link.kept = usable
+                if not usable:
+                    link.close()
+                self._give_back(link if usable else None)
 
     def _attempt(self, ask: Callable[[Link, float], T], fail: Callable[[str], T]) -> T:
         """As `_demand`, but a failure becomes `fail(reason)`; a server that just failed is left alone for a while."""

@@ -21,29 +21,35 @@ class LeasedFrames:
     """
 
     def __init__(
-        self, frames: Sequence[Frame | None], lease_id: int = 0, release: Callable[[int], bool] | None = None
+        self,
+        frames: Sequence[Frame | None],
+        lease_ids: Sequence[int] = (),
+        release: Callable[[int], bool] | None = None,
     ) -> None:
         self.frames = list(frames)
-        self._lease_id, self._release = lease_id, release
+        self._lease_ids, self._release = list(lease_ids), release
 
     @classmethod
     def take(
         cls, link: Link, digests: Sequence[bytes], deadline: float, release: Callable[[int], bool]
     ) -> LeasedFrames:
-        """Acquire over `link`. A frame whose header does not verify, or that is another key's, counts as a miss."""
-        conversation, arena = link.conversation, link.arena
-        acquired = link.run(conversation.acquire(b"".join(digests), inline=arena is None), deadline)
+        """Acquire over `link`, in as many batches as the server's limits ask for.
+
+        A frame whose header does not verify, or that is another key's, counts as a miss; so does an entry that the
+        server cannot lease now because too much memory is leased.
+        """
         frames: list[Frame | None] = []
-        for key, found in zip(digests, acquired.entries, strict=True):
-            if found is None:
-                frames.append(None)
-            elif arena is not None:
-                end = found.offset + found.nbytes
-                frames.append(_open(arena.view[found.offset : end], found, key) if end <= arena.data.nbytes else None)
-            else:
-                data = link.run(conversation.receive_whole(found), deadline)
-                frames.append(_open(memoryview(data).toreadonly(), found, key))
-        return cls(frames, acquired.lease_id, release)
+        lease_ids = []
+        while len(frames) < len(digests):
+            wanted = digests[len(frames) : len(frames) + link.joined.limits.batch_keys]
+            acquired = link.run(link.conversation.acquire(b"".join(wanted), inline=link.arena is None), deadline)
+            later = acquired.later_from
+            count = len(wanted) if later is None or link.arena is not None else max(1, later)
+            for key, found in zip(wanted[:count], acquired.entries, strict=False):
+                frames.append(_received(link, found, key, deadline) if found else None)
+            if acquired.lease_id:
+                lease_ids.append(acquired.lease_id)
+        return cls(frames, lease_ids, release)
 
     def __enter__(self) -> LeasedFrames:
         return self
@@ -57,9 +63,17 @@ class LeasedFrames:
 
     def release(self) -> bool:
         """Give the lease back; True if everything seen under it was right until now. Safe to call twice."""
-        lease_id, self._lease_id = self._lease_id, 0
+        lease_ids, self._lease_ids = self._lease_ids, []
         self.frames = [None] * len(self.frames)
-        return self._release(lease_id) if lease_id and self._release else True
+        return all([self._release(lease_id) for lease_id in lease_ids]) if self._release else True
+
+
+def _received(link: Link, found: Found, key: bytes, deadline: float) -> Frame | None:
+    if link.arena is None:
+        data = memoryview(link.run(link.conversation.receive_whole(found), deadline)).toreadonly()
+    else:
+        data = link.arena.view[found.offset : found.offset + found.nbytes]
+    return _open(data, found, key)
 
 
 def _open(view: memoryview, found: Found, key: bytes) -> Frame | None:

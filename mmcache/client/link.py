@@ -13,7 +13,7 @@ from collections.abc import Callable
 from typing import Final, TypeVar
 
 from mmcache._version import __version__
-from mmcache.client.protocol import Conversation, Effect, Flow, Recv, Send
+from mmcache.client.protocol import RIDER_NBYTES, Acquired, Conversation, Effect, Flow, Recv, Send
 from mmcache.config import ClientConfig
 from mmcache.errors import MMCacheError, ProtocolError, RequestRefused, TransportError
 from mmcache.keyset import NamespaceId
@@ -34,6 +34,7 @@ class Link:
         self.channel, self.joined, self.arena, self.ring = channel, joined, arena, ring
         self.conversation = Conversation()
         self.declared: set[NamespaceId] = set()
+        self.kept = False  # used before: the server may have gone away since
 
     def run(self, flow: Flow[T], deadline: float) -> T:
         """Perform a flow to its end. Raises TransportError; the link is unusable then, unless it is RequestRefused."""
@@ -53,6 +54,17 @@ class Link:
             result: T = end.value
             return result
 
+    def release(self, acquired: Acquired, deadline: float) -> None:
+        """Give a lease back whose answer nobody needs: now, or, if it pins little, with the next Acquire.
+
+        Should none come, it ends when it expires.
+        """
+        conversation = self.conversation
+        if not conversation.rider and sum(found.nbytes for found in acquired.entries if found) <= RIDER_NBYTES:
+            conversation.rider = acquired.lease_id
+        else:
+            self.run(conversation.release_quietly(acquired.lease_id), deadline)
+
     @property
     def path(self) -> str:
         """How the bytes travel: shm, unix or tcp."""
@@ -64,11 +76,12 @@ class Link:
         """Close this process's end."""
         self.channel.close()
 
-    def leave(self) -> None:
-        """Say goodbye and close."""
-        with contextlib.suppress(TransportError):
-            self.run(self.conversation.farewell(), time.monotonic() + FAREWELL_S)
-        self.close()
+    def say_goodbye(self) -> None:
+        """Give back what is still held, as far as that goes, before a close."""
+        if self.conversation.rider:
+            with contextlib.suppress(TransportError):
+                flow = self.conversation.release_quietly(self.conversation.rider)
+                self.run(flow, time.monotonic() + FAREWELL_S)
 
 
 def join(channel: Channel, deadline: float, *, shared: bool, known: tuple[bytes, ArenaMap] | None = None) -> Link:

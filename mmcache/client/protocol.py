@@ -17,12 +17,19 @@ import xxhash
 from google.protobuf.message import DecodeError, Message
 
 from mmcache.errors import FrameError, ProtocolError, RequestRefused
-from mmcache.frame import SUM_NBYTES, FrameHeader, check_expected, parse_header
+from mmcache.frame import (
+    MAX_FRAME_NBYTES,
+    MAX_HEADER_NBYTES,
+    FrameHeader,
+    check_expected,
+    parse_header,
+)
 from mmcache.pb import cache_pb2 as pb
 from mmcache.tensors import Bytes, HostTensor, destinations
 from mmcache.transport.base import (
     HIT,
     MAX_BODY_NBYTES,
+    PLACE,
     PRELUDE_NBYTES,
     SLICE_NBYTES,
     SLOT_DONE,
@@ -75,30 +82,29 @@ class Acquired(NamedTuple):
 
 
 class Conversation:
-    """The state of one connection: the request counter, and a lease to give back with the next request.
+    """The state of one connection: the request counter, and a lease to give back with the next Acquire.
 
     One request is under way at a time.
     """
 
-    __slots__ = ("_request_id", "_rider")
+    __slots__ = ("_request_id", "rider")
 
     def __init__(self) -> None:
         self._request_id = 0
-        self._rider = b""
+        self.rider = 0
 
     def request(self, op: Op, message: Message) -> bytes:
         """The bytes that ask `op`."""
         self._request_id = self._request_id % 0xFFFFFFFF + 1
         body = message.SerializeToString()
-        rider, self._rider = self._rider, b""
-        return rider + pack_prelude(op, self._request_id, len(body)) + body
+        return pack_prelude(op, self._request_id, len(body)) + body
 
     def reply(self, op: Op, reply: _M) -> Flow[tuple[_M, Prelude]]:
         """Receive the reply to the last request into `reply`. Raises RequestRefused with the server's words."""
         prelude = parse_prelude((yield Recv(PRELUDE_NBYTES)), MAX_BODY_NBYTES)
         body = (yield Recv(prelude.body_nbytes)) if prelude.body_nbytes else b""
         try:
-            if prelude.op == Op.ERROR:
+            if prelude.op == Op.ERROR and not prelude.payload_nbytes:
                 refusal = pb.ErrorReply.FromString(body)
                 raise RequestRefused(refusal.message or "the server refused without a reason")
             if prelude.op != op or prelude.request_id != self._request_id:
@@ -116,25 +122,16 @@ class Conversation:
             raise ProtocolError(f"unexpected payload after {op.name}")
         return answer
 
-    def release_quietly(self, lease_id: int, pinned_nbytes: int) -> Flow[None]:
-        """Give a lease back without an answer (request id 0 asks for none): now, or, if it pins little, with the next
-        request. Should none come, it ends when it expires."""
+    def release_quietly(self, lease_id: int) -> Flow[None]:
+        """Give a lease back without an answer (request id 0 asks for none)."""
         body = pb.FinishRequest(lease_id=lease_id).SerializeToString()
-        message = self._rider + pack_prelude(Op.FINISH, 0, len(body)) + body
-        self._rider = b""
-        if pinned_nbytes <= RIDER_NBYTES:
-            self._rider = message
-        else:
-            yield Send((message,))
-
-    def farewell(self) -> Flow[None]:
-        """What is left to say before the connection is closed."""
-        if self._rider:
-            yield Send((self._rider,))
+        yield Send((pack_prelude(Op.FINISH, 0, len(body)) + body,))
 
     def acquire(self, keys: bytes, *, prefix: bool = False, inline: bool = False) -> Flow[Acquired]:
         """Look up and pin `keys` (32 bytes each). With inline, payload follows: receive it with `receive_frames`."""
-        yield Send((self.request(Op.ACQUIRE, pb.AcquireRequest(keys=keys, prefix=prefix, inline=inline)),))
+        message = pb.AcquireRequest(keys=keys, prefix=prefix, inline=inline, release=self.rider)
+        self.rider = 0
+        yield Send((self.request(Op.ACQUIRE, message),))
         reply, prelude = yield from self.reply(Op.ACQUIRE, pb.AcquireReply())
         acquired = _read_acquired(reply, len(keys) // KEY_NBYTES, prefix)
         payload = sum(found.nbytes for found in acquired.entries if found) if inline else 0
@@ -160,7 +157,10 @@ class Conversation:
 
     def receive_whole(self, found: Found) -> Flow[bytearray]:
         """Receive one inline frame as bytes, unchecked."""
-        data = bytearray(found.nbytes)
+        try:
+            data = bytearray(found.nbytes)
+        except MemoryError:
+            raise ProtocolError(f"a frame of {found.nbytes} bytes does not fit this process's memory") from None
         yield RecvInto(memoryview(data))
         return data
 
@@ -170,6 +170,8 @@ class Conversation:
         reply = yield from self.call(Op.RESERVE, message, pb.ReserveReply())
         if len(reply.status) != len(frame_nbytes):
             raise ProtocolError("the server answered another number of keys than asked")
+        if pb.STORED in reply.status:
+            raise ProtocolError("the server says a frame is stored that was not sent yet")
         return reply.status
 
     def send_frames(
@@ -184,35 +186,28 @@ class Conversation:
                 yield Send(segments)
         else:
             yield from _fill_ring(ring, chain.from_iterable(frames))
-        reply, _ = yield from self.reply(Op.PUT_DONE, pb.PutReply())
-        if len(reply.status) != count:
+        reply, prelude = yield from self.reply(Op.PUT_DONE, pb.PutReply())
+        if len(reply.status) != count or prelude.payload_nbytes:
             raise ProtocolError("the server answered another number of frames than sent")
         return reply.status
 
 
 def _read_acquired(reply: pb.AcquireReply, asked: int, prefix: bool) -> Acquired:
-    status = reply.status
-    sums = reply.header_sums
+    status, places = reply.status, reply.places
     count = status.count(_FOUND)
     if len(status) > asked or (not prefix and len(status) != asked):
         raise ProtocolError(f"{len(status)} statuses for {asked} keys")
-    if not count == len(reply.offsets) == len(reply.frame_nbytes) == len(reply.header_nbytes) == len(sums) / SUM_NBYTES:
-        raise ProtocolError("the columns of an Acquire reply differ in length")
-    places = zip(
-        reply.offsets,
-        reply.frame_nbytes,
-        reply.header_nbytes,
-        [sums[start : start + SUM_NBYTES] for start in range(0, len(sums), SUM_NBYTES)],
-        strict=True,
-    )
-    entries: list[Found | None] = []
-    for code in status:
-        found = Found._make(next(places)) if code == _FOUND else None
-        if found is not None and not 0 < found.header_nbytes <= found.nbytes:
-            raise ProtocolError("a header larger than its frame")
-        entries.append(found)
+    if len(places) != count * PLACE.size:
+        raise ProtocolError(f"{len(places)} bytes of places for {count} found keys")
+    found = list(map(Found._make, PLACE.iter_unpack(places)))
+    if any(not 0 < place[2] <= min(place[1], MAX_HEADER_NBYTES) or place[1] > MAX_FRAME_NBYTES for place in found):
+        raise ProtocolError("a frame or a header of an impossible size")
+    entries: list[Found | None] = [*found]
+    if count != asked:
+        present = iter(found)
+        entries = [next(present) if code == _FOUND else None for code in status] + [None] * (asked - len(status))
     later = status.find(_LATER)
-    return Acquired(reply.lease_id, entries + [None] * (asked - len(entries)), None if later < 0 else later)
+    return Acquired(reply.lease_id, entries, None if later < 0 else later)
 
 
 def _drain(nbytes: int) -> Flow[None]:

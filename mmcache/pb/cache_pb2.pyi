@@ -122,30 +122,26 @@ class ContainsReply(_message.Message):
     def __init__(self, present: _Optional[bytes] = ...) -> None: ...
 
 class AcquireRequest(_message.Message):
-    __slots__ = ("keys", "prefix", "inline")
+    __slots__ = ("keys", "prefix", "inline", "release")
     KEYS_FIELD_NUMBER: _ClassVar[int]
     PREFIX_FIELD_NUMBER: _ClassVar[int]
     INLINE_FIELD_NUMBER: _ClassVar[int]
+    RELEASE_FIELD_NUMBER: _ClassVar[int]
     keys: bytes
     prefix: bool
     inline: bool
-    def __init__(self, keys: _Optional[bytes] = ..., prefix: bool = ..., inline: bool = ...) -> None: ...
+    release: int
+    def __init__(self, keys: _Optional[bytes] = ..., prefix: bool = ..., inline: bool = ..., release: _Optional[int] = ...) -> None: ...
 
 class AcquireReply(_message.Message):
-    __slots__ = ("lease_id", "status", "offsets", "frame_nbytes", "header_nbytes", "header_sums")
+    __slots__ = ("lease_id", "status", "places")
     LEASE_ID_FIELD_NUMBER: _ClassVar[int]
     STATUS_FIELD_NUMBER: _ClassVar[int]
-    OFFSETS_FIELD_NUMBER: _ClassVar[int]
-    FRAME_NBYTES_FIELD_NUMBER: _ClassVar[int]
-    HEADER_NBYTES_FIELD_NUMBER: _ClassVar[int]
-    HEADER_SUMS_FIELD_NUMBER: _ClassVar[int]
+    PLACES_FIELD_NUMBER: _ClassVar[int]
     lease_id: int
     status: bytes
-    offsets: _containers.RepeatedScalarFieldContainer[int]
-    frame_nbytes: _containers.RepeatedScalarFieldContainer[int]
-    header_nbytes: _containers.RepeatedScalarFieldContainer[int]
-    header_sums: bytes
-    def __init__(self, lease_id: _Optional[int] = ..., status: _Optional[bytes] = ..., offsets: _Optional[_Iterable[int]] = ..., frame_nbytes: _Optional[_Iterable[int]] = ..., header_nbytes: _Optional[_Iterable[int]] = ..., header_sums: _Optional[bytes] = ...) -> None: ...
+    places: bytes
+    def __init__(self, lease_id: _Optional[int] = ..., status: _Optional[bytes] = ..., places: _Optional[bytes] = ...) -> None: ...
 
 class ReserveRequest(_message.Message):
     __slots__ = ("keys", "parents", "frame_nbytes", "ring")

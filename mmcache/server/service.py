@@ -21,7 +21,7 @@ from mmcache.frame import parse_header
 from mmcache.pb import cache_pb2 as pb
 from mmcache.store.answers import Found, Refusal
 from mmcache.store.shard import Landing, Shard
-from mmcache.transport.base import PROTOCOL, Op
+from mmcache.transport.base import PLACE, PROTOCOL, Op
 
 KEY_NBYTES: Final = 32
 _M = TypeVar("_M", bound=Message)
@@ -108,6 +108,8 @@ class Service:
         The lease is in the reply; with inline the caller releases it after sending.
         """
         request = parse(pb.AcquireRequest(), body)
+        if request.release:
+            self.shard.release(tenant, request.release)
         keys = self.split(request.keys)
         lease_id, entries = self.shard.acquire(tenant, keys, prefix=request.prefix)
         status = bytearray(pb.FOUND if entry else pb.MISS for entry in entries)
@@ -121,14 +123,8 @@ class Service:
                 break
             room -= entry.nbytes
             found.append(entry)
-        reply = pb.AcquireReply(
-            lease_id=lease_id,
-            status=bytes(status),
-            offsets=[entry.offset for entry in found],
-            frame_nbytes=[entry.nbytes for entry in found],
-            header_nbytes=[entry.header_nbytes for entry in found],
-            header_sums=b"".join(entry.header_sum for entry in found),
-        )
+        places = b"".join([PLACE.pack(*entry) for entry in found])
+        reply = pb.AcquireReply(lease_id=lease_id, status=bytes(status), places=places)
         return reply, found, request.inline
 
     def reserve(self, tenant: int, request: pb.ReserveRequest) -> tuple[bytes, list[Landing]]:

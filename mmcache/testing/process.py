@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Mapping
 from types import TracebackType
 
 from mmcache.errors import TransportError
@@ -17,12 +18,18 @@ from mmcache.errors import TransportError
 class ServerProcess:
     """Starts a server on a free loopback port and stops it on leaving; `url` reaches it. Use as a context manager.
 
-    Extra words go to `mmcache serve` as they are. Raises TransportError with the server's own words if it does not
-    become ready.
+    Extra words go to `mmcache serve` as they are; `environment` adds MMCACHE_ settings, of which none are inherited.
+    `said` is what it wrote to stderr, once it has ended. Raises TransportError with the server's own words if it does
+    not become ready.
     """
 
     def __init__(
-        self, memory: str = "1GiB", *arguments: str, listen: str = "127.0.0.1:0", ready_s: float = 30.0
+        self,
+        memory: str = "1GiB",
+        *arguments: str,
+        listen: str = "127.0.0.1:0",
+        ready_s: float = 30.0,
+        environment: Mapping[str, str] | None = None,
     ) -> None:
         command = [
             sys.executable,
@@ -37,14 +44,15 @@ class ServerProcess:
             *arguments,
         ]
         self._command, self._ready_s = command, ready_s
+        inherited = {name: value for name, value in os.environ.items() if not name.startswith("MMCACHE_")}
+        self._environment = inherited | dict(environment or {})
         self.process: subprocess.Popen[str] | None = None
-        self.url = self.unix_path = ""
+        self.url = self.unix_path = self.said = ""
 
     def start(self) -> ServerProcess:
         """Start it and wait until it accepts."""
-        environment = {name: value for name, value in os.environ.items() if not name.startswith("MMCACHE_")}
         process = subprocess.Popen(
-            self._command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment
+            self._command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=self._environment
         )
         assert process.stdout is not None
         assert process.stderr is not None
@@ -74,10 +82,10 @@ class ServerProcess:
             return 0
         process.send_signal(signal_number)
         try:
-            process.communicate(timeout=timeout_s)
+            _, self.said = process.communicate(timeout=timeout_s)
         except subprocess.TimeoutExpired:
             process.kill()
-            process.communicate()
+            _, self.said = process.communicate()
         return process.returncode
 
     def rss_nbytes(self) -> int:
@@ -96,7 +104,7 @@ class ServerProcess:
         process, self.process = self.process, None
         if process is None:
             return 0
-        process.communicate()
+        _, self.said = process.communicate()
         return process.returncode
 
     def __enter__(self) -> ServerProcess:

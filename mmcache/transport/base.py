@@ -96,6 +96,9 @@ class Found(NamedTuple):
     header_sum: bytes
 
 
+PLACE: Final = Struct("<QQI16s")  # a Found in an Acquire reply
+
+
 class WriteSlots(Protocol):
     """A ring of write slots; slot numbers count up for ever and wrap."""
 

@@ -22,6 +22,7 @@ from mmcache.errors import DeadlineExceeded, TransportError
 Buffer = bytes | bytearray | memoryview
 _IOV_MAX: Final = 512
 _MAX_FDS: Final = 2
+SHORT_NBYTES: Final = 64 << 10
 READ_AHEAD_NBYTES: Final = 16 << 10  # small messages arrive whole in one system call; payloads bypass this
 
 
@@ -63,6 +64,8 @@ class Channel:
 
     def send(self, buffers: Sequence[Buffer], deadline: float | None) -> None:
         """Send all the buffers, in order, without joining them."""
+        if len(buffers) == 1 and self._send_one(buffers[0], deadline):
+            return
         pending = [memoryview(b).cast("B") for b in buffers if len(b)]
         start = 0
         try:
@@ -78,6 +81,19 @@ class Channel:
             raise DeadlineExceeded("the peer did not take the bytes in time") from None
         except OSError as error:
             raise _as_transport_error(error) from error
+
+    def _send_one(self, data: Buffer, deadline: float | None) -> bool:
+        """Try a short message in one call; False if nothing was sent."""
+        if len(data) > SHORT_NBYTES:
+            return False
+        self._send_timeout_s = self._arm(socket.SO_SNDTIMEO, self._send_timeout_s, deadline)
+        try:
+            self.sock.sendall(data)
+        except BlockingIOError:
+            raise DeadlineExceeded("the peer did not take the bytes in time") from None
+        except OSError as error:
+            raise _as_transport_error(error) from error
+        return True
 
     def recv_into(self, view: memoryview, deadline: float | None) -> None:
         """Fill `view` (bytes) completely: from what was read ahead, the rest straight from the socket."""
@@ -99,7 +115,17 @@ class Channel:
 
     def wait_message(self) -> None:
         """Wait, as long as it takes, for the first byte of what comes next."""
-        self._read_ahead(1, None)
+        while self._start == self._end:
+            self._start = self._end = 0
+            try:
+                count = self.sock.recv_into(self._ahead)
+            except BlockingIOError:
+                continue  # a timeout armed for an earlier call
+            except OSError as error:
+                raise _as_transport_error(error) from error
+            if count == 0:
+                raise TransportError("the peer closed the connection")
+            self._end = count
 
     def recv_available_into(self, view: memoryview) -> int:
         """What has already arrived, at most `view`: 0 when nothing has. Never waits. Raises on a closed peer."""

@@ -39,6 +39,22 @@ def test_a_full_arena_of_equal_sizes_is_refilled_exactly() -> None:
     extents.check_integrity()
 
 
+def test_a_hole_of_the_same_class_that_is_too_small_is_not_given() -> None:
+    small, large = 64 * 64, 65 * 64  # one class
+    assert size_class(64) == size_class(65)
+    extents = Extents(small + 64 + 2 * large, 64, 8)
+    hole, _wall = extents.alloc(small), extents.alloc(64)
+    assert hole is not None
+    extents.free(hole[0])
+    for offset in (small + 64, small + 64 + large):
+        place = extents.alloc(large)
+        assert place is not None
+        assert place[1] == offset
+        extents.check_integrity()
+    assert extents.alloc(large) is None
+    assert extents.alloc(small) is not None
+
+
 @pytest.mark.parametrize("order", [(0, 1, 2), (2, 1, 0), (0, 2, 1), (1, 0, 2), (1, 2, 0), (2, 0, 1)])
 def test_neighbours_coalesce_in_any_order_of_frees(order: tuple[int, int, int]) -> None:
     extents = Extents(192, 64, 3)

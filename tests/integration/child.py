@@ -1,0 +1,158 @@
+"""What the client processes of these tests do: `python -m tests.integration.child FUNCTION URL WORDS...`.
+
+They stop themselves with SIGSTOP exactly where a test wants them stopped, so that no test depends on timing.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import sys
+import time
+from collections.abc import Iterator
+from typing import Any, TypeVar
+
+import numpy as np
+
+import mmcache
+from mmcache.client.batch import PutBatch, get_run
+from mmcache.client.link import Dialer, Link
+from mmcache.client.protocol import Flow, put_result
+from mmcache.config import parse_url
+from mmcache.errors import LeaseLost
+from mmcache.keyset import Keys
+from mmcache.tensors import as_numpy, named_tensors
+from mmcache.transport.base import MISS, Result
+from tests.integration.support import blanks, keys_of, value_of, values_of
+
+T = TypeVar("T")
+
+
+def say(**what: Any) -> None:
+    """One line to the test."""
+    print(json.dumps(what), flush=True)
+
+
+def stop() -> None:
+    """Stop this process until somebody sends SIGCONT."""
+    os.kill(os.getpid(), signal.SIGSTOP)
+
+
+def open_link(url: str) -> Link:
+    """A link as a Client would open it."""
+    return Dialer(parse_url(url)).open(time.monotonic() + 30)
+
+
+def hold(url: str, label: str, count: str, nbytes: str) -> None:
+    """Lease entries, look at them without a copy, wait for a line, look again, and give the lease back."""
+    keys = keys_of(int(count), label)
+    with mmcache.connect(url) as cache:
+        lease = cache.acquire(keys)
+        frames = [frame for frame in lease.frames if frame is not None]
+        views = [as_numpy(tensor.spec, frame.payload(tensor)) for frame in frames for tensor in frame.header.tensors]
+        before = [bool(np.array_equal(v, value_of(k, int(nbytes)))) for v, k in zip(views, keys.digests, strict=True)]
+        say(leased=len(frames), right=all(before), at_s=time.monotonic())
+        sys.stdin.readline()
+        after = [bool(np.array_equal(v, value_of(k, int(nbytes)))) for v, k in zip(views, keys.digests, strict=True)]
+        try:
+            lease.__exit__(None, None, None)
+            lost = False
+        except LeaseLost:
+            lost = True
+        say(lost=lost, right=all(after))
+
+
+class StoppingLink(Link):
+    """A link whose process stops once, after what it asked for has been answered."""
+
+    stopped = False
+
+    def run(self, flow: Flow[T], deadline: float) -> T:
+        result = super().run(flow, deadline)
+        if not self.stopped:
+            self.stopped = True
+            stop()
+        return result
+
+
+def stop_in_get(url: str, label: str, count: str, nbytes: str, verify: str) -> None:
+    """Stop between the answer to Acquire and the first byte read, then go on reading."""
+    keys, size = keys_of(int(count), label), int(nbytes)
+    opened = open_link(url)
+    link = StoppingLink(opened.channel, opened.joined, opened.arena, opened.ring)
+    buffers = blanks(len(keys), size)
+    results: list[Result] = [MISS] * len(keys)
+    targets = [named_tensors(buffer, writable=True) for buffer in buffers]
+    reason = ""
+    try:
+        run = range(len(keys))
+        get_run(link, keys.digests, targets, results, run, verify == "verify", time.monotonic() + 60)
+    except OSError as error:  # a broken connection: the Client answers misses
+        reason = str(error)
+    wrong = sum(
+        bool(result) and not np.array_equal(buffer, value_of(digest, size))
+        for result, buffer, digest in zip(results, buffers, keys.digests, strict=True)
+    )
+    changed = sum(not np.array_equal(b, value_of(k, size)) for b, k in zip(buffers, keys.digests, strict=True))
+    say(outcomes=[result.outcome for result in results], wrong=wrong, changed=changed, reason=reason)
+
+
+def _until_half(segments: list[bytes | memoryview], then: Any) -> Iterator[bytes | memoryview]:
+    header, payload = segments
+    yield header
+    yield payload[: len(payload) // 2]
+    then()
+    yield payload[len(payload) // 2 :]
+
+
+def _put(url: str, label: str, nbytes: str, then: Any) -> None:
+    keys = keys_of(1, label)
+    link = open_link(url)
+    deadline = time.monotonic() + 60
+    value = named_tensors(value_of(keys.digests[0], int(nbytes)))
+    batch = PutBatch(keys, [value], [], range(1), link.joined.alignment, None)
+    segments = batch._segments(0)
+    size = sum(len(segment) for segment in segments)
+    conversation = link.conversation
+    column, parents = b"".join(keys.digests), b"".join(keys.parents)
+    say(reserved=list(link.run(conversation.reserve(column, parents, [size], link.ring is not None), deadline)))
+    pieces: Any = _until_half(segments, then)
+    if link.ring is None:  # the channel takes a frame's buffers as a whole: send the first half on its own
+        link.channel.send([next(pieces), next(pieces)], deadline)
+        pieces = list(pieces)
+    try:
+        status = link.run(conversation.send_frames([pieces], 1, link.ring), deadline)
+        say(outcome=put_result(status[0]).outcome, reason=put_result(status[0]).reason)
+    except OSError as error:
+        say(outcome="unavailable", reason=str(error))
+
+
+def stop_in_put(url: str, label: str, nbytes: str) -> None:
+    """Stop after half of a frame's bytes have gone out, then send the rest."""
+    _put(url, label, nbytes, stop)
+
+
+def wait_in_put(url: str, label: str, nbytes: str) -> None:
+    """Say so after half of a frame's bytes have gone out, and wait for a line."""
+
+    def wait() -> None:
+        say(half=True, at_s=time.monotonic())
+        sys.stdin.readline()
+
+    _put(url, label, nbytes, wait)
+
+
+def round_trip(url: str, label: str, count: str, nbytes: str) -> None:
+    """Put and read back over a connection of this process's own."""
+    keys: Keys = keys_of(int(count), label)
+    values, buffers = values_of(keys, int(nbytes)), blanks(int(count), int(nbytes))
+    with mmcache.connect(url) as cache:
+        stored = all(cache.put(keys, values))
+        hit = all(cache.get_into(keys, buffers))
+    say(stored=stored, hit=hit, right=all(map(np.array_equal, values, buffers)))
+
+
+if __name__ == "__main__":
+    FUNCTIONS = (hold, stop_in_get, stop_in_put, wait_in_put, round_trip)
+    {function.__name__: function for function in FUNCTIONS}[sys.argv[1]](*sys.argv[2:])

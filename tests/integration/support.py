@@ -1,0 +1,212 @@
+"""What the integration tests share: keys whose values follow from them, a client of raw messages, child processes."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import blake3
+import numpy as np
+import pytest
+from google.protobuf.message import Message
+from numpy.typing import NDArray
+
+from mmcache.client.batch import PutBatch
+from mmcache.keys import Namespace, opaque_key
+from mmcache.keyset import Keys
+from mmcache.pb import cache_pb2 as pb
+from mmcache.tensors import named_tensors
+from mmcache.testing.process import ServerProcess
+from mmcache.transport.base import PRELUDE_NBYTES, Op, pack_prelude, parse_prelude
+
+ROOT = Path(__file__).resolve().parents[2]
+NAMESPACE = Namespace(kind="kv", model="test/model", dtype="uint8", layout="LBHNC", block_size=16)
+PATIENCE_S = 20.0  # how long a busy machine may take over what should be immediate
+MiB = 1 << 20
+
+Bytes = NDArray[np.uint8]
+
+
+def keys_of(count: int, label: str) -> Keys:
+    """`count` keys without parents; other labels give other keys."""
+    return Keys.of([opaque_key(NAMESPACE, f"{label}/{i}".encode()) for i in range(count)])
+
+
+def value_of(digest: bytes, nbytes: int) -> Bytes:
+    """The only right value of a key, recomputed from it."""
+    return np.frombuffer(blake3.blake3(digest).digest(nbytes), np.uint8)
+
+
+def values_of(keys: Keys, nbytes: int) -> list[Bytes]:
+    """The only right values of `keys`."""
+    return [value_of(digest, nbytes) for digest in keys.digests]
+
+
+def blanks(count: int, nbytes: int) -> list[Bytes]:
+    """Destinations that hold nobody's value."""
+    return [np.full(nbytes, 0xA5, np.uint8) for _ in range(count)]
+
+
+def eventually(holds: Callable[[], Any], what: str, patience_s: float = PATIENCE_S) -> Any:
+    """Wait until `holds()` is true and return it; fail the test naming `what` if it never is."""
+    deadline = time.monotonic() + patience_s
+    while not (answer := holds()):
+        if time.monotonic() > deadline:
+            pytest.fail(f"never happened: {what}")
+        time.sleep(0.02)
+    return answer
+
+
+def frame_bytes(keys: Keys, values: Sequence[Any], position: int = 0, alignment: int = 64) -> bytes:
+    """The frame a client would send for one of these keys, as one string of bytes."""
+    batch = PutBatch(keys, [named_tensors(value) for value in values], [], range(len(keys)), alignment, None)
+    return b"".join(bytes(segment) for segment in batch._segments(position))
+
+
+class Raw:
+    """A connection that sends exactly the bytes a test wants. Use as a context manager."""
+
+    def __init__(self, target: ServerProcess | str) -> None:
+        """To a server's port, or to the unix socket at a path."""
+        if isinstance(target, str):
+            self.sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+            self.sock.settimeout(PATIENCE_S)
+            self.sock.connect(target)
+        else:
+            host, _, port = target.url.removeprefix("mmcache://").rpartition(":")
+            self.sock = socket.create_connection((host, int(port)), PATIENCE_S)
+
+    def __enter__(self) -> Raw:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.sock.close()
+
+    def send(self, data: bytes) -> None:
+        """These bytes, as they are."""
+        self.sock.sendall(data)
+
+    def ask(self, op: Op, message: Message, payload_nbytes: int = 0) -> None:
+        """One well-formed request; an announced payload is the caller's to send."""
+        body = message.SerializeToString()
+        self.send(pack_prelude(op, 7, len(body), payload_nbytes) + body)
+
+    def recv(self, nbytes: int) -> bytes:
+        """Exactly this many bytes."""
+        data = b""
+        while len(data) < nbytes:
+            piece = self.sock.recv(nbytes - len(data))
+            assert piece, f"the server closed the connection after {data!r}"
+            data += piece
+        return data
+
+    def answer(self) -> tuple[Op, bytes]:
+        """The next message's operation and body."""
+        prelude = parse_prelude(self.recv(PRELUDE_NBYTES), 1 << 24)
+        return prelude.op, self.recv(prelude.body_nbytes)
+
+    def refusal(self) -> pb.ErrorReply:
+        """The next message, which must be an ERROR."""
+        op, body = self.answer()
+        assert op == Op.ERROR
+        return pb.ErrorReply.FromString(body)
+
+    def join(self) -> pb.JoinReply:
+        """Join without shared memory."""
+        self.ask(Op.JOIN, pb.JoinRequest(protocol=1, client="raw"))
+        op, body = self.answer()
+        assert op == Op.JOIN
+        return pb.JoinReply.FromString(body)
+
+    def reserve(self, keys: Keys, sizes: Sequence[int]) -> bytes:
+        """Ask to store frames of these sizes; one PutStatus byte a key."""
+        column, parents = b"".join(keys.digests), b"".join(keys.parents)
+        self.ask(Op.RESERVE, pb.ReserveRequest(keys=column, parents=parents, frame_nbytes=sizes))
+        op, body = self.answer()
+        assert op == Op.RESERVE
+        return bytes(pb.ReserveReply.FromString(body).status)
+
+    def put_done(self) -> bytes:
+        """The server's last word on a put; one PutStatus byte a frame."""
+        op, body = self.answer()
+        assert op == Op.PUT_DONE
+        return bytes(pb.PutReply.FromString(body).status)
+
+    def closed_by_peer(self) -> bool:
+        """Wait until the server hangs up; False if it says something instead."""
+        try:
+            return self.sock.recv(1) == b""
+        except ConnectionError:
+            return True
+
+
+class Child:
+    """A client process of its own, running one function of child.py; they talk in lines of JSON."""
+
+    def __init__(self, *words: str) -> None:
+        self.process = subprocess.Popen(
+            [sys.executable, "-m", "tests.integration.child", *words],
+            cwd=ROOT,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+
+    def hear(self) -> dict[str, Any]:
+        """The child's next line."""
+        assert self.process.stdout is not None
+        line = self.process.stdout.readline()
+        assert line, f"the child ended with {self.process.wait()} and said nothing"
+        said: dict[str, Any] = json.loads(line)
+        return said
+
+    def tell(self) -> None:
+        """Let the child go on."""
+        assert self.process.stdin is not None
+        self.process.stdin.write("\n")
+        self.process.stdin.flush()
+
+    def wait_stopped(self) -> None:
+        """Wait until the child is stopped by a signal."""
+        _, status = os.waitpid(self.process.pid, os.WUNTRACED)
+        assert os.WIFSTOPPED(status), f"the child ended with status {status} instead of stopping"
+
+    def signal(self, number: int) -> None:
+        """Send it a signal."""
+        self.process.send_signal(number)
+
+    def end(self) -> int:
+        """Wait for its end; the exit status."""
+        return self.process.wait(PATIENCE_S)
+
+
+@contextlib.contextmanager
+def child(*words: str) -> Iterator[Child]:
+    """A child that is gone when the block ends."""
+    running = Child(*words)
+    try:
+        yield running
+    finally:
+        running.process.kill()
+        running.process.communicate()
+
+
+def run_cli(*words: str, environment: dict[str, str] | None = None) -> subprocess.CompletedProcess[str]:
+    """`mmcache WORDS...` run to its end, without the caller's own settings."""
+    clean = {name: value for name, value in os.environ.items() if not name.startswith("MMCACHE_")}
+    return subprocess.run(
+        [sys.executable, "-m", "mmcache", *words],
+        capture_output=True,
+        text=True,
+        env=clean | {"COLUMNS": "200"} | (environment or {}),
+        timeout=60,
+        check=False,
+    )
