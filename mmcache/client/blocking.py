@@ -6,11 +6,12 @@ raise only UsageError, for arguments that can never work; whatever happens to th
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import threading
 import time
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from types import TracebackType
 from typing import Any, Self, TypeVar
@@ -45,7 +46,7 @@ class Client:
         self._dialer = Dialer(config, attach)
         self._breaker = Breaker()
         self._closed = False
-        self._idle: list[Link] = []
+        self._idle: deque[Link] = deque()
         self._start_pool()
 
     def __enter__(self) -> Self:
@@ -210,9 +211,7 @@ class Client:
         """Close every link of this process. Leases still held end by themselves."""
         self._closed = True
         if os.getpid() == self._pid:
-            with self._changed:
-                links = list(self._idle)
-            for link in links:
+            for link in list(self._idle):
                 link.say_goodbye()
         self._forget_links()
 
@@ -220,8 +219,8 @@ class Client:
 
     def _start_pool(self) -> None:
         """Begin without links, also in a forked child: the parent's connections are not its to speak on."""
-        inherited, self._idle = self._idle, []
-        self._links = 0
+        inherited, self._idle = self._idle, deque()
+        self._links = self._waiting = 0
         self._changed = threading.Condition(threading.Lock())
         self._pid = os.getpid()
         for link in inherited:
@@ -229,11 +228,9 @@ class Client:
 
     def _forget_links(self) -> None:
         """Take the idle links out of the pool and close them."""
-        with self._changed:
-            links, self._idle = self._idle, []
-            self._links -= len(links)
-        for link in links:
-            link.close()
+        with contextlib.suppress(IndexError):
+            while True:
+                self._drop(self._idle.pop())
 
     def _borrow(self, deadline: float) -> Link:
         """An idle link, or a new one while there is room, or the next that comes back. Raises TransportError."""
@@ -241,29 +238,48 @@ class Client:
             raise UsageError("this client is closed; connect again")
         if os.getpid() != self._pid:
             self._start_pool()
-        with self._changed:
-            while not self._idle and self._links >= self.config.max_connections:
-                if not self._changed.wait(max(0.0, deadline - time.monotonic())):
-                    raise TransportError(f"all {self._links} connections are busy; raise max_connections")
-            if self._idle:
-                return self._idle.pop()
-            self._links += 1
         try:
-            return self._dialer.open(deadline)
-        except BaseException:
-            self._give_back(None)
-            raise
+            return self._idle.pop()
+        except IndexError:
+            link = self._wait_for_link(deadline)
+        if link is None:
+            try:
+                link = self._dialer.open(deadline)
+            except BaseException:
+                self._drop(None)
+                raise
+        return link
 
-    def _give_back(self, link: Link | None) -> None:
-        """Return a usable link; None for one that was closed, or never opened."""
+    def _wait_for_link(self, deadline: float) -> Link | None:
+        """A link that came back, or None with room for a new one taken."""
         with self._changed:
-            if link is None or self._closed:
-                self._links -= 1
-            else:
-                self._idle.append(link)
-            self._changed.notify()
-        if link is not None and self._closed:
+            self._waiting += 1
+            try:
+                while not self._idle and self._links >= self.config.max_connections:
+                    if not self._changed.wait(max(0.0, deadline - time.monotonic())):
+                        raise TransportError(f"all {self._links} connections are busy; raise max_connections")
+                with contextlib.suppress(IndexError):
+                    return self._idle.pop()
+                self._links += 1
+                return None
+            finally:
+                self._waiting -= 1
+
+    def _give_back(self, link: Link) -> None:
+        self._idle.append(link)
+        if self._closed:
+            self._forget_links()
+        if self._waiting:
+            with self._changed:
+                self._changed.notify()
+
+    def _drop(self, link: Link | None) -> None:
+        """Close a link that left the pool (None: it was never opened) and make room for another."""
+        if link is not None:
             link.close()
+        with self._changed:
+            self._links -= 1
+            self._changed.notify()
 
     def _demand(self, ask: Callable[[Link, float], T]) -> T:
         """Run `ask` on a link; one more try on a fresh link if a kept one turns out to be dead."""
@@ -285,9 +301,10 @@ class Client:
                 self._forget_links()
             finally:
                 link.kept = usable
-                if not usable:
-                    link.close()
-                self._give_back(link if usable else None)
+                if usable:
+                    self._give_back(link)
+                else:
+                    self._drop(link)
 
     def _attempt(self, ask: Callable[[Link, float], T], fail: Callable[[str], T]) -> T:
         """As `_demand`, but a failure becomes `fail(reason)`; a server that just failed is left alone for a while."""

@@ -65,7 +65,8 @@ class LeasedFrames:
         """Give the lease back; True if everything seen under it was right until now. Safe to call twice."""
         lease_ids, self._lease_ids = self._lease_ids, []
         self.frames = [None] * len(self.frames)
-        return all([self._release(lease_id) for lease_id in lease_ids]) if self._release else True
+        held = [self._release(lease_id) for lease_id in lease_ids] if self._release else []
+        return all(held)
 
 
 def _received(link: Link, found: Found, key: bytes, deadline: float) -> Frame | None:

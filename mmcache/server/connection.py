@@ -73,18 +73,22 @@ class Connection:
         return time.monotonic() + self.service.config.io_timeout_s
 
     def _receive_head(self) -> tuple[bytes, list[int]]:
-        """The next prelude, waiting as long as it takes for its first byte but not for the rest."""
-        if self.same_host and not self._joined:
-            data, fds = self.channel.recv_with_fds(PRELUDE_NBYTES, None)
-            return data, fds
+        """The next prelude. After Join its first byte may take as long as it likes; nothing else may."""
+        if not self._joined:
+            if self.same_host:
+                return self.channel.recv_with_fds(PRELUDE_NBYTES, self._deadline())
+            return self.channel.recv(PRELUDE_NBYTES, self._deadline()), []
         self.channel.wait_message()
         return self.channel.recv(PRELUDE_NBYTES, self._deadline()), []
 
     def _serve_one(self, head: bytes, fds: list[int]) -> None:
-        if is_http(head):
+        try:
+            prelude = parse_prelude(head, self.service.config.max_body_nbytes)
+        except ProtocolError:
+            if not is_http(head):
+                raise
             self.channel.send([_HTTP_ANSWER], self._deadline())
-            raise TransportError("an HTTP client")
-        prelude = parse_prelude(head, self.service.config.max_body_nbytes)
+            raise TransportError("an HTTP client") from None
         if prelude.payload_nbytes:
             raise ProtocolError(f"{prelude.op.name} announces payload; it follows only after the server's answer")
         body = self.channel.recv(prelude.body_nbytes, self._deadline()) if prelude.body_nbytes else b""
@@ -108,7 +112,7 @@ class Connection:
         self, prelude: Prelude, message: Message, payload: Sequence[memoryview] = (), op: Op | None = None
     ) -> None:
         body = message.SerializeToString()
-        payload_nbytes = sum(map(len, payload))
+        payload_nbytes = sum(map(len, payload)) if payload else 0
         head = pack_prelude(op or prelude.op, prelude.request_id, len(body), payload_nbytes) + body
         self.channel.send([head, *payload], self._deadline())
 
