@@ -62,7 +62,7 @@ class ServerConfig:
     max_connections: int = 256
     max_batch_keys: int = 4096
     max_body_nbytes: int = 2 * MiB
-    max_inline_nbytes: int = 256 * MiB
+    max_inline_nbytes: int = 256 * MiB  # pinned by one Acquire or reserved by one Reserve; memory / 8 if that is less
     max_inflight_nbytes: int = GiB
     io_timeout_s: float = 10.0
     drain_s: float = 5.0
@@ -82,6 +82,11 @@ class ServerConfig:
             raise ConfigError(f"alignment is {self.alignment}; it must be a power of two from 64 to 65536")
         if self.memory_nbytes < 64 * KiB:
             raise ConfigError(f"memory is {self.memory_nbytes} bytes; the least is 64KiB, and 1GiB or more is usual")
+
+    @property
+    def max_batch_nbytes(self) -> int:
+        """The most bytes one request may pin or reserve: a batch must not push the rest of the cache out."""
+        return min(self.max_inline_nbytes, self.memory_nbytes // 8)
 
     @property
     def entries(self) -> int:

@@ -34,7 +34,8 @@ def get_run(
     """Read the keys of `run` that one Acquire covers; returns where the next one starts."""
     conversation, arena = link.conversation, link.arena
     column = b"".join(digests[run.start : run.stop])
-    acquired = link.run(conversation.acquire(column, inline=arena is None), deadline)
+    limit = link.joined.limits.inline_nbytes
+    acquired = link.run(conversation.acquire(column, inline=arena is None, max_nbytes=limit), deadline)
     read: list[tuple[int, Result]] = []
     for position, found in zip(run, acquired.entries, strict=True):
         if found is None:
@@ -70,6 +71,10 @@ def described(namespace: bytes) -> NamespaceId:
     return namespace
 
 
+def _kind_of(namespace: bytes) -> Kind:
+    return Kind[described(namespace).kind.upper()]
+
+
 class PutBatch:
     """One Reserve and the frames it wants: headers are made, and payloads hashed, only for what is wanted."""
 
@@ -94,6 +99,7 @@ class PutBatch:
             b"".join(rows.digests[start:stop]),
             b"".join(rows.parents[start:stop]),
             self.sizes[start:stop],
+            bytes(_kind_of(rows.namespaces[position]) for position in self.run),
             link.ring is not None,
         )
         status = link.run(reserve, deadline)
@@ -108,7 +114,7 @@ class PutBatch:
         rows, value = self.rows, self.values[position]
         namespace = described(rows.namespaces[position])
         meta = FrameMeta(
-            kind=Kind[namespace.kind.upper()],
+            kind=_kind_of(namespace),
             key=rows.digests[position],
             namespace=namespace,
             parent=rows.parents[position],

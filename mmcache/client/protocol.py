@@ -127,9 +127,11 @@ class Conversation:
         body = pb.FinishRequest(lease_id=lease_id).SerializeToString()
         yield Send((pack_prelude(Op.FINISH, 0, len(body)) + body,))
 
-    def acquire(self, keys: bytes, *, prefix: bool = False, inline: bool = False) -> Flow[Acquired]:
+    def acquire(
+        self, keys: bytes, *, prefix: bool = False, inline: bool = False, max_nbytes: int = 0
+    ) -> Flow[Acquired]:
         """Look up and pin `keys` (32 bytes each). With inline, payload follows: receive it with `receive_frames`."""
-        message = pb.AcquireRequest(keys=keys, prefix=prefix, inline=inline, release=self.rider)
+        message = pb.AcquireRequest(keys=keys, prefix=prefix, inline=inline, release=self.rider, max_nbytes=max_nbytes)
         self.rider = 0
         yield Send((self.request(Op.ACQUIRE, message),))
         reply, prelude = yield from self.reply(Op.ACQUIRE, pb.AcquireReply())
@@ -164,9 +166,11 @@ class Conversation:
         yield RecvInto(memoryview(data))
         return data
 
-    def reserve(self, keys: bytes, parents: bytes, frame_nbytes: Sequence[int], ring: bool) -> Flow[bytes]:
-        """Ask to store frames of these sizes; the answer is one PutStatus byte a key."""
-        message = pb.ReserveRequest(keys=keys, parents=parents, frame_nbytes=frame_nbytes, ring=ring)
+    def reserve(
+        self, keys: bytes, parents: bytes, frame_nbytes: Sequence[int], kinds: bytes, ring: bool
+    ) -> Flow[bytes]:
+        """Ask to store frames of these sizes and kinds; the answer is one PutStatus byte a key."""
+        message = pb.ReserveRequest(keys=keys, parents=parents, frame_nbytes=frame_nbytes, kinds=kinds, ring=ring)
         reply = yield from self.call(Op.RESERVE, message, pb.ReserveReply())
         if len(reply.status) != len(frame_nbytes):
             raise ProtocolError("the server answered another number of keys than asked")

@@ -122,16 +122,18 @@ class ContainsReply(_message.Message):
     def __init__(self, present: _Optional[bytes] = ...) -> None: ...
 
 class AcquireRequest(_message.Message):
-    __slots__ = ("keys", "prefix", "inline", "release")
+    __slots__ = ("keys", "prefix", "inline", "release", "max_nbytes")
     KEYS_FIELD_NUMBER: _ClassVar[int]
     PREFIX_FIELD_NUMBER: _ClassVar[int]
     INLINE_FIELD_NUMBER: _ClassVar[int]
     RELEASE_FIELD_NUMBER: _ClassVar[int]
+    MAX_NBYTES_FIELD_NUMBER: _ClassVar[int]
     keys: bytes
     prefix: bool
     inline: bool
     release: int
-    def __init__(self, keys: _Optional[bytes] = ..., prefix: bool = ..., inline: bool = ..., release: _Optional[int] = ...) -> None: ...
+    max_nbytes: int
+    def __init__(self, keys: _Optional[bytes] = ..., prefix: bool = ..., inline: bool = ..., release: _Optional[int] = ..., max_nbytes: _Optional[int] = ...) -> None: ...
 
 class AcquireReply(_message.Message):
     __slots__ = ("lease_id", "status", "places")
@@ -144,16 +146,18 @@ class AcquireReply(_message.Message):
     def __init__(self, lease_id: _Optional[int] = ..., status: _Optional[bytes] = ..., places: _Optional[bytes] = ...) -> None: ...
 
 class ReserveRequest(_message.Message):
-    __slots__ = ("keys", "parents", "frame_nbytes", "ring")
+    __slots__ = ("keys", "parents", "frame_nbytes", "ring", "kinds")
     KEYS_FIELD_NUMBER: _ClassVar[int]
     PARENTS_FIELD_NUMBER: _ClassVar[int]
     FRAME_NBYTES_FIELD_NUMBER: _ClassVar[int]
     RING_FIELD_NUMBER: _ClassVar[int]
+    KINDS_FIELD_NUMBER: _ClassVar[int]
     keys: bytes
     parents: bytes
     frame_nbytes: _containers.RepeatedScalarFieldContainer[int]
     ring: bool
-    def __init__(self, keys: _Optional[bytes] = ..., parents: _Optional[bytes] = ..., frame_nbytes: _Optional[_Iterable[int]] = ..., ring: bool = ...) -> None: ...
+    kinds: bytes
+    def __init__(self, keys: _Optional[bytes] = ..., parents: _Optional[bytes] = ..., frame_nbytes: _Optional[_Iterable[int]] = ..., ring: bool = ..., kinds: _Optional[bytes] = ...) -> None: ...
 
 class ReserveReply(_message.Message):
     __slots__ = ("status",)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Sequence
+from typing import Final
 
 import numpy as np
 from google.protobuf.message import Message
@@ -32,6 +33,7 @@ from mmcache.transport.shm import RingView
 from mmcache.transport.tcp import Channel, close_fds
 
 log = logging.getLogger("mmcache.server")
+INLINE_LEASE_SHARE: Final = 0.8  # of the lease: payload that was not sent by then is not sent, as it may change soon
 _HTTP_ANSWER = (
     b"HTTP/1.1 400 Bad Request\r\nContent-Type: text/plain\r\nConnection: close\r\n\r\n"
     b"This port speaks mmcache's framed protocol, not HTTP. Connect with mmcache://HOST:PORT.\n"
@@ -109,12 +111,18 @@ class Connection:
             self._error(prelude.request_id, error.code, str(error))
 
     def _reply(
-        self, prelude: Prelude, message: Message, payload: Sequence[memoryview] = (), op: Op | None = None
+        self,
+        prelude: Prelude,
+        message: Message,
+        payload: Sequence[memoryview] = (),
+        *,
+        op: Op | None = None,
+        deadline: float | None = None,
     ) -> None:
         body = message.SerializeToString()
         payload_nbytes = sum(map(len, payload)) if payload else 0
         head = pack_prelude(op or prelude.op, prelude.request_id, len(body), payload_nbytes) + body
-        self.channel.send([head, *payload], self._deadline())
+        self.channel.send([head, *payload], deadline or self._deadline())
 
     def _error(self, request_id: int, code: int, message: str) -> None:
         body = pb.ErrorReply(code=code, message=message).SerializeToString()  # type: ignore[arg-type]
@@ -147,13 +155,15 @@ class Connection:
         self.channel.send_with_fds(head, [self.service.shard.arena.fd], self._deadline())
 
     def _acquire(self, prelude: Prelude, body: bytes) -> None:
+        config = self.service.config
+        deadline = time.monotonic() + min(config.io_timeout_s, INLINE_LEASE_SHARE * config.lease_s)
         reply, found, inline = self.service.acquire(self.tenant, body)
         if not inline:
             self._reply(prelude, reply)
             return
         lease_id, reply.lease_id = reply.lease_id, 0
         try:
-            self._reply(prelude, reply, [self.service.shard.view(entry) for entry in found])
+            self._reply(prelude, reply, [self.service.shard.view(entry) for entry in found], deadline=deadline)
         finally:
             if lease_id:
                 self.service.shard.release(self.tenant, lease_id)

@@ -17,7 +17,7 @@ from google.protobuf.message import DecodeError, Message
 from mmcache._version import __version__
 from mmcache.config import ServerConfig
 from mmcache.errors import KeyInputError, MMCacheError
-from mmcache.frame import parse_header
+from mmcache.frame import Kind, parse_header
 from mmcache.pb import cache_pb2 as pb
 from mmcache.store.answers import Found, Refusal
 from mmcache.store.shard import Landing, Shard
@@ -25,6 +25,8 @@ from mmcache.transport.base import PLACE, PROTOCOL, Op
 
 KEY_NBYTES: Final = 32
 _M = TypeVar("_M", bound=Message)
+_KINDS: Final = frozenset(map(int, Kind))
+_FOUND, _MISS, _LATER = int(pb.FOUND), int(pb.MISS), int(pb.LATER)
 _PUT_STATUS: Final[dict[Refusal, int]] = {
     Refusal.PRESENT: pb.PRESENT,
     Refusal.BUSY: pb.BUSY,
@@ -98,7 +100,7 @@ class Service:
                 batch_keys=config.max_batch_keys,
                 body_nbytes=config.max_body_nbytes,
                 frame_nbytes=config.memory_nbytes,
-                inline_nbytes=config.max_inline_nbytes,
+                inline_nbytes=config.max_batch_nbytes,
             ),
         )
 
@@ -111,32 +113,31 @@ class Service:
         if request.release:
             self.shard.release(tenant, request.release)
         keys = self.split(request.keys)
-        lease_id, entries = self.shard.acquire(tenant, keys, prefix=request.prefix)
-        status = bytearray(pb.FOUND if entry else pb.MISS for entry in entries)
-        room = self.config.max_inline_nbytes
-        found: list[Found] = []
-        for position, entry in enumerate(entries):
-            if entry is None:
-                continue
-            if request.inline and found and entry.nbytes > room:
-                status[position:] = bytes(pb.LATER if later else pb.MISS for later in entries[position:])
-                break
-            room -= entry.nbytes
-            found.append(entry)
+        lease_id, entries = self.shard.acquire(tenant, keys, prefix=request.prefix, max_nbytes=self._limit(request))
+        status = bytes([_FOUND if type(entry) is Found else _LATER if entry else _MISS for entry in entries])
+        found = [entry for entry in entries if isinstance(entry, Found)]
         places = b"".join([PLACE.pack(*entry) for entry in found])
-        reply = pb.AcquireReply(lease_id=lease_id, status=bytes(status), places=places)
+        reply = pb.AcquireReply(lease_id=lease_id, status=status, places=places)
         return reply, found, request.inline
+
+    def _limit(self, request: pb.AcquireRequest) -> int | None:
+        limit = self.config.max_batch_nbytes if request.inline else 0
+        return min(filter(None, (limit, request.max_nbytes)), default=None)
 
     def reserve(self, tenant: int, request: pb.ReserveRequest) -> tuple[bytes, list[Landing]]:
         """Decide on each key of a Reserve: its status bytes, and a landing for each WANTED one, in order."""
         keys, parents = self.split(request.keys), self.split(request.parents)
         sizes = request.frame_nbytes
-        if not len(keys) == len(parents) == len(sizes):
-            raise BadRequest(f"{len(keys)} keys, {len(parents)} parents, {len(sizes)} sizes; send one of each per key")
+        if not len(keys) == len(parents) == len(sizes) == len(request.kinds):
+            raise BadRequest(
+                f"{len(keys)} keys, {len(parents)} parents, {len(sizes)} sizes, {len(request.kinds)} kinds; "
+                "send one of each per key"
+            )
         status = bytearray()
         landings: list[Landing] = []
-        for key, parent, nbytes in zip(keys, parents, sizes, strict=True):
-            answer = self.shard.reserve(tenant, key, parent, nbytes) if nbytes else Refusal.BAD_FRAME
+        for key, parent, nbytes, kind in zip(keys, parents, sizes, request.kinds, strict=True):
+            sound = nbytes > 0 and kind in _KINDS
+            answer = self.shard.reserve(tenant, key, parent, nbytes, kind) if sound else Refusal.BAD_FRAME
             if isinstance(answer, Landing):
                 landings.append(answer)
                 status.append(pb.WANTED)
@@ -196,7 +197,7 @@ class Service:
         if len(keys) != 1:
             raise BadRequest("inspect takes one key")
         lease_id, (found,) = self.shard.acquire(tenant, keys)
-        if found is None:
+        if not isinstance(found, Found):
             return pb.InspectReply(found=False)
         try:
             header = bytes(self.shard.view(found)[: found.header_nbytes])

@@ -15,6 +15,12 @@ class Found(NamedTuple):
     header_sum: bytes
 
 
+class Unpinned(Enum):
+    """Why a stored key was not pinned."""
+
+    LATER = "more than may be pinned at once: ask again for this key and those after it, when this lease has ended"
+
+
 class Reserved(NamedTuple):
     """Where the frame may be written, in bytes from the start of the arena."""
 

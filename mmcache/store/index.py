@@ -19,15 +19,17 @@ from collections.abc import Callable, Sequence
 from typing import TypeVar
 
 from mmcache.errors import KeyInputError, StoreError, UsageError
-from mmcache.store.answers import Found, IndexStats, Refusal, Reserved
+from mmcache.store.answers import Found, IndexStats, Refusal, Reserved, Unpinned
 from mmcache.store.columns import NIL, Memory, column32, heap
 from mmcache.store.extents import Extents
+from mmcache.store.integrity import check
 from mmcache.store.leases import Lease, Leases, Reservation, Reservations
 from mmcache.store.policy import LRU, Policy
 from mmcache.store.rows import LIVE, RECORD, RESERVED, Rows
 from mmcache.store.table import KEY_NBYTES, tenant_prefix
 
 HEADER_SUM_NBYTES = 16
+ANY_NBYTES = 1 << 62
 MAX_CLAIMS = 65_536  # open leases, and open reservations: their tables must not grow without limit
 EXPIRE_PINS = 4096
 EXPIRE_CLAIMS = 256
@@ -36,8 +38,6 @@ SCAN_PER_STEP = 16
 EXPIRE_STEPS = 128  # what dropping expired claims counts for among the steps of making room
 
 T = TypeVar("T")
-
-__all__ = ["Found", "Index", "IndexStats", "Refusal", "Reserved"]
 
 
 class Index:
@@ -100,13 +100,22 @@ class Index:
         return found
 
     def acquire(
-        self, tenant: int, keys: Sequence[bytes], *, lease_id: int, now: float, prefix: bool = False
-    ) -> list[Found | None]:
+        self,
+        tenant: int,
+        keys: Sequence[bytes],
+        *,
+        lease_id: int,
+        now: float,
+        prefix: bool = False,
+        max_nbytes: int | None = None,
+    ) -> list[Found | Unpinned | None]:
         """Where each stored key lies (None: a miss), pinned under one lease until `release` or `now + lease_s`.
 
         With `prefix` only the leading hits: the list ends before the first miss. The keys count as used, the first
-        one last. A key that would bring the tenant's held bytes over its cap is a miss and counted in `refused_pins`.
-        No lease is kept when nothing was found. UsageError when `lease_id` is open.
+        one last. From the first key on that would bring the tenant's held bytes over its cap, or, unless it is the
+        first to be found, this lease's values over `max_nbytes`, stored keys answer LATER; with `prefix` the list ends
+        there. `refused_pins` counts calls the cap cut short. No lease is kept when nothing was pinned. UsageError
+        when `lease_id` is open.
         """
         if lease_id in self._leases:
             raise UsageError(f"lease id {lease_id} is in use; draw a new one for every acquire")
@@ -117,23 +126,32 @@ class Index:
         held, limit = self._held.get(tenant, 0), self._max_held
         if len(self._leases) >= MAX_CLAIMS:
             limit = -1
-        found: list[Found | None] = []
+        found: list[Found | Unpinned | None] = []
         pinned: list[int] = []
+        room = ANY_NBYTES if max_nbytes is None else max_nbytes
+        later = False
         for row in rows.table.find_all(tenant_prefix(tenant), keys, prefix):
             if row >= 0 and state[row] == LIVE:
                 if expires_at[row] > now:
-                    node = nodes[row]
-                    pin_count = pins[node]
-                    size = 0 if pin_count else sizes[node]
-                    if held + size <= limit:
-                        held += size
-                        pins[node] = pin_count + 1
-                        found.append(new(Found, unpack(records, row * width)))
-                        pinned += row, node
-                        continue
-                    self._refused_pins += 1
-                else:
-                    self._expire_entry(row)
+                    place = new(Found, unpack(records, row * width))
+                    room -= place[1]
+                    if not later and (room >= 0 or not pinned):
+                        node = nodes[row]
+                        pin_count = pins[node]
+                        size = 0 if pin_count else sizes[node]
+                        if held + size <= limit:
+                            held += size
+                            pins[node] = pin_count + 1
+                            found.append(place)
+                            pinned += row, node
+                            continue
+                        self._refused_pins += 1
+                    later = True
+                    found.append(Unpinned.LATER)
+                    if prefix:
+                        break
+                    continue
+                self._expire_entry(row)
             if prefix:
                 break
             found.append(None)
@@ -374,26 +392,4 @@ class Index:
 
     def check_integrity(self) -> None:
         """Walks everything; raises AssertionError saying what is wrong. For tests: O(entries)."""
-        rows, held = self._rows, dict.fromkeys(self._held, 0)
-        self._extents.check_integrity()
-        used = rows.check_integrity(lambda row: self._pins[rows.node[row]] > 0)
-        owners = [row for row in used if rows.state[row] in (RESERVED, LIVE)]
-        reserved = {reservation.row: reservation.tenant for reservation in self._reservations}
-        assert len(reserved) == len(self._reservations), "two reservations have one row"
-        unclaimed = {row for row in used if rows.state[row] == RESERVED} ^ reserved.keys()
-        assert not unclaimed, f"rows {unclaimed} are reserved without a reservation, or the reverse"
-        pins = Counter((node, lease.tenant) for lease in self._leases for _, node in lease.pairs())
-        for (node, tenant), count in pins.items():
-            assert self._pins[node] == count, f"node {node} counts {self._pins[node]} pins of tenant {tenant}'s {count}"
-            held[tenant] = held.get(tenant, 0) + self._extents.size_bytes[node]
-        assert sum(self._pins) == pins.total(), "extents are pinned by nobody"
-        for row, tenant in reserved.items():
-            held[tenant] = held.get(tenant, 0) + self._extents.size_bytes[rows.node[row]]
-        assert held == self._held, f"held bytes by tenant are {held}, counted as {self._held}"
-        known = {rows.node[row] for row in owners} | {node for node, _ in pins}
-        assert all(map(self._extents.is_allocated, known)), "an entry's extent is free"
-        assert len(known) == self._extents.allocated, f"{self._extents.allocated - len(known)} extents have no owner"
-        for row in owners:
-            offset, nbytes, _, _ = RECORD.unpack_from(rows.records, row * RECORD.size)
-            extent = self._extents.offset_bytes[rows.node[row]], self._extents.size_bytes[rows.node[row]]
-            assert (offset, self._extents.rounded(nbytes)) == extent, f"row {row} is not where its extent is: {extent}"
+        check(self._rows, self._extents, self._pins, self._leases, self._reservations, self._held)

@@ -17,10 +17,10 @@ from typing import Final
 
 from mmcache.config import ServerConfig
 from mmcache.errors import FrameError, KeyInputError
-from mmcache.frame import FrameMeta
+from mmcache.frame import FrameMeta, Kind
 from mmcache.frame_view import Frame, FrameCheck
 from mmcache.keys import namespace_id
-from mmcache.store.answers import Found, Refusal, Reserved
+from mmcache.store.answers import Found, Refusal, Reserved, Unpinned
 from mmcache.store.arena import Arena
 from mmcache.store.index import Index
 
@@ -77,40 +77,48 @@ class Shard:
         return self._namespaces.get((tenant, namespace))
 
     def contains(self, tenant: int, keys: Sequence[bytes], *, prefix: bool) -> list[bool]:
-        """Presence of each key; with prefix, up to and including the first absent one. Recency does not change."""
+        """Presence of each key; with prefix, of the leading present ones only. Recency does not change."""
         with self.lock:
             present = self.index.contains(tenant, keys, self._clock(), prefix=prefix)
             self.counters["lookups"] += len(present)
         return present
 
-    def acquire(self, tenant: int, keys: Sequence[bytes], *, prefix: bool = False) -> tuple[int, list[Found | None]]:
-        """Find and pin; the lease id is 0 when nothing was found. Found extents stay as they are while it is held."""
+    def acquire(
+        self, tenant: int, keys: Sequence[bytes], *, prefix: bool = False, max_nbytes: int | None = None
+    ) -> tuple[int, list[Found | Unpinned | None]]:
+        """Find and pin at most `max_nbytes`, but at least one; the lease id is 0 when nothing was pinned.
+
+        Found extents stay as they are while the lease is held.
+        """
         lease_id = secrets.randbits(63) + 1
         with self.lock:
-            found = self.index.acquire(tenant, keys, lease_id=lease_id, now=self._clock(), prefix=prefix)
-            hits = sum(entry is not None for entry in found)
-            self.counters["hits"] += hits
-            self.counters["misses"] += len(keys) - hits
-            self.counters["bytes_read"] += sum(entry.nbytes for entry in found if entry)
-        return (lease_id if hits else 0), found
+            entries = self.index.acquire(
+                tenant, keys, lease_id=lease_id, now=self._clock(), prefix=prefix, max_nbytes=max_nbytes
+            )
+            found = [entry.nbytes for entry in entries if isinstance(entry, Found)]
+            self.counters["hits"] += len(found)
+            self.counters["misses"] += entries.count(None)
+            self.counters["bytes_read"] += sum(found)
+        return (lease_id if found else 0), entries
 
     def release(self, tenant: int, lease_id: int) -> bool:
         """Give a lease back; True if it was valid until now."""
         with self.lock:
             return self.index.release(tenant, lease_id, self._clock())
 
-    def reserve(self, tenant: int, key: bytes, parent: bytes, nbytes: int) -> Landing | Refusal:
+    def reserve(self, tenant: int, key: bytes, parent: bytes, nbytes: int, kind: int) -> Landing | Refusal:
         """Room for a frame of `nbytes`, or why there is none. The caller lands bytes, then commits or aborts."""
         reservation_id = secrets.randbits(63) + 1
         for _ in range(ROOM_TRIES):
             with self.lock:
-                now = self._clock()
-                answer = self.index.reserve(tenant, key, parent, nbytes, reservation_id=reservation_id, now=now)
+                answer = self.index.reserve(
+                    tenant, key, parent, nbytes, reservation_id=reservation_id, now=self._clock(), kind=kind
+                )
             if answer is not Refusal.AGAIN:
                 break
         if isinstance(answer, Reserved):
             view = self.arena.view[answer.offset : answer.offset + nbytes]
-            return Landing(self, (key, parent), reservation_id, view)
+            return Landing(self, (key, parent, kind), reservation_id, view)
         with self.lock:
             self.counters[f"put_{answer.name.lower()}"] += 1
         return answer
@@ -123,7 +131,7 @@ class Shard:
     def recheck(self, tenant: int, key: bytes) -> bool:
         """Verify the stored bytes of `key` and drop the entry if they are bad. True if it was dropped."""
         lease_id, (found,) = self.acquire(tenant, [key])
-        if found is None:
+        if not isinstance(found, Found):
             return False
         try:
             frame = Frame.parse(self.view(found), checksum=found.header_sum)
@@ -150,7 +158,9 @@ class Shard:
     def stat(self) -> dict[str, int]:
         """Counters and gauges by name."""
         with self.lock:
-            return {**self.index.stats()._asdict(), **self.counters}
+            nbytes_by_kind = self.index.nbytes_by_kind()
+            by_kind = {f"bytes_{kind.name.lower()}": nbytes_by_kind.get(kind, 0) for kind in Kind}
+            return {**self.index.stats()._asdict(), **by_kind, **self.counters}
 
     def expiry(self, expires_ms: int) -> float:
         """The monotonic instant of a frame's expiry time (Unix ms; 0: never)."""
@@ -174,7 +184,7 @@ class Landing:
 
     __slots__ = ("_check", "_names", "_reservation_id", "_shard", "_view", "landed_nbytes", "refusal")
 
-    def __init__(self, shard: Shard, names: tuple[bytes, bytes], reservation_id: int, view: memoryview) -> None:
+    def __init__(self, shard: Shard, names: tuple[bytes, bytes, int], reservation_id: int, view: memoryview) -> None:
         self._shard, self._names, self._reservation_id, self._view = shard, names, reservation_id, view
         self._check = FrameCheck(view)
         self.landed_nbytes = 0
@@ -236,7 +246,7 @@ class Landing:
         return self.refusal
 
     def _is_expected(self, meta: FrameMeta) -> bool:
-        return (meta.key, meta.parent) == self._names
+        return (meta.key, meta.parent, meta.kind) == self._names
 
     def abort(self) -> None:
         """Give the room back, unless the frame was committed."""

@@ -30,9 +30,9 @@ def embedded(memory_nbytes: int, verify: bool = True) -> Iterator[tuple[Embedded
 def locate(shard: Shard, digest: bytes) -> Found:
     """Where a stored key lies. Raises UsageError if it is not stored."""
     lease_id, found = shard.acquire(_TENANT, [digest])
-    if not lease_id or found[0] is None:
-        raise UsageError(f"{digest.hex()} is not stored, so no fault can be planted in it")
     shard.release(_TENANT, lease_id)
+    if not isinstance(found[0], Found):
+        raise UsageError(f"{digest.hex()} is not stored, so no fault can be planted in it")
     return found[0]
 
 

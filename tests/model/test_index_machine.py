@@ -13,7 +13,8 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
-from mmcache.store.index import Found, Index, Refusal, Reserved
+from mmcache.store.answers import Found, Refusal, Reserved, Unpinned
+from mmcache.store.index import Index
 
 UNIT = 64
 LEASE_S = 10.0
@@ -160,29 +161,39 @@ class IndexMachine(RuleBasedStateMachine):
                 break
         assert self.index.contains(tenant, keys, self.now, prefix=prefix) == want
 
-    @rule(tenant=TENANTS, keys=st.lists(KEYS, max_size=5), prefix=st.booleans())
-    def acquire(self, tenant: int, keys: list[bytes], prefix: bool) -> None:
+    @rule(
+        tenant=TENANTS,
+        keys=st.lists(KEYS, max_size=5),
+        prefix=st.booleans(),
+        max_nbytes=st.none() | st.integers(0, 12 * UNIT),
+    )
+    def acquire(self, tenant: int, keys: list[bytes], prefix: bool, max_nbytes: int | None) -> None:
         lease_id = self.new_id()
         self.expire()
         entries: list[Entry] = []
-        want: list[Found | None] = []
+        want: list[Found | Unpinned | None] = []
         for key in keys:
             entry = self.hit((tenant, key))
-            if entry is not None:
-                self.leases[lease_id] = Lease(tenant, self.now + LEASE_S, [*entries, entry])
-                if self.held(tenant) > self.cap:
-                    entry = None
-            if entry is not None:
-                entries.append(entry)
-                want.append(Found(entry.offset, entry.nbytes, *entry.header))
-            elif prefix:
-                break
-            else:
+            if entry is None:
+                if prefix:
+                    break
                 want.append(None)
+                continue
+            taken = [*entries, entry]
+            self.leases[lease_id] = Lease(tenant, self.now + LEASE_S, taken)
+            too_many = max_nbytes is not None and sum(one.nbytes for one in taken) > max_nbytes and len(taken) > 1
+            if Unpinned.LATER in want or too_many or self.held(tenant) > self.cap:
+                want.append(Unpinned.LATER)
+                if prefix:
+                    break
+            else:
+                entries = taken
+                want.append(Found(entry.offset, entry.nbytes, *entry.header))
         self.leases.pop(lease_id, None)
         if entries:
             self.leases[lease_id] = Lease(tenant, self.now + LEASE_S, entries)
-        assert self.index.acquire(tenant, keys, lease_id=lease_id, now=self.now, prefix=prefix) == want
+        got = self.index.acquire(tenant, keys, lease_id=lease_id, now=self.now, prefix=prefix, max_nbytes=max_nbytes)
+        assert got == want
 
     @precondition(lambda self: self.ids)
     @rule(data=st.data(), tenant=TENANTS)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from typing import Any
 
-from mmcache.store.answers import Found, Refusal, Reserved
+from mmcache.store.answers import Found, Refusal, Reserved, Unpinned
 from mmcache.store.index import Index
 
 UNIT = 64
@@ -44,7 +44,7 @@ class Bed:
         self.index.check_integrity()
         return answer.offset
 
-    def acquire(self, *names: bytes, tenant: int = 0, prefix: bool = False) -> list[Found | None]:
+    def acquire(self, *names: bytes, tenant: int = 0, prefix: bool = False) -> list[Found | Unpinned | None]:
         self.last_id += 1
         return self.index.acquire(tenant, names, lease_id=self.last_id, now=self.now, prefix=prefix)
 

@@ -1,4 +1,4 @@
-"""The arena's seals hold against every way a client could get a writable map, and its size is bounded by real limits."""
+"""The arena's seals hold against every way to a writable map, and its size is bounded by real limits."""
 
 from __future__ import annotations
 
@@ -13,7 +13,6 @@ from pathlib import Path
 import pytest
 
 from mmcache.errors import StoreError
-from mmcache.store import arena as arena_module
 from mmcache.store.arena import MEMORY_SHARE, Arena, memory_left_nbytes
 
 NBYTES = 1 << 20
@@ -54,13 +53,14 @@ def test_a_readers_map_cannot_be_made_writable_later(arena: Arena, reopened: int
     libc = ctypes.CDLL(None, use_errno=True)
     libc.mmap.restype = ctypes.c_void_p
     libc.mmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t] + [ctypes.c_int] * 3 + [ctypes.c_long]
-    libc.mprotect.argtypes = libc.munmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
+    libc.mprotect.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
+    libc.munmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t]
     address = libc.mmap(None, NBYTES, mmap.PROT_READ, mmap.MAP_SHARED, reopened, 0)
     try:
         assert libc.mprotect(address, NBYTES, mmap.PROT_READ | mmap.PROT_WRITE) == -1
         assert ctypes.get_errno() == errno.EACCES
     finally:
-        libc.munmap(address, NBYTES, 0)
+        libc.munmap(address, NBYTES)
 
 
 def test_a_private_map_changes_nothing(arena: Arena, reopened: int) -> None:
@@ -189,5 +189,5 @@ def test_no_descriptor_is_left_behind_when_it_cannot_be_built() -> None:
     with pytest.raises(StoreError):
         Arena(2 * memory_left_nbytes()[0])
     for _ in range(3):
-        arena_module.Arena(NBYTES).close()
+        Arena(NBYTES).close()
     assert len(os.listdir("/proc/self/fd")) == before

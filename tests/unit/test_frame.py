@@ -91,7 +91,7 @@ def test_what_is_packed_is_parsed(given_tensors: list[Tensor], meta: FrameMeta, 
     assert [bytes(frame.payload(stored)) for stored in header.tensors] == [payload for _, payload in given_tensors]
     assert header.frame_nbytes == len(data)
     assert header_nbytes_of(bytes(data[:PREFIX_NBYTES]), len(data)) == header.header_nbytes
-    assert parse_header(data[: header.header_nbytes], limit_nbytes=len(data), checksum=header.checksum) == header
+    assert parse_header(bytes(data[: header.header_nbytes]), limit_nbytes=len(data), checksum=header.checksum) == header
     check_expected(header, len(data), header.header_nbytes, meta.key)
 
 
@@ -282,8 +282,10 @@ def test_alignments_out_of_range_are_refused(alignment: int) -> None:
 @pytest.mark.parametrize("field", ["key", "namespace", "parent", "home"])
 @pytest.mark.parametrize("nbytes", [0, 31, 33, 64])
 def test_a_digest_of_another_length_is_refused_not_padded_or_cut(field: str, nbytes: int) -> None:
+    short: dict[str, Any] = {field: bytes(nbytes)}
+    changed = META._replace(**short)
     with pytest.raises(KeyInputError, match=f"{nbytes} bytes"):
-        pack_header(META._replace(**{field: bytes(nbytes)}), [], [])
+        pack_header(changed, [], [])
 
 
 @pytest.mark.parametrize(
@@ -338,5 +340,5 @@ class Changing:
 
 def test_every_byte_of_a_header_is_read_once() -> None:
     data = frame_of(SMALL)
-    changing: Any = Changing(data)
+    changing: Any = Changing(bytes(data))
     assert parse_header(changing) == Frame.parse(data).header

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from mmcache.store import index as index_module
-from mmcache.store.answers import Found, Refusal, Reserved
+from mmcache.store.answers import Found, Refusal, Reserved, Unpinned
 from tests.unit.index_bed import SUM, UNIT, Bed, key
 
 
@@ -174,12 +174,24 @@ def test_one_tenant_cannot_hold_more_than_its_share() -> None:
         bed.put(key(number))
         bed.put(key(number), tenant=1)
     found = bed.acquire(*map(key, (1, 2, 3, 1)))
-    assert [entry is not None for entry in found] == [True, True, False, True]
+    assert [isinstance(entry, Found) for entry in found] == [True, True, False, False]
+    assert found[2:] == [Unpinned.LATER, Unpinned.LATER]
     assert bed.index.stats().refused_pins == 1
     assert bed.reserve(key(9)) is Refusal.FULL
     assert bed.acquire(*map(key, (1, 2)), tenant=1) != [None, None]
     bed.release(bed.last_id - 2)
     bed.put(key(9))
+
+
+def test_a_lease_takes_no_more_bytes_than_asked_but_always_one_value() -> None:
+    bed = Bed()
+    for number in (1, 2, 3):
+        bed.put(key(number), units=2)
+    found = bed.index.acquire(0, [*map(key, (1, 2, 9, 3))], lease_id=90, now=0.0, max_nbytes=UNIT)
+    assert [isinstance(found[0], Found), *found[1:]] == [True, Unpinned.LATER, None, Unpinned.LATER]
+    assert (
+        len(bed.index.acquire(0, [*map(key, (1, 2, 3))], lease_id=91, now=0.0, prefix=True, max_nbytes=4 * UNIT)) == 3
+    )
 
 
 def test_one_call_evicts_a_bounded_number_and_says_to_call_again(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -228,7 +240,7 @@ def test_open_leases_and_reservations_are_limited(monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(index_module, "MAX_CLAIMS", 2)
     bed = Bed()
     bed.put(key(1))
-    assert [bed.acquire(key(1))[0] is not None for _ in range(3)] == [True, True, False]
+    assert [isinstance(bed.acquire(key(1))[0], Found) for _ in range(3)] == [True, True, False]
     assert [isinstance(bed.reserve(key(number)), Reserved) for number in (2, 3, 4)] == [True, True, False]
 
 

@@ -20,7 +20,8 @@ from mmcache.identity import directory_digest, file_digest
 from mmcache.keys import Namespace, embedding_key, item_digest, opaque_key
 from mmcache.keyset import NO_PARENT, Key, Part
 from mmcache.media import media_digest, samples_digest
-from mmcache.store.index import Found, Index, Reserved
+from mmcache.store.answers import Found, Reserved
+from mmcache.store.index import Index
 
 Array = npt.NDArray[np.uint8]
 PAD = 151655  # the one token id that stands for every image, whatever the image

@@ -1,0 +1,230 @@
+"""Real processes killed and stopped in the worst places: memory comes back in time, and no wrong byte is ever read."""
+
+from __future__ import annotations
+
+import signal
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import mmcache
+from mmcache.client.blocking import Client
+from mmcache.testing.process import ServerProcess
+from mmcache.transport.base import Outcome
+from tests.integration.support import MiB, blanks, child, eventually, keys_of, value_of, values_of
+
+LEASE_S = 1.0
+MEMORY_NBYTES = 64 * MiB
+VALUE_NBYTES = 4 * MiB - 4096  # several exceed what socket buffers hold, so that a sender has to wait for its reader
+HELD = 6  # values a child leases: under the half of the memory that leases may take
+
+PATHS = pytest.mark.parametrize("path", ["shm", "tcp"])
+
+
+@pytest.fixture
+def server() -> Iterator[ServerProcess]:
+    with ServerProcess(str(MEMORY_NBYTES), "--lease-s", str(LEASE_S)) as process:
+        yield process
+
+
+@pytest.fixture
+def cache(server: ServerProcess) -> Iterator[Client]:
+    with mmcache.connect(server.url, deadline_s=20) as client:
+        yield client
+
+
+def fill(cache: Client, label: str, count: int) -> list[str]:
+    keys = keys_of(count, label)
+    return [str(result.outcome) for result in cache.put(keys, values_of(keys, VALUE_NBYTES))]
+
+
+def turn_memory_over_past_expiry(cache: Client) -> None:
+    """Let every lease and reservation expire, then write the whole memory anew twice."""
+    time.sleep(1.2 * LEASE_S)
+    for batch in range(8):
+        assert fill(cache, f"pressure/{batch}", 4) == ["stored"] * 4
+
+
+def still_right(cache: Client, label: str, count: int) -> bool:
+    keys = keys_of(count, label)
+    buffers = blanks(count, VALUE_NBYTES)
+    return all(
+        np.array_equal(buffer, value_of(digest, VALUE_NBYTES)) if result else result.outcome is Outcome.MISS
+        for result, buffer, digest in zip(cache.get_into(keys, buffers), buffers, keys.digests, strict=True)
+    )
+
+
+def test_memory_leased_by_a_killed_client_is_usable_when_its_lease_ends(server: ServerProcess, cache: Client) -> None:
+    assert fill(cache, "held", HELD) == ["stored"] * HELD
+    with child("hold", server.url, "held", str(HELD), str(VALUE_NBYTES)) as holder:
+        said = holder.hear()
+        assert said["leased"] == HELD
+        assert said["right"]
+        holder.signal(signal.SIGKILL)
+        assert holder.end() == -signal.SIGKILL
+        outcomes = fill(cache, "early", 14)
+        if time.monotonic() < said["at_s"] + LEASE_S:  # 14 values cannot fit while 6 of 15 are leased
+            assert "refused" in outcomes
+    time.sleep(max(0.0, said["at_s"] + LEASE_S - time.monotonic()))
+    assert cache.delete(keys_of(14, "early")) is not None
+    assert fill(cache, "late", 7) == ["stored"] * 7
+    assert fill(cache, "later", 7) == ["stored"] * 7
+    counters = cache.stat()["counters"]
+    assert counters["expired_leases"] == 1
+    assert counters["held_bytes"] == 0
+    assert still_right(cache, "held", HELD)
+
+
+@PATHS
+def test_memory_reserved_by_a_killed_client_is_usable_at_once(server: ServerProcess, cache: Client, path: str) -> None:
+    nbytes = MEMORY_NBYTES // 2 - MiB
+    with child("wait_in_put", f"{server.url}?transport={path}", "half", str(nbytes)) as writer:
+        assert writer.hear() == {"reserved": [0]}
+        said = writer.hear()
+        counters = cache.stat()["counters"]
+        assert counters["reservations"] == 1
+        assert counters["inflight_bytes"] > nbytes
+        writer.signal(signal.SIGKILL)
+        assert writer.end() == -signal.SIGKILL
+    eventually(
+        lambda: (now := cache.stat()["counters"])["held_bytes"] == now["inflight_bytes"] == now["reservations"] == 0,
+        "the reservation ends with its connection",
+    )
+    assert time.monotonic() - said["at_s"] < 20
+    keys = keys_of(1, "half")
+    assert cache.match_prefix(keys) == 0
+    assert all(cache.put(keys, values_of(keys, nbytes)))
+
+
+@pytest.mark.parametrize("own_socket", [False, True], ids=["port", "unix"])
+def test_clients_miss_while_the_server_is_dead_and_recover_when_it_is_back(tmp_path: Path, own_socket: bool) -> None:
+    unix = str(tmp_path / "shard.sock")
+    first = ServerProcess("16MiB", *(["--unix", unix] if own_socket else [])).start()
+    url = f"mmcache+unix://{unix}" if own_socket else first.url
+    keys = keys_of(3, "dead")
+    values, deadline_s = values_of(keys, 1000), 2.0
+    with mmcache.connect(url, deadline_s=deadline_s) as cache, mmcache.connect(url, deadline_s=deadline_s) as late:
+        assert all(cache.put(keys, values))
+        assert first.stop(signal.SIGKILL) == -signal.SIGKILL
+        for client in (cache, late):
+            began = time.monotonic()
+            assert {result.outcome for result in client.get_into(keys, blanks(3, 1000))} == {Outcome.UNAVAILABLE}
+            assert {result.outcome for result in client.put(keys, values)} == {Outcome.UNAVAILABLE}
+            assert client.match_prefix(keys) == 0
+            with client.acquire(keys) as lease:
+                assert lease.frames == [None] * 3
+            assert time.monotonic() - began < 4 * deadline_s
+        listen = first.url.removeprefix("mmcache://")
+        with ServerProcess("16MiB", *(["--unix", unix] if own_socket else []), listen=listen):
+            for client in (cache, late):
+                eventually(lambda client=client: all(client.put(keys, values)), "the client stores again")
+                buffers = blanks(3, 1000)
+                assert all(client.get_into(keys, buffers))
+                assert all(map(np.array_equal, buffers, values))
+                assert client.stat()["transport"] == "shm"
+
+
+def test_a_stopped_server_costs_a_call_its_deadline_and_no_more(server: ServerProcess) -> None:
+    keys, deadline_s = keys_of(2, "asleep"), 0.5
+    values = values_of(keys, 1000)
+    with (
+        mmcache.connect(server.url, deadline_s=deadline_s) as known,
+        mmcache.connect(server.url, deadline_s=deadline_s, lazy=True) as unknown,
+    ):
+        assert all(known.put(keys, values))
+        assert server.process is not None
+        server.process.send_signal(signal.SIGSTOP)
+        for client in (known, unknown):
+            began = time.monotonic()
+            assert not any(client.get_into(keys, blanks(2, 1000)))
+            took_s = time.monotonic() - began
+            assert 0.8 * deadline_s < took_s < deadline_s + 1.5
+            began = time.monotonic()
+            assert not any(client.get_into(keys, blanks(2, 1000)))  # the breaker is open: no second wait
+            assert time.monotonic() - began < deadline_s
+        server.process.send_signal(signal.SIGCONT)
+        buffers = blanks(2, 1000)
+        for client in (known, unknown):
+            eventually(lambda client=client: all(client.get_into(keys, buffers)), "the client hits again")
+            assert all(map(np.array_equal, buffers, values))
+
+
+def test_a_view_held_too_long_by_a_stopped_reader_is_reported_lost(server: ServerProcess, cache: Client) -> None:
+    fill(cache, "viewed", HELD)
+    with child("hold", server.url, "viewed", str(HELD), str(VALUE_NBYTES)) as reader:
+        said = reader.hear()
+        assert (said["leased"], said["right"]) == (HELD, True)
+        reader.signal(signal.SIGSTOP)
+        reader.wait_stopped()
+        turn_memory_over_past_expiry(cache)
+        reader.signal(signal.SIGCONT)
+        reader.tell()
+        assert reader.hear() == {"lost": True, "right": False}  # the bytes did change, and the reader was told
+        assert reader.end() == 0
+
+
+def test_a_lease_given_back_in_time_held(server: ServerProcess, cache: Client) -> None:
+    with ServerProcess(str(MEMORY_NBYTES), "--lease-s", "60") as patient, mmcache.connect(patient.url) as writer:
+        fill(writer, "viewed", HELD)
+        with child("hold", patient.url, "viewed", str(HELD), str(VALUE_NBYTES)) as reader:
+            assert reader.hear()["leased"] == HELD
+            refused = fill(writer, "pressure", 14)
+            reader.tell()
+            assert reader.hear() == {"lost": False, "right": True}
+        assert "refused" in refused
+        assert still_right(writer, "viewed", HELD)
+        assert fill(writer, "pressure again", 7) == ["stored"] * 7
+
+
+@PATHS
+@pytest.mark.parametrize("check", ["verify", "trust"])
+def test_a_reader_stopped_while_reading_never_returns_wrong_bytes(
+    server: ServerProcess, cache: Client, path: str, check: str
+) -> None:
+    fill(cache, "read", HELD)
+    url = f"{server.url}?transport={path}"
+    with child("stop_in_get", url, "read", str(HELD), str(VALUE_NBYTES), check) as reader:
+        reader.wait_stopped()
+        turn_memory_over_past_expiry(cache)
+        reader.signal(signal.SIGCONT)
+        said = reader.hear()
+    assert said["wrong"] == 0, said
+    assert "hit" not in said["outcomes"], said
+    assert path == "shm" or "closed" in said["reason"], said
+    assert cache.stat()["counters"].get("corrupt_dropped", 0) == 0
+
+
+@PATHS
+@pytest.mark.parametrize("pressed", [True, False], ids=["memory taken", "memory left"])
+def test_a_writer_stopped_while_writing_harms_nobody(
+    server: ServerProcess, cache: Client, path: str, pressed: bool
+) -> None:
+    nbytes = 3 * MiB + 17
+    with child("stop_in_put", f"{server.url}?transport={path}", "slow", str(nbytes)) as writer:
+        assert writer.hear() == {"reserved": [0]}
+        writer.wait_stopped()
+        if pressed:
+            turn_memory_over_past_expiry(cache)
+        else:
+            time.sleep(1.2 * LEASE_S)
+        fill(cache, "others", 3)
+        writer.signal(signal.SIGCONT)
+        said = writer.hear()
+    assert said["outcome"] in ("refused", "stored"), said
+    keys, buffers = keys_of(1, "slow"), blanks(1, nbytes)
+    (read,) = cache.get_into(keys, buffers)
+    if said["outcome"] == "stored":
+        assert read
+        assert np.array_equal(buffers[0], value_of(keys.digests[0], nbytes))
+    else:
+        assert "expired" in said["reason"]
+        assert read.outcome is Outcome.MISS
+        assert all(cache.put(keys, values_of(keys, nbytes)))
+    if pressed:
+        assert said["outcome"] == "refused"
+    assert still_right(cache, "others", 3)
+    counters = cache.stat()["counters"]
+    assert counters["reservations"] == 0

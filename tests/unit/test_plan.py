@@ -1,0 +1,63 @@
+"""What to ask of whom: batches within a server's limits, and when a shard is worth asking again."""
+
+from __future__ import annotations
+
+from itertools import pairwise
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from mmcache.client.plan import FIRST_PAUSE_S, LONGEST_PAUSE_S, Breaker, batches, put_batches
+
+
+def covers(runs: list[range], count: int) -> bool:
+    """Every position once, in order, in runs that are not empty."""
+    return [position for run in runs for position in run] == list(range(count)) and all(map(len, runs))
+
+
+@given(st.integers(0, 200), st.integers(1, 50))
+def test_batches_cover_all_keys_in_order(count: int, max_keys: int) -> None:
+    runs = list(batches(count, max_keys))
+    assert covers(runs, count)
+    assert all(len(run) == max_keys for run in runs[:-1])
+    assert all(len(run) <= max_keys for run in runs)
+
+
+@given(st.lists(st.integers(0, 100), max_size=40), st.integers(1, 10), st.integers(1, 150))
+def test_put_batches_stay_within_both_limits_and_are_as_large_as_they_may(
+    sizes: list[int], max_keys: int, max_nbytes: int
+) -> None:
+    runs = list(put_batches(sizes, max_keys, max_nbytes))
+    assert covers(runs, len(sizes))
+    for run in runs:
+        assert len(run) <= max_keys
+        assert len(run) == 1 or sum(sizes[position] for position in run) <= max_nbytes
+    for run, following in pairwise(runs):
+        total = sum(sizes[position] for position in run) + sizes[following.start]
+        assert len(run) == max_keys or total > max_nbytes
+
+
+def test_a_frame_over_the_limit_goes_alone() -> None:
+    assert list(put_batches([1, 99, 1, 1], 10, 10)) == [range(0, 1), range(1, 2), range(2, 4)]
+    assert list(put_batches([], 10, 10)) == []
+
+
+def test_a_breaker_doubles_its_pause_up_to_a_limit_and_forgets_on_success() -> None:
+    breaker = Breaker()
+    assert breaker.allows(0.0)
+    now, pauses = 100.0, []
+    for _ in range(8):
+        breaker.failed(now)
+        pauses.append(breaker.retry_at - now)
+        assert not breaker.allows(now)
+        assert not breaker.allows(breaker.retry_at - 1e-6)
+        now = breaker.retry_at
+        assert breaker.allows(now)
+    doubled = [min(LONGEST_PAUSE_S, FIRST_PAUSE_S * 2**i) for i in range(8)]
+    assert pauses == pytest.approx(doubled)
+    assert pauses[-1] == pytest.approx(LONGEST_PAUSE_S)
+    breaker.succeeded()
+    assert breaker.allows(0.0)
+    breaker.failed(200.0)
+    assert breaker.retry_at == pytest.approx(200.0 + FIRST_PAUSE_S)
