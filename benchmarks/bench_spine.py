@@ -30,9 +30,9 @@ MiB = 1 << 20
 BLOCKS, BLOCK_NBYTES = 64, MiB
 SMALL_NBYTES = 64 << 10
 RAW_SERVER = """
-import socket, sys
+import os, socket, sys
 total, piece = int(sys.argv[1]), int(sys.argv[2])
-data = [memoryview(bytearray(piece)) for _ in range(total // piece)]
+data = [memoryview(os.urandom(piece)) for _ in range(total // piece)]
 listener = socket.create_server(("127.0.0.1", 0)); print(listener.getsockname()[1], flush=True)
 peer, _ = listener.accept(); peer.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
 while True:
@@ -135,7 +135,7 @@ def measure(rounds: int) -> list[dict[str, Any]]:
         return seconds
 
     rows = []
-    with ServerProcess("512MiB", "--prefault") as server:
+    with ServerProcess("1GiB", "--prefault") as server:
         with mmcache.connect(server.url) as cache:
             if cache.stat()["transport"] != "shm":
                 raise SystemExit("shared memory is not in use")

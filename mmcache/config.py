@@ -62,7 +62,7 @@ class ServerConfig:
     max_connections: int = 256
     max_batch_keys: int = 4096
     max_body_nbytes: int = 2 * MiB
-    max_inline_nbytes: int = 256 * MiB  # pinned by one Acquire or reserved by one Reserve; memory / 8 if that is less
+    max_inline_nbytes: int = 256 * MiB  # pinned by one Acquire or reserved by one Reserve; memory / 4 if that is less
     max_inflight_nbytes: int = GiB
     io_timeout_s: float = 10.0
     drain_s: float = 5.0
@@ -86,7 +86,7 @@ class ServerConfig:
     @property
     def max_batch_nbytes(self) -> int:
         """The most bytes one request may pin or reserve: a batch must not push the rest of the cache out."""
-        return min(self.max_inline_nbytes, self.memory_nbytes // 8)
+        return min(self.max_inline_nbytes, self.memory_nbytes // 4)
 
     @property
     def entries(self) -> int:

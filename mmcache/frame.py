@@ -169,10 +169,7 @@ def _spread_nbytes(itemsize: int, sizes: Sequence[int]) -> int:
 
 def header_checksum(header: bytes | bytearray | memoryview) -> bytes:
     """xxh3-128 of the header with its checksum field read as zeros (16 bytes)."""
-    state = xxhash.xxh3_128(header[:SUM_OFFSET])
-    state.update(_ZERO_SUM)
-    state.update(header[SUM_OFFSET + SUM_NBYTES :])
-    return state.digest()
+    return xxhash.xxh3_128_digest(b"".join((header[:SUM_OFFSET], _ZERO_SUM, header[SUM_OFFSET + SUM_NBYTES :])))
 
 
 def _pack_entry(spec: TensorSpec, offset: int, nbytes: int, checksum: bytes) -> bytes:
@@ -293,6 +290,7 @@ def parse_header(
     return FrameHeader(meta, alignment, tensors, header_nbytes, frame_nbytes, header_sum)
 
 
+@lru_cache(maxsize=256)
 def _parse_text(field: bytes, what: str, encoding: str = "utf-8") -> str:
     text = field.rstrip(b"\0")
     try:

@@ -17,7 +17,7 @@ from mmcache.keyset import Keys, NamespaceId
 from mmcache.pb import cache_pb2 as pb
 from mmcache.tensors import HostTensor, specs_of
 from mmcache.transport.base import Op, Outcome, Result
-from mmcache.transport.shm import read_frame
+from mmcache.transport.shm import copy_frame, plan_frame
 
 WRITER: Final = f"mmcache/{__version__}"
 
@@ -36,25 +36,21 @@ def get_run(
     column = b"".join(digests[run.start : run.stop])
     limit = link.joined.limits.inline_nbytes
     acquired = link.run(conversation.acquire(column, inline=arena is None, max_nbytes=limit), deadline)
-    read: list[tuple[int, Result]] = []
-    for position, found in zip(run, acquired.entries, strict=True):
-        if found is None:
-            continue
-        key, target = digests[position], targets[position]
-        if arena is not None:
-            result = read_frame(arena, found, key, target, verify)
-        else:
-            result = link.run(conversation.receive_frame(found, key, target, verify), deadline)
-        read.append((position, result))
+    found = [(position, place) for position, place in zip(run, acquired.entries, strict=True) if place]
+    if arena is not None:
+        plans = [plan_frame(arena, place, digests[at], targets[at], verify) for at, place in found]
+        read = [plan if isinstance(plan, Result) else copy_frame(plan, verify) for plan in plans]
+    else:
+        frames = [conversation.receive_frame(place, digests[at], targets[at], verify) for at, place in found]
+        read = [link.run(frame, deadline) for frame in frames]
     if acquired.lease_id:
         if verify:
             link.release(acquired, deadline)
         else:
             request = pb.FinishRequest(lease_id=acquired.lease_id)
             if not link.run(conversation.call(Op.FINISH, request, pb.FinishReply()), deadline).held:
-                lost = Result(Outcome.MISS, "the lease expired while the entry was being read")
-                read = [(position, lost) for position, _ in read]
-    for position, result in read:
+                read = [Result(Outcome.MISS, "the lease expired while the entry was being read")] * len(read)
+    for (position, _), result in zip(found, read, strict=True):
         results[position] = result
     if acquired.later_from is None:
         return run.stop

@@ -19,6 +19,7 @@ from mmcache.pb import cache_pb2 as pb
 from mmcache.server.service import BadRequest, Service, parse, status_of
 from mmcache.store.shard import Landing
 from mmcache.transport.base import (
+    MAGIC,
     PRELUDE_NBYTES,
     SLICE_NBYTES,
     SLOT_DONE,
@@ -34,10 +35,18 @@ from mmcache.transport.tcp import Channel, close_fds
 
 log = logging.getLogger("mmcache.server")
 INLINE_LEASE_SHARE: Final = 0.8  # of the lease: payload that was not sent by then is not sent, as it may change soon
+LINGER_S: Final = 1.0  # how long a peer that broke the rules may take to read why
+_HTTP_TEXT = b"This port speaks mmcache's framed protocol, not HTTP. Connect with mmcache://HOST:PORT.\n"
 _HTTP_ANSWER = (
-    b"HTTP/1.1 400 Bad Request\r\nContent-Type: text/plain\r\nConnection: close\r\n\r\n"
-    b"This port speaks mmcache's framed protocol, not HTTP. Connect with mmcache://HOST:PORT.\n"
+    b"HTTP/1.1 400 Bad Request\r\nContent-Type: text/plain\r\nContent-Length: %d\r\nConnection: close\r\n\r\n%b"
+    % (len(_HTTP_TEXT), _HTTP_TEXT)
 )
+
+
+def pack_error(request_id: int, code: int, message: str) -> bytes:
+    """A whole ERROR message; request id 0: about the connection."""
+    body = pb.ErrorReply(code=code, message=message).SerializeToString()  # type: ignore[arg-type]
+    return pack_prelude(Op.ERROR, request_id, len(body)) + body
 
 
 class Connection:
@@ -79,18 +88,17 @@ class Connection:
         if not self._joined:
             if self.same_host:
                 return self.channel.recv_with_fds(PRELUDE_NBYTES, self._deadline())
-            return self.channel.recv(PRELUDE_NBYTES, self._deadline()), []
+            deadline = self._deadline()
+            start = self.channel.recv(len(MAGIC), deadline)
+            if is_http(start):  # such a request may be shorter than a prelude
+                self._last_words(_HTTP_ANSWER)
+                raise TransportError("an HTTP client")
+            return start + self.channel.recv(PRELUDE_NBYTES - len(MAGIC), deadline), []
         self.channel.wait_message()
         return self.channel.recv(PRELUDE_NBYTES, self._deadline()), []
 
     def _serve_one(self, head: bytes, fds: list[int]) -> None:
-        try:
-            prelude = parse_prelude(head, self.service.config.max_body_nbytes)
-        except ProtocolError:
-            if not is_http(head):
-                raise
-            self.channel.send([_HTTP_ANSWER], self._deadline())
-            raise TransportError("an HTTP client") from None
+        prelude = parse_prelude(head, self.service.config.max_body_nbytes)
         if prelude.payload_nbytes:
             raise ProtocolError(f"{prelude.op.name} announces payload; it follows only after the server's answer")
         body = self.channel.recv(prelude.body_nbytes, self._deadline()) if prelude.body_nbytes else b""
@@ -125,13 +133,16 @@ class Connection:
         self.channel.send([head, *payload], deadline or self._deadline())
 
     def _error(self, request_id: int, code: int, message: str) -> None:
-        body = pb.ErrorReply(code=code, message=message).SerializeToString()  # type: ignore[arg-type]
-        self.channel.send([pack_prelude(Op.ERROR, request_id, len(body)) + body], self._deadline())
+        self.channel.send([pack_error(request_id, code, message)], self._deadline())
 
     def _complain(self, error: ProtocolError) -> None:
         log.info("connection dropped: %s", error)
+        self._last_words(pack_error(0, pb.ErrorReply.BAD_REQUEST, str(error)))
+
+    def _last_words(self, data: bytes) -> None:
         try:
-            self._error(0, pb.ErrorReply.BAD_REQUEST, str(error))
+            self.channel.send([data], self._deadline())
+            self.channel.linger(time.monotonic() + LINGER_S)
         except MMCacheError:
             log.debug("the peer left before the complaint")
 
@@ -172,7 +183,8 @@ class Connection:
         request = parse(pb.ReserveRequest(), body)
         if request.ring and self._ring is None:
             raise BadRequest("the payload is to come through a ring, but this connection has none")
-        asked_nbytes = sum(request.frame_nbytes)
+        largest = self.service.shard.arena.nbytes  # larger ones never come: each is refused on its own
+        asked_nbytes = sum(nbytes for nbytes in request.frame_nbytes if nbytes <= largest)
         with self.service.inflight(asked_nbytes) as fits:
             if not fits:
                 status = bytes([pb.OVERLOADED]) * len(request.frame_nbytes)

@@ -20,10 +20,9 @@ from typing import Final
 from mmcache.config import ServerConfig, parse_host_port
 from mmcache.errors import ConfigError, TransportError
 from mmcache.pb import cache_pb2 as pb
-from mmcache.server.connection import Connection
+from mmcache.server.connection import Connection, pack_error
 from mmcache.server.service import Service
 from mmcache.store.shard import Shard
-from mmcache.transport.base import Op, pack_prelude
 from mmcache.transport.tcp import Channel, connect_unix
 
 log = logging.getLogger("mmcache.server")
@@ -148,9 +147,8 @@ class Server:
                 self._connections[connection] = thread
         if full:
             message = f"{self.config.max_connections} connections are open, the limit; raise --max-connections"
-            body = pb.ErrorReply(code=pb.ErrorReply.LIMIT, message=message).SerializeToString()
             with contextlib.suppress(TransportError):
-                channel.send([pack_prelude(Op.ERROR, 0, len(body)) + body], time.monotonic() + 1)
+                channel.send([pack_error(0, pb.ErrorReply.LIMIT, message)], time.monotonic() + 1)
             channel.close()
             return
         thread.start()

@@ -147,9 +147,13 @@ class Service:
 
     @contextmanager
     def inflight(self, nbytes: int) -> Iterator[bool]:
-        """Account for payload on its way in; yields False, with nothing accounted, when there is too much already."""
+        """Account for payload on its way in; yields False, with nothing accounted, when there is too much already.
+
+        A request on its own always fits: what it asks for may be more than the limit, but never forbidden for ever.
+        """
         with self._inflight_lock:
-            fits = self._inflight_nbytes + nbytes <= self.config.max_inflight_nbytes
+            in_flight = self._inflight_nbytes
+            fits = not in_flight or in_flight + nbytes <= self.config.max_inflight_nbytes
             if fits:
                 self._inflight_nbytes += nbytes
         try:

@@ -11,13 +11,13 @@ import fcntl
 import mmap
 import os
 from collections.abc import Mapping
-from typing import Final
+from typing import Final, NamedTuple
 
 import numpy as np
 import xxhash
 
 from mmcache.errors import FrameError, TransportError
-from mmcache.frame import FrameHeader, align_up, check_expected, parse_header
+from mmcache.frame import check_expected, parse_header
 from mmcache.tensors import Bytes, HostTensor, destinations
 from mmcache.transport.base import HIT, MAX_RING_NBYTES, RING_SLOTS, SLICE_NBYTES, Found, Outcome, Result
 
@@ -91,7 +91,7 @@ class RingView(Ring):
 def copy_hashed(source: Bytes, target: Bytes) -> bytes:
     """Copy all of `source` and return the xxh3-128 of what arrived in `target` (not of what was read).
 
-    Works in 256 KiB slices, so that each is hashed while still in the CPU cache; both steps run outside the GIL.
+    Works in slices of SLICE_NBYTES, so that each is hashed while still in the CPU cache; both steps run outside the GIL.
     """
     nbytes = source.nbytes
     if nbytes <= SLICE_NBYTES:
@@ -105,43 +105,61 @@ def copy_hashed(source: Bytes, target: Bytes) -> bytes:
     return state.digest()
 
 
-def read_frame(arena: ArenaMap, found: Found, key: bytes, buffers: Mapping[str, HostTensor], verify: bool) -> Result:
-    """Copy one frame out of the mapped arena into its destinations, verified as it is copied.
+class Move(NamedTuple):
+    """One tensor to copy: from the arena, to its destination, and the checksum it must have there."""
 
-    The header is copied first and its checksum begins the chain, so bytes that change meanwhile (an expired lease)
-    fail it. The destinations are undefined unless the outcome is HIT.
+    source: Bytes
+    target: Bytes
+    checksum: bytes
+
+
+class Planned(NamedTuple):
+    """A frame whose header was read and found right: what to copy, and the gaps between that must hold zeros."""
+
+    moves: list[Move]
+    gaps: list[Bytes]
+
+
+def plan_frame(
+    arena: ArenaMap, found: Found, key: bytes, buffers: Mapping[str, HostTensor], verify: bool
+) -> Planned | Result:
+    """Read and check one frame's header, and match its tensors to their destinations; a Result if that fails.
+
+    Reading all headers of a batch before the first tensor is copied keeps this code in the CPU cache.
     """
+    start, nbytes, header_nbytes, header_sum = found
     try:
-        header = _read_header(arena, found, verify)
-        check_expected(header, found.nbytes, found.header_nbytes, key if verify else None)
+        if start + nbytes > arena.data.nbytes:
+            raise FrameError(f"a frame of {nbytes} bytes at {start} is outside the arena")
+        data = bytes(arena.view[start : start + header_nbytes])
+        header = parse_header(data, limit_nbytes=nbytes, checksum=header_sum if verify else None, verify=verify)
+        check_expected(header, nbytes, header_nbytes, key if verify else None)
     except FrameError as error:
         return Result(Outcome.CORRUPT, str(error))
     targets = destinations(header, buffers)
     if isinstance(targets, str):
         return Result(Outcome.MISMATCH, targets)
-    if _read_tensors(arena, found.offset, header, targets, verify):
-        return HIT
-    return Result(Outcome.CORRUPT, "a tensor's checksum or padding does not match")
-
-
-def _read_header(arena: ArenaMap, found: Found, verify: bool) -> FrameHeader:
-    if found.offset + found.nbytes > arena.data.nbytes:
-        raise FrameError(f"a frame of {found.nbytes} bytes at {found.offset} is outside the arena")
-    header = bytes(arena.view[found.offset : found.offset + found.header_nbytes])
-    return parse_header(header, limit_nbytes=found.nbytes, checksum=found.header_sum if verify else None, verify=verify)
-
-
-def _read_tensors(arena: ArenaMap, offset: int, header: FrameHeader, targets: list[Bytes], verify: bool) -> bool:
-    data = arena.data
-    end = header.header_nbytes
+    frame = arena.data[start : start + nbytes]
+    moves, gaps, end = [], [], header_nbytes
     for stored, target in zip(header.tensors, targets, strict=True):
-        start = offset + stored.offset
-        if verify:
-            if stored.offset != end and data[offset + end : offset + align_up(end, header.alignment)].any():
-                return False
-            if copy_hashed(data[start : start + stored.nbytes], target) != stored.checksum:
-                return False
-        else:
-            np.copyto(target, data[start : start + stored.nbytes])
+        if stored.offset != end:
+            gaps.append(frame[end : stored.offset])
         end = stored.offset + stored.nbytes
-    return True
+        moves.append(Move(frame[stored.offset : end], target, stored.checksum))
+    return Planned(moves, gaps)
+
+
+def copy_frame(planned: Planned, verify: bool) -> Result:
+    """Copy a planned frame's tensors to their destinations, verified as they are copied.
+
+    The header's checksums begin the chain, so bytes that change meanwhile (an expired lease) fail it. The
+    destinations are undefined unless the outcome is HIT.
+    """
+    for source, target, checksum in planned.moves:
+        if not verify:
+            np.copyto(target, source)
+        elif copy_hashed(source, target) != checksum:
+            return Result(Outcome.CORRUPT, "a tensor's checksum does not match its bytes")
+    if verify and any(gap.any() for gap in planned.gaps):
+        return Result(Outcome.CORRUPT, "padding between tensors is not zero")
+    return HIT

@@ -21,6 +21,7 @@ from mmcache.client.link import Dialer, Link
 from mmcache.client.protocol import Flow, put_result
 from mmcache.config import parse_url
 from mmcache.errors import LeaseLost
+from mmcache.frame import Kind
 from mmcache.keyset import Keys
 from mmcache.tensors import as_numpy, named_tensors
 from mmcache.transport.base import MISS, Result
@@ -115,8 +116,8 @@ def _put(url: str, label: str, nbytes: str, then: Any) -> None:
     segments = batch._segments(0)
     size = sum(len(segment) for segment in segments)
     conversation = link.conversation
-    column, parents = b"".join(keys.digests), b"".join(keys.parents)
-    say(reserved=list(link.run(conversation.reserve(column, parents, [size], link.ring is not None), deadline)))
+    reserve = conversation.reserve(keys.digests[0], keys.parents[0], [size], bytes([Kind.KV]), link.ring is not None)
+    say(reserved=list(link.run(reserve, deadline)))
     pieces: Any = _until_half(segments, then)
     if link.ring is None:  # the channel takes a frame's buffers as a whole: send the first half on its own
         link.channel.send([next(pieces), next(pieces)], deadline)

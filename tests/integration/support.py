@@ -20,6 +20,7 @@ from google.protobuf.message import Message
 from numpy.typing import NDArray
 
 from mmcache.client.batch import PutBatch
+from mmcache.frame import Kind
 from mmcache.keys import Namespace, opaque_key
 from mmcache.keyset import Keys
 from mmcache.pb import cache_pb2 as pb
@@ -69,6 +70,17 @@ def frame_bytes(keys: Keys, values: Sequence[Any], position: int = 0, alignment:
     """The frame a client would send for one of these keys, as one string of bytes."""
     batch = PutBatch(keys, [named_tensors(value) for value in values], [], range(len(keys)), alignment, None)
     return b"".join(bytes(segment) for segment in batch._segments(position))
+
+
+def reserve_request(keys: Keys, sizes: Sequence[int], *, ring: bool = False, kind: Kind = Kind.KV) -> pb.ReserveRequest:
+    """What asks to store frames of these sizes under these keys."""
+    return pb.ReserveRequest(
+        keys=b"".join(keys.digests),
+        parents=b"".join(keys.parents),
+        frame_nbytes=sizes,
+        kinds=bytes([kind] * len(keys)),
+        ring=ring,
+    )
 
 
 class Raw:
@@ -126,10 +138,9 @@ class Raw:
         assert op == Op.JOIN
         return pb.JoinReply.FromString(body)
 
-    def reserve(self, keys: Keys, sizes: Sequence[int]) -> bytes:
+    def reserve(self, keys: Keys, sizes: Sequence[int], *, ring: bool = False) -> bytes:
         """Ask to store frames of these sizes; one PutStatus byte a key."""
-        column, parents = b"".join(keys.digests), b"".join(keys.parents)
-        self.ask(Op.RESERVE, pb.ReserveRequest(keys=column, parents=parents, frame_nbytes=sizes))
+        self.ask(Op.RESERVE, reserve_request(keys, sizes, ring=ring))
         op, body = self.answer()
         assert op == Op.RESERVE
         return bytes(pb.ReserveReply.FromString(body).status)

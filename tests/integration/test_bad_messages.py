@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import fcntl
+import contextlib
 import http.client
-import os
 import socket
 import struct
 from collections.abc import Iterator
@@ -15,13 +14,12 @@ import pytest
 
 import mmcache
 from mmcache.client.blocking import Client
-from mmcache.frame import SUM_OFFSET
+from mmcache.frame import SUM_OFFSET, Kind
 from mmcache.keyset import Keys
 from mmcache.pb import cache_pb2 as pb
 from mmcache.testing.process import ServerProcess
-from mmcache.transport.base import PROTOCOL, SLOT_NOTE, Op, pack_prelude
-from mmcache.transport.shm import Ring
-from tests.integration.support import Raw, blanks, eventually, frame_bytes, keys_of, values_of
+from mmcache.transport.base import PROTOCOL, Op, pack_prelude
+from tests.integration.support import Raw, blanks, eventually, frame_bytes, keys_of, reserve_request, values_of
 
 BATCH_KEYS = 64
 BODY_NBYTES = 16384
@@ -59,7 +57,7 @@ def unharmed(bystander: Client) -> Iterator[None]:
     fresh = keys_of(1, f"bystander/{next(_fresh)}")
     assert all(bystander.put(fresh, values_of(fresh, 100)))
     eventually(
-        lambda: (now := bystander.stat()["counters"])["reservations"] == now["inflight_bytes"] == now["leases"] == 0,
+        lambda: (now := bystander.stat()["counters"])["reservations"] == now["inflight_bytes"] == 0,
         "what the abuser held is given back",
     )
 
@@ -143,9 +141,18 @@ REFUSED = [
     (Op.RECHECK, pb.RecheckRequest(keys=bytes(64)[:63]), "keys have 32 bytes"),
     (Op.INSPECT, pb.InspectRequest(key=b"short"), "keys have 32 bytes"),
     (Op.INSPECT, pb.InspectRequest(key=ANY_KEY * 2), "one key"),
-    (Op.RESERVE, pb.ReserveRequest(keys=ANY_KEY[:20], parents=bytes(32), frame_nbytes=[1000]), "keys have 32 bytes"),
-    (Op.RESERVE, pb.ReserveRequest(keys=ANY_KEY, parents=b"", frame_nbytes=[1000]), "send one of each per key"),
-    (Op.RESERVE, pb.ReserveRequest(keys=ANY_KEY, parents=bytes(32), frame_nbytes=[1, 2]), "send one of each per key"),
+    (
+        Op.RESERVE,
+        pb.ReserveRequest(keys=ANY_KEY[:20], parents=bytes(32), frame_nbytes=[1000], kinds=b"\1"),
+        "keys have 32 bytes",
+    ),
+    (
+        Op.RESERVE,
+        pb.ReserveRequest(keys=ANY_KEY, parents=b"", frame_nbytes=[1000], kinds=b"\1"),
+        "send one of each per key",
+    ),
+    (Op.RESERVE, pb.ReserveRequest(keys=ANY_KEY, parents=bytes(32), frame_nbytes=[1, 2], kinds=b"\1"), "send one"),
+    (Op.RESERVE, pb.ReserveRequest(keys=ANY_KEY, parents=bytes(32), frame_nbytes=[1000]), "send one of each per key"),
     (Op.RESERVE, pb.ReserveRequest(keys=ANY_KEY, parents=bytes(32), frame_nbytes=[9], ring=True), "has none"),
     (Op.CONTAINS, pb.ContainsRequest(keys=ANY_KEY * (BATCH_KEYS + 1)), f"limit is {BATCH_KEYS}"),
     (Op.ACQUIRE, pb.AcquireRequest(keys=ANY_KEY * (BATCH_KEYS + 1)), "split it"),
@@ -189,11 +196,8 @@ def test_impossible_sizes_are_refused_key_by_key(server: ServerProcess, nbytes: 
 
 
 def half_a_message(where: str, keys: Keys) -> list[bytes]:
-    reserve = pb.ReserveRequest(
-        keys=b"".join(keys.digests),
-        parents=b"".join(keys.parents),
-        frame_nbytes=[len(frame_bytes(keys, [bytes(9000)]))],
-    ).SerializeToString()
+    frame = frame_bytes(keys, [bytes(9000)])
+    reserve = reserve_request(keys, [len(frame)]).SerializeToString()
     asked = pack_prelude(Op.RESERVE, 2, len(reserve)) + reserve
     return {
         "before anything": [b""],
@@ -201,7 +205,7 @@ def half_a_message(where: str, keys: Keys) -> list[bytes]:
         "in a later prelude": [join_request(), b"MMC1\x01"],
         "in a body": [join_request(), asked[:-10]],
         "before the payload": [join_request(), asked],
-        "in the payload": [join_request(), asked, frame_bytes(keys, [bytes(9000)])[:5000]],
+        "in the payload": [join_request(), asked, frame[:5000]],
     }[where]
 
 
@@ -209,21 +213,22 @@ WHERE = ["before anything", "in the first prelude", "in a later prelude", "in a 
          "in the payload"]  # fmt: skip
 
 
-@pytest.mark.parametrize("where", WHERE)
 @pytest.mark.parametrize("unix", [False, True], ids=["tcp", "unix"])
-def test_a_client_that_stops_mid_message_is_dropped_in_time(
-    server: ServerProcess, bystander: Client, where: str, unix: bool
+def test_clients_that_stop_mid_message_are_dropped_in_time(
+    server: ServerProcess, bystander: Client, unix: bool
 ) -> None:
-    with Raw(server.unix_path if unix else server) as raw:
-        for piece in half_a_message(where, keys_of(1, f"half/{unix}")):
-            raw.send(piece)
+    with contextlib.ExitStack() as stack:
+        stopped = [stack.enter_context(Raw(server.unix_path if unix else server)) for _ in WHERE]
+        for raw, where in zip(stopped, WHERE, strict=True):
+            for piece in half_a_message(where, keys_of(1, f"half/{where}/{unix}")):
+                raw.send(piece)
         assert bystander.match_prefix(keys_of(STORED, "kept")) == STORED  # the others are served meanwhile
-        try:
-            while raw.sock.recv(4096):  # replies so far, then the end
-                pass
-        except ConnectionError:
-            pass
-    assert bystander.match_prefix(keys_of(1, f"half/{unix}")) == 0
+        for raw in stopped:
+            with contextlib.suppress(ConnectionError):
+                while raw.sock.recv(4096):  # replies so far, then the end
+                    pass
+    for where in WHERE:
+        assert bystander.match_prefix(keys_of(1, f"half/{where}/{unix}")) == 0
 
 
 @pytest.mark.parametrize("where", WHERE)
@@ -278,17 +283,31 @@ def test_a_frame_that_lies_is_refused_and_not_stored(server: ServerProcess, byst
     assert bystander.match_prefix(keys_of(1, "somebody else")) == 0
 
 
-def test_a_parent_other_than_the_announced_one_is_refused(server: ServerProcess, bystander: Client) -> None:
+@pytest.mark.parametrize("what", ["parent", "kind"])
+def test_a_parent_or_kind_other_than_the_announced_one_is_refused(
+    server: ServerProcess, bystander: Client, what: str
+) -> None:
     keys = keys_of(1, "orphan")
     frame = frame_bytes(keys, [bytes(500)])
+    request = reserve_request(keys, [len(frame)], kind=Kind.LATENT if what == "kind" else Kind.KV)
+    if what == "parent":
+        request.parents = ANY_KEY
     with Raw(server) as raw:
         raw.join()
-        request = pb.ReserveRequest(keys=keys.digests[0], parents=ANY_KEY, frame_nbytes=[len(frame)])
         raw.ask(Op.RESERVE, request)
         assert raw.answer()[0] == Op.RESERVE
         raw.send(frame)
         assert raw.put_done() == bytes([pb.BAD_FRAME])
     assert bystander.match_prefix(keys) == 0
+
+
+def test_kinds_nobody_knows_are_refused_key_by_key(server: ServerProcess) -> None:
+    request = reserve_request(keys_of(2, "kinds"), [1000, 1000])
+    request.kinds = b"\0\xff"
+    with Raw(server) as raw:
+        raw.join()
+        raw.ask(Op.RESERVE, request)
+        assert pb.ReserveReply.FromString(raw.answer()[1]).status == bytes([pb.BAD_FRAME] * 2)
 
 
 def test_one_lying_frame_of_a_batch_costs_the_others_nothing(server: ServerProcess, bystander: Client) -> None:
@@ -301,114 +320,3 @@ def test_one_lying_frame_of_a_batch_costs_the_others_nothing(server: ServerProce
         assert raw.put_done() == bytes([pb.STORED, pb.BAD_FRAME, pb.STORED])
     buffers = blanks(3, 3000)
     assert [str(result.outcome) for result in bystander.get_into(keys, buffers)] == ["hit", "miss", "hit"]
-
-
-class RawRing(Raw):
-    """A raw connection that joined with a ring of its own."""
-
-    def __init__(self, server: ServerProcess) -> None:
-        super().__init__(server.unix_path)
-        self.ring = Ring()
-        body = pb.JoinRequest(
-            protocol=PROTOCOL, ring_slots=self.ring.slots, ring_slot_nbytes=self.ring.slot_nbytes
-        ).SerializeToString()
-        socket.send_fds(self.sock, [pack_prelude(Op.JOIN, 1, len(body)) + body], [self.ring.fd])
-        assert self.answer()[0] == Op.JOIN
-        self.ring.close_fd()
-
-    def reserve_through_ring(self, keys: Keys, nbytes: int) -> None:
-        request = pb.ReserveRequest(
-            keys=b"".join(keys.digests), parents=b"".join(keys.parents), frame_nbytes=[nbytes], ring=True
-        )
-        self.ask(Op.RESERVE, request)
-        op, body = self.answer()
-        assert op == Op.RESERVE
-        assert pb.ReserveReply.FromString(body).status == bytes([pb.WANTED])
-
-
-@pytest.mark.parametrize(
-    ("slots", "slot_nbytes", "seals", "file_nbytes"),
-    [
-        (4, 65536, 0, 4 * 65536),
-        (4, 65536, fcntl.F_SEAL_GROW, 4 * 65536),
-        (4, 65536, fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW, 3 * 65536),
-        (1, 65536, fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW, 65536),
-        (65, 4096, fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW, 65 * 4096),
-        (4, 4095, fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW, 4 * 4095),
-        (4, 0, fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW, 0),
-        (64, 0xFFFFFFFF, fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW, 64 * 65536),
-        (0xFFFFFFFF, 0xFFFFFFFF, fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW, 65536),
-    ],
-)
-def test_a_ring_that_could_harm_the_server_is_not_mapped(
-    server: ServerProcess, slots: int, slot_nbytes: int, seals: int, file_nbytes: int
-) -> None:
-    fd = os.memfd_create("ring", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
-    os.ftruncate(fd, file_nbytes)
-    if seals:
-        fcntl.fcntl(fd, fcntl.F_ADD_SEALS, seals)
-    body = pb.JoinRequest(protocol=PROTOCOL, ring_slots=slots, ring_slot_nbytes=slot_nbytes).SerializeToString()
-    with Raw(server.unix_path) as raw:
-        socket.send_fds(raw.sock, [pack_prelude(Op.JOIN, 1, len(body)) + body], [fd])
-        assert "ring" in raw.refusal().message
-        raw.join()  # and the connection goes on
-    os.close(fd)
-
-
-def test_a_descriptor_that_is_no_ring_is_not_mapped(server: ServerProcess) -> None:
-    body = pb.JoinRequest(protocol=PROTOCOL, ring_slots=4, ring_slot_nbytes=4096).SerializeToString()
-    message = pack_prelude(Op.JOIN, 1, len(body)) + body
-    with open(__file__) as file, Raw(server.unix_path) as raw:
-        socket.send_fds(raw.sock, [message], [file.fileno()])
-        assert "ring" in raw.refusal().message
-    with Raw(server.unix_path) as raw:
-        socket.send_fds(raw.sock, [message], [raw.sock.fileno()] * 2)
-        assert "file descriptor" in raw.refusal().message
-
-
-def test_descriptors_nobody_asked_for_are_not_kept(server: ServerProcess) -> None:
-    def open_files() -> int:
-        return len(os.listdir(f"/proc/{server.pid}/fd"))
-
-    with Raw(server.unix_path) as raw:
-        before = open_files()
-        with open(__file__) as file:
-            socket.send_fds(raw.sock, [join_request()], [file.fileno()] * 2)
-            assert raw.answer()[0] == Op.JOIN
-            socket.send_fds(raw.sock, [pack_prelude(Op.STAT, 2, 0)], [file.fileno()] * 2)
-            assert raw.answer()[0] == Op.STAT
-        assert open_files() == before
-
-
-@pytest.mark.parametrize("note", [0, (1 << 32) - 1, 1 << 31, Ring().slot_nbytes + 1])
-def test_a_slot_note_outside_its_slot_ends_the_put(server: ServerProcess, bystander: Client, note: int) -> None:
-    keys = keys_of(1, "bad note")
-    with RawRing(server) as raw:
-        raw.reserve_through_ring(keys, 100_000)
-        raw.send(SLOT_NOTE.pack(note))
-        assert "slot note" in raw.refusal().message
-        assert raw.closed_by_peer()
-    assert bystander.match_prefix(keys) == 0
-
-
-def test_more_bytes_through_the_ring_than_the_frame_holds_end_the_put(server: ServerProcess, bystander: Client) -> None:
-    keys = keys_of(1, "too much")
-    frame = frame_bytes(keys, [bytes(1000)])
-    with RawRing(server) as raw:
-        raw.reserve_through_ring(keys, len(frame))
-        raw.ring.slot(0)[: len(frame)] = np.frombuffer(frame, np.uint8)
-        raw.send(SLOT_NOTE.pack(len(frame) + 1))
-        assert "more bytes" in raw.refusal().message
-    assert bystander.match_prefix(keys) == 0
-
-
-def test_a_ring_is_really_used_when_it_is_sound(server: ServerProcess, bystander: Client) -> None:
-    keys = keys_of(1, "sound ring")
-    frame = frame_bytes(keys, [bytes(1000)])
-    with RawRing(server) as raw:
-        raw.reserve_through_ring(keys, len(frame))
-        raw.ring.slot(0)[: len(frame)] = np.frombuffer(frame, np.uint8)
-        raw.send(SLOT_NOTE.pack(len(frame)))
-        assert raw.recv(1) == b"\x01"
-        assert raw.put_done() == bytes([pb.STORED])
-    assert bystander.match_prefix(keys) == 1

@@ -222,6 +222,11 @@ def test_settings_out_of_range_are_refused(settings: dict[str, Any], message: st
     assert message in str(caught.value)
 
 
+def test_one_batch_may_not_fill_the_memory() -> None:
+    assert ServerConfig(memory_nbytes=GiB, max_inline_nbytes=MiB).max_batch_nbytes == MiB
+    assert ServerConfig(memory_nbytes=GiB, max_inline_nbytes=8 * GiB).max_batch_nbytes <= GiB // 2
+
+
 def test_entries_follow_from_the_memory_unless_given() -> None:
     assert ServerConfig(memory_nbytes=GiB).entries == 65536
     assert ServerConfig(memory_nbytes=MiB).entries == 1024

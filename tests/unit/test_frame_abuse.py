@@ -245,6 +245,16 @@ def test_payload_of_another_frame_under_this_header() -> None:
         Frame.parse(mixed).verify()
 
 
+@pytest.mark.parametrize("hidden", [b"x", bytes(64)])
+def test_bytes_hidden_behind_the_last_tensor(hidden: bytes) -> None:
+    forged = forge(GOOD + hidden, put(FRAME_NBYTES, len(GOOD + hidden)))
+    with pytest.raises(FrameError, match="tensors end at 896 but"):
+        Frame.parse(forged)
+    nothing = frame_of([])
+    with pytest.raises(FrameError, match="tensors end at 256 but"):
+        Frame.parse(forge(nothing + hidden, put(FRAME_NBYTES, 256 + len(hidden))))
+
+
 def test_a_payload_may_hold_a_whole_frame() -> None:
     inner = xxhash.xxh3_128_digest(GOOD)
     meta = Frame.parse(GOOD).header.meta

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import resource
 from collections.abc import Sequence
 from typing import Any, TypeVar
 
@@ -295,6 +296,16 @@ def test_large_tensors_land_in_slices() -> None:
 def test_a_whole_frame_is_received_as_it_is() -> None:
     received, sent, left = drive(Conversation().receive_whole(PLACE_OF_FRAME), FRAME + b"x")
     assert (bytes(received), sent, left) == (FRAME, b"", b"x")
+
+
+def test_a_whole_frame_that_no_memory_can_hold_is_a_protocol_error() -> None:
+    limits = resource.getrlimit(resource.RLIMIT_AS)
+    resource.setrlimit(resource.RLIMIT_AS, (1 << 39, limits[1]))
+    try:
+        with pytest.raises(ProtocolError, match="1099511627776 bytes does not fit"):
+            drive(Conversation().receive_whole(Found(0, 1 << 40, 256, bytes(16))))
+    finally:
+        resource.setrlimit(resource.RLIMIT_AS, limits)
 
 
 # ------------------------------------------------------------------------------------------ reserve and put

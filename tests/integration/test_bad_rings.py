@@ -1,0 +1,146 @@
+"""Peers that abuse file descriptors and write rings: nothing unsound is mapped, and no note can reach past its slot."""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import socket
+from collections.abc import Iterator
+
+import numpy as np
+import pytest
+
+import mmcache
+from mmcache.client.blocking import Client
+from mmcache.keyset import Keys
+from mmcache.pb import cache_pb2 as pb
+from mmcache.testing.process import ServerProcess
+from mmcache.transport.base import PROTOCOL, SLOT_NOTE, Op, pack_prelude
+from mmcache.transport.shm import Ring
+from tests.integration.support import Raw, frame_bytes, keys_of
+
+
+@pytest.fixture(scope="module")
+def server() -> Iterator[ServerProcess]:
+    process = ServerProcess("16MiB").start()
+    yield process
+    assert process.stop() == 0
+    assert process.said == ""  # no traceback, no internal error
+
+
+@pytest.fixture(scope="module")
+def bystander(server: ServerProcess) -> Iterator[Client]:
+    with mmcache.connect(server.url, deadline_s=20) as client:
+        yield client
+
+
+def join_request() -> bytes:
+    body = pb.JoinRequest(protocol=PROTOCOL).SerializeToString()
+    return pack_prelude(Op.JOIN, 1, len(body)) + body
+
+
+class RawRing(Raw):
+    """A raw connection that joined with a ring of its own."""
+
+    def __init__(self, server: ServerProcess) -> None:
+        super().__init__(server.unix_path)
+        self.ring = Ring()
+        body = pb.JoinRequest(
+            protocol=PROTOCOL, ring_slots=self.ring.slots, ring_slot_nbytes=self.ring.slot_nbytes
+        ).SerializeToString()
+        socket.send_fds(self.sock, [pack_prelude(Op.JOIN, 1, len(body)) + body], [self.ring.fd])
+        assert self.answer()[0] == Op.JOIN
+        self.ring.close_fd()
+
+    def reserve_through_ring(self, keys: Keys, nbytes: int) -> None:
+        assert self.reserve(keys, [nbytes], ring=True) == bytes([pb.WANTED])
+
+
+@pytest.mark.parametrize(
+    ("slots", "slot_nbytes", "seals", "file_nbytes"),
+    [
+        (4, 65536, 0, 4 * 65536),
+        (4, 65536, fcntl.F_SEAL_GROW, 4 * 65536),
+        (4, 65536, fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW, 3 * 65536),
+        (1, 65536, fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW, 65536),
+        (65, 4096, fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW, 65 * 4096),
+        (4, 4095, fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW, 4 * 4095),
+        (4, 0, fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW, 0),
+        (64, 0xFFFFFFFF, fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW, 64 * 65536),
+        (0xFFFFFFFF, 0xFFFFFFFF, fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW, 65536),
+    ],
+)
+def test_a_ring_that_could_harm_the_server_is_not_mapped(
+    server: ServerProcess, slots: int, slot_nbytes: int, seals: int, file_nbytes: int
+) -> None:
+    fd = os.memfd_create("ring", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
+    os.ftruncate(fd, file_nbytes)
+    if seals:
+        fcntl.fcntl(fd, fcntl.F_ADD_SEALS, seals)
+    body = pb.JoinRequest(protocol=PROTOCOL, ring_slots=slots, ring_slot_nbytes=slot_nbytes).SerializeToString()
+    with Raw(server.unix_path) as raw:
+        socket.send_fds(raw.sock, [pack_prelude(Op.JOIN, 1, len(body)) + body], [fd])
+        assert "ring" in raw.refusal().message
+        raw.join()  # and the connection goes on
+    os.close(fd)
+
+
+def test_a_descriptor_that_is_no_ring_is_not_mapped(server: ServerProcess) -> None:
+    body = pb.JoinRequest(protocol=PROTOCOL, ring_slots=4, ring_slot_nbytes=4096).SerializeToString()
+    message = pack_prelude(Op.JOIN, 1, len(body)) + body
+    with open(__file__) as file, Raw(server.unix_path) as raw:
+        socket.send_fds(raw.sock, [message], [file.fileno()])
+        assert "ring" in raw.refusal().message
+    with Raw(server.unix_path) as raw:
+        socket.send_fds(raw.sock, [message], [raw.sock.fileno()] * 2)
+        assert "file descriptor" in raw.refusal().message
+
+
+def test_descriptors_nobody_asked_for_are_not_kept(server: ServerProcess) -> None:
+    def open_files() -> int:
+        return len(os.listdir(f"/proc/{server.pid}/fd"))
+
+    with Raw(server.unix_path) as raw:
+        raw.join()
+        before = open_files()
+        with open(__file__) as file, Raw(server.unix_path) as other:
+            socket.send_fds(other.sock, [join_request()], [file.fileno()] * 2)
+            assert other.answer()[0] == Op.JOIN
+            assert open_files() == before + 1
+            socket.send_fds(raw.sock, [pack_prelude(Op.STAT, 2, 0)], [file.fileno()] * 2)
+            assert raw.answer()[0] == Op.STAT
+        assert open_files() == before
+
+
+@pytest.mark.parametrize("note", [0, (1 << 32) - 1, 1 << 31, Ring().slot_nbytes + 1])
+def test_a_slot_note_outside_its_slot_ends_the_put(server: ServerProcess, bystander: Client, note: int) -> None:
+    keys = keys_of(1, "bad note")
+    with RawRing(server) as raw:
+        raw.reserve_through_ring(keys, 100_000)
+        raw.send(SLOT_NOTE.pack(note))
+        assert "slot note" in raw.refusal().message
+        assert raw.closed_by_peer()
+    assert bystander.match_prefix(keys) == 0
+
+
+def test_more_bytes_through_the_ring_than_the_frame_holds_end_the_put(server: ServerProcess, bystander: Client) -> None:
+    keys = keys_of(1, "too much")
+    frame = frame_bytes(keys, [bytes(1000)])
+    with RawRing(server) as raw:
+        raw.reserve_through_ring(keys, len(frame))
+        raw.ring.slot(0)[: len(frame)] = np.frombuffer(frame, np.uint8)
+        raw.send(SLOT_NOTE.pack(len(frame) + 1))
+        assert "more bytes" in raw.refusal().message
+    assert bystander.match_prefix(keys) == 0
+
+
+def test_a_ring_is_really_used_when_it_is_sound(server: ServerProcess, bystander: Client) -> None:
+    keys = keys_of(1, "sound ring")
+    frame = frame_bytes(keys, [bytes(1000)])
+    with RawRing(server) as raw:
+        raw.reserve_through_ring(keys, len(frame))
+        raw.ring.slot(0)[: len(frame)] = np.frombuffer(frame, np.uint8)
+        raw.send(SLOT_NOTE.pack(len(frame)))
+        assert raw.recv(1) == b"\x01"
+        assert raw.put_done() == bytes([pb.STORED])
+    assert bystander.match_prefix(keys) == 1
