@@ -18,7 +18,7 @@ from rich.table import Table
 from mmcache._version import __version__
 from mmcache.config import parse_nbytes, server_config
 from mmcache.connect import connect
-from mmcache.errors import FrameError, MMCacheError, UsageError
+from mmcache.errors import ConfigError, FrameError, MMCacheError, UsageError
 from mmcache.frame import parse_header
 from mmcache.server.serve import Server
 
@@ -85,6 +85,8 @@ def serve(
             max_connections=max_connections,
             insecure_network=insecure_network,
         )
+        if not config.listen and not config.unix_path:
+            raise ConfigError("there is nothing to listen on; give --listen HOST:PORT or --unix PATH")
         server = Server(config)
         server.start()
     except MMCacheError as error:

@@ -22,13 +22,14 @@ DEFAULT_PORT: Final = 7600
 _UNITS: Final = {"": 1, "b": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "tb": 10**12,
                  "kib": KiB, "mib": MiB, "gib": GiB, "tib": 1 << 40}  # fmt: skip
 _ENV_PREFIX: Final = "MMCACHE_"
+_LONGEST_S: Final = 86400.0  # the kernel's timers take no infinity, and what waits longer than a day is not waiting
 
 
 def parse_nbytes(text: str | int) -> int:
     """Bytes from '1GiB', '512 MiB', '64kb' or a plain number. Raises ConfigError."""
     if isinstance(text, int):
         return text
-    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([a-zA-Z]*)\s*", text)
+    match = re.fullmatch(r"\s*(\d{1,18}(?:\.\d{1,18})?)\s*([a-zA-Z]*)\s*", text)
     unit = match and _UNITS.get(match[2].lower())
     if not match or not unit:
         raise ConfigError(f"{text!r} is not a size; write a number with a unit, for example 512MiB or 4GiB")
@@ -45,6 +46,12 @@ def parse_host_port(text: str) -> tuple[str, int]:
     if not host or parts.path or parts.query or parts.username:
         raise ConfigError(f"{text!r} is not HOST:PORT; for example 127.0.0.1:{DEFAULT_PORT}")
     return host, DEFAULT_PORT if port is None else port
+
+
+def _check_times(config: object, *names: str) -> None:
+    for name in names:
+        if not getattr(config, name) <= _LONGEST_S:
+            raise ConfigError(f"{name} is {getattr(config, name)}; it must be at most {_LONGEST_S:.0f} seconds, a day")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -76,6 +83,7 @@ class ServerConfig:
                 raise ConfigError(f"{name} is {getattr(self, name)}; it must be greater than 0")
         if self.max_entries < 0 or self.drain_s < 0:
             raise ConfigError("max_entries and drain_s cannot be negative")
+        _check_times(self, "lease_s", "io_timeout_s", "drain_s")
         if not 0 < self.pinned_share <= 1:
             raise ConfigError(f"pinned_share is {self.pinned_share}; it must be above 0 and at most 1")
         if self.alignment < 64 or self.alignment > 65536 or self.alignment & (self.alignment - 1):
@@ -108,14 +116,16 @@ class ClientConfig:
     connect_s: float = 2.0
     verify: bool = True
     max_connections: int = 8
+    copy_threads: int = 2  # for large batches read from shared memory
 
     def __post_init__(self) -> None:
         if self.transport not in ("auto", "shm", "tcp"):
             raise ConfigError(f"transport={self.transport!r} is unknown; use auto, shm or tcp")
         if self.transport == "shm" and self.scheme == "mmcache" and self.host not in ("127.0.0.1", "localhost", "::1"):
             raise ConfigError(f"transport=shm needs a server on this host, not {self.host}; use auto or tcp")
-        if not (self.deadline_s > 0 and self.connect_s > 0 and self.max_connections > 0):
-            raise ConfigError("deadline_s, connect_s and max_connections must be greater than 0")
+        if not (self.deadline_s > 0 and self.connect_s > 0 and self.max_connections > 0 and self.copy_threads > 0):
+            raise ConfigError("deadline_s, connect_s, max_connections and copy_threads must be greater than 0")
+        _check_times(self, "deadline_s", "connect_s")
 
 
 _URL_HELP: Final = (
@@ -149,7 +159,7 @@ def parse_url(url: str, **overrides: Any) -> ClientConfig:
     for name, value in parse_qsl(parts.query, keep_blank_values=True):
         if name == "memory":
             settings["memory_nbytes"] = parse_nbytes(value)
-        elif name in ("transport", "deadline_s", "connect_s", "verify", "max_connections"):
+        elif name in ("transport", "deadline_s", "connect_s", "verify", "max_connections", "copy_threads"):
             settings[name] = _convert(ClientConfig, name, value, f"the URL's {name}")
         else:
             raise ConfigError(f"{url!r} has an unknown option {name!r}; {_URL_HELP}")

@@ -9,7 +9,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Final
+from typing import Any, Final, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -43,8 +43,7 @@ def as_dtype(array: NDArray[Any], dtype: str) -> Labelled:
     return Labelled(array, dtype)
 
 
-@dataclass(frozen=True, slots=True)
-class HostTensor:
+class HostTensor(NamedTuple):
     """One tensor's bytes in this process: flat uint8 view, and its dtype name and shape ('' and () when untyped)."""
 
     data: Bytes

@@ -17,13 +17,14 @@ from mmcache.keyset import Keys, NamespaceId
 from mmcache.pb import cache_pb2 as pb
 from mmcache.tensors import HostTensor, specs_of
 from mmcache.transport.base import Op, Outcome, Result
-from mmcache.transport.shm import copy_frame, plan_frame
+from mmcache.transport.shm import Copier, plan_frame
 
 WRITER: Final = f"mmcache/{__version__}"
 
 
 def get_run(
     link: Link,
+    copier: Copier,
     digests: Sequence[bytes],
     targets: Sequence[Mapping[str, HostTensor]],
     results: list[Result],
@@ -39,7 +40,7 @@ def get_run(
     found = [(position, place) for position, place in zip(run, acquired.entries, strict=True) if place]
     if arena is not None:
         plans = [plan_frame(arena, place, digests[at], targets[at], verify) for at, place in found]
-        read = [plan if isinstance(plan, Result) else copy_frame(plan, verify) for plan in plans]
+        read = copier.copy(plans, verify)
     else:
         frames = [conversation.receive_frame(place, digests[at], targets[at], verify) for at, place in found]
         read = [link.run(frame, deadline) for frame in frames]

@@ -27,6 +27,7 @@ from mmcache.keyset import Key, Keys
 from mmcache.pb import cache_pb2 as pb
 from mmcache.tensors import HostTensor, check_count, named_tensors
 from mmcache.transport.base import HIT, MISS, Op, Outcome, Result
+from mmcache.transport.shm import Copier
 from mmcache.transport.tcp import Channel
 
 log = logging.getLogger("mmcache.client")
@@ -92,10 +93,13 @@ class Client:
         results = [MISS] * len(rows)
 
         def ask(link: Link, deadline: float) -> None:
+            results[:] = [MISS] * len(rows)  # a second try writes the destinations anew
             for run in batches(len(rows), link.joined.limits.batch_keys):
                 position = run.start
                 while position < run.stop:
-                    position = get_run(link, rows.digests, targets, results, range(position, run.stop), check, deadline)
+                    position = get_run(
+                        link, self._copier, rows.digests, targets, results, range(position, run.stop), check, deadline
+                    )
             corrupt = [
                 key
                 for key, result in zip(rows.digests, results, strict=True)
@@ -223,6 +227,7 @@ class Client:
         self._links = self._waiting = 0
         self._changed = threading.Condition(threading.Lock())
         self._pid = os.getpid()
+        self._copier = Copier(self.config.copy_threads)
         for link in inherited:
             link.close()
 

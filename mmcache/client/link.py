@@ -99,11 +99,14 @@ def join(channel: Channel, deadline: float, *, shared: bool, known: tuple[bytes,
             request.want_arena = True
             request.ring_slots, request.ring_slot_nbytes = ring.slots, ring.slot_nbytes
         message = Conversation().request(Op.JOIN, request)
+        with contextlib.suppress(TransportError):  # a server that refuses at once may have hung up already: hear why
+            if ring is not None:
+                channel.send_with_fds(message, [ring.fd], deadline)
+            else:
+                channel.send([message], deadline)
         if ring is not None:
-            channel.send_with_fds(message, [ring.fd], deadline)
             head, fds = channel.recv_with_fds(PRELUDE_NBYTES, deadline)
         else:
-            channel.send([message], deadline)
             head = channel.recv(PRELUDE_NBYTES, deadline)
         reply = _read_join(channel, head, deadline)
         arena = None
@@ -162,15 +165,15 @@ class Dialer:
             if link is not None:
                 return link
         link = self._join(connect_tcp(config.host, config.port, left_s), deadline, shared=False)
-        if not shared or not link.joined.unix_path or not link.channel.is_loopback:
+        if not shared:
             return link
-        faster = self._try_unix(link.joined.unix_path, left_s, deadline, link.joined.server_id)
+        path = link.joined.unix_path if link.channel.is_loopback else ""
+        faster = self._try_unix(path, left_s, deadline, link.joined.server_id) if path else None
         if faster is None:
             if config.transport == "shm":
                 link.close()
-                raise TransportError(
-                    f"the server's unix socket {link.joined.unix_path} cannot be used from here; use transport=tcp"
-                )
+                trouble = f"unix socket {path} cannot be used from here" if path else "unix socket is off or elsewhere"
+                raise TransportError(f"the server's {trouble}; use transport=tcp")
             return link
         link.close()
         return faster

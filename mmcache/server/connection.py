@@ -31,9 +31,10 @@ from mmcache.transport.base import (
     parse_prelude,
 )
 from mmcache.transport.shm import RingView
-from mmcache.transport.tcp import Channel, close_fds
+from mmcache.transport.tcp import SPIN_S, Channel, close_fds
 
 log = logging.getLogger("mmcache.server")
+MAX_SPINNING: Final = 4  # with more connections than this, none waits awake for its next request
 INLINE_LEASE_SHARE: Final = 0.8  # of the lease: payload that was not sent by then is not sent, as it may change soon
 LINGER_S: Final = 1.0  # how long a peer that broke the rules may take to read why
 _HTTP_TEXT = b"This port speaks mmcache's framed protocol, not HTTP. Connect with mmcache://HOST:PORT.\n"
@@ -94,6 +95,7 @@ class Connection:
                 self._last_words(_HTTP_ANSWER)
                 raise TransportError("an HTTP client")
             return start + self.channel.recv(PRELUDE_NBYTES - len(MAGIC), deadline), []
+        self.channel.spin_s = SPIN_S if self.service.connections <= MAX_SPINNING else 0.0
         self.channel.wait_message()
         return self.channel.recv(PRELUDE_NBYTES, self._deadline()), []
 

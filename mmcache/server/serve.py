@@ -71,6 +71,7 @@ class Server:
             self._private_dir = tempfile.TemporaryDirectory(prefix="mmcache-")
             path = str(Path(self._private_dir.name) / "shard.sock")
         else:
+            path = os.path.abspath(path)  # clients elsewhere are told it
             _remove_stale(path)
         listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
         old_mask = os.umask(0o177)
@@ -145,6 +146,7 @@ class Server:
             if not full:
                 thread = threading.Thread(target=self._run, args=(connection,), name="mmcache-connection", daemon=True)
                 self._connections[connection] = thread
+                self.service.connections = len(self._connections)
         if full:
             message = f"{self.config.max_connections} connections are open, the limit; raise --max-connections"
             with contextlib.suppress(TransportError):
@@ -159,6 +161,7 @@ class Server:
         finally:
             with self._lock:
                 self._connections.pop(connection, None)
+                self.service.connections = len(self._connections)
 
     def _tick(self) -> None:
         while not self._stopping.wait(TICK_S):
@@ -194,7 +197,8 @@ def _remove_stale(path: str) -> None:
         raise ConfigError(f"{path} exists and is not a socket; choose another --unix")
     try:
         connect_unix(path, 1.0).close()
-    except TransportError:
-        os.unlink(path)
-        return
+    except TransportError as error:
+        if isinstance(error.__cause__, ConnectionRefusedError):  # anything else may be a server that is only busy
+            os.unlink(path)
+            return
     raise ConfigError(f"another server listens on {path}; stop it or choose another --unix")

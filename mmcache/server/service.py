@@ -60,6 +60,7 @@ class Service:
         self.server_id = secrets.token_bytes(16)
         self.unix_path = ""
         self.started_at = time.monotonic()
+        self.connections = 0
         self._inflight_nbytes = 0
         self._inflight_lock = threading.Lock()
         self._plain: dict[Op, tuple[Callable[[], Message], Callable[..., Message]]] = {

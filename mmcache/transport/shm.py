@@ -10,7 +10,8 @@ from __future__ import annotations
 import fcntl
 import mmap
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Final, NamedTuple
 
 import numpy as np
@@ -21,6 +22,7 @@ from mmcache.frame import check_expected, parse_header
 from mmcache.tensors import Bytes, HostTensor, destinations
 from mmcache.transport.base import HIT, MAX_RING_NBYTES, RING_SLOTS, SLICE_NBYTES, Found, Outcome, Result
 
+PARALLEL_NBYTES: Final = 8 << 20
 _SIZE_SEALS: Final = fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW
 
 
@@ -91,7 +93,7 @@ class RingView(Ring):
 def copy_hashed(source: Bytes, target: Bytes) -> bytes:
     """Copy all of `source` and return the xxh3-128 of what arrived in `target` (not of what was read).
 
-    Works in slices of SLICE_NBYTES, so that each is hashed while still in the CPU cache; both steps run outside the GIL.
+    Works in slices of SLICE_NBYTES, each hashed while it is still in the CPU cache; both steps run outside the GIL.
     """
     nbytes = source.nbytes
     if nbytes <= SLICE_NBYTES:
@@ -163,3 +165,38 @@ def copy_frame(planned: Planned, verify: bool) -> Result:
     if verify and any(gap.any() for gap in planned.gaps):
         return Result(Outcome.CORRUPT, "padding between tensors is not zero")
     return HIT
+
+
+class Copier:
+    """Copies planned frames, large batches on several threads: one CPU alone cannot use the memory's bandwidth.
+
+    The copies run outside the GIL. Threads start with the first large batch, and belong to one process: make a new
+    Copier after a fork.
+    """
+
+    def __init__(self, threads: int) -> None:
+        self._threads = min(threads, os.cpu_count() or 1)
+        self._pool: ThreadPoolExecutor | None = None
+
+    def copy(self, plans: Sequence[Planned | Result], verify: bool) -> list[Result]:
+        """One Result per plan; a plan that already is one stays as it is."""
+        nbytes = [0 if isinstance(plan, Result) else sum(move.source.nbytes for move in plan.moves) for plan in plans]
+        if self._threads < 2 or sum(nbytes) < PARALLEL_NBYTES:
+            return _copy_frames(plans, verify)
+        if self._pool is None:
+            self._pool = ThreadPoolExecutor(self._threads - 1, thread_name_prefix="mmcache-copy")
+        share, taken, cuts = sum(nbytes) / self._threads, 0.0, [0]
+        for position, size in enumerate(nbytes):
+            if taken >= share * len(cuts):
+                cuts.append(position)
+            taken += size
+        parts = [plans[start:stop] for start, stop in zip(cuts, [*cuts[1:], len(plans)], strict=True)]
+        others = [self._pool.submit(_copy_frames, part, verify) for part in parts[1:]]
+        results = _copy_frames(parts[0], verify)
+        for other in others:
+            results += other.result()
+        return results
+
+
+def _copy_frames(plans: Sequence[Planned | Result], verify: bool) -> list[Result]:
+    return [plan if isinstance(plan, Result) else copy_frame(plan, verify) for plan in plans]

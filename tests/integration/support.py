@@ -11,7 +11,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import blake3
 import numpy as np
@@ -96,7 +96,7 @@ class Raw:
             host, _, port = target.url.removeprefix("mmcache://").rpartition(":")
             self.sock = socket.create_connection((host, int(port)), PATIENCE_S)
 
-    def __enter__(self) -> Raw:
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *exc: object) -> None:
@@ -218,6 +218,6 @@ def run_cli(*words: str, environment: dict[str, str] | None = None) -> subproces
         capture_output=True,
         text=True,
         env=clean | {"COLUMNS": "200"} | (environment or {}),
-        timeout=60,
+        timeout=PATIENCE_S,
         check=False,
     )

@@ -8,6 +8,7 @@ import socket
 import struct
 from collections.abc import Iterator
 from itertools import count
+from typing import Any
 
 import numpy as np
 import pytest
@@ -134,6 +135,14 @@ def test_another_protocol_is_refused_with_the_remedy(server: ServerProcess) -> N
 
 
 ANY_KEY = bytes(range(32))
+
+
+def reserve_of(**changes: Any) -> pb.ReserveRequest:
+    return pb.ReserveRequest(
+        **({"keys": ANY_KEY, "parents": bytes(32), "frame_nbytes": [1000], "kinds": b"\1"} | changes)
+    )
+
+
 REFUSED = [
     (Op.CONTAINS, pb.ContainsRequest(keys=ANY_KEY[:31]), "keys have 32 bytes"),
     (Op.ACQUIRE, pb.AcquireRequest(keys=ANY_KEY * 2 + b"\0"), "keys have 32 bytes"),
@@ -143,17 +152,17 @@ REFUSED = [
     (Op.INSPECT, pb.InspectRequest(key=ANY_KEY * 2), "one key"),
     (
         Op.RESERVE,
-        pb.ReserveRequest(keys=ANY_KEY[:20], parents=bytes(32), frame_nbytes=[1000], kinds=b"\1"),
+        reserve_of(keys=ANY_KEY[:20]),
         "keys have 32 bytes",
     ),
     (
         Op.RESERVE,
-        pb.ReserveRequest(keys=ANY_KEY, parents=b"", frame_nbytes=[1000], kinds=b"\1"),
+        reserve_of(parents=b""),
         "send one of each per key",
     ),
-    (Op.RESERVE, pb.ReserveRequest(keys=ANY_KEY, parents=bytes(32), frame_nbytes=[1, 2], kinds=b"\1"), "send one"),
-    (Op.RESERVE, pb.ReserveRequest(keys=ANY_KEY, parents=bytes(32), frame_nbytes=[1000]), "send one of each per key"),
-    (Op.RESERVE, pb.ReserveRequest(keys=ANY_KEY, parents=bytes(32), frame_nbytes=[9], ring=True), "has none"),
+    (Op.RESERVE, reserve_of(frame_nbytes=[1, 2]), "send one of each per key"),
+    (Op.RESERVE, reserve_of(kinds=b""), "send one of each per key"),
+    (Op.RESERVE, reserve_of(ring=True), "has none"),
     (Op.CONTAINS, pb.ContainsRequest(keys=ANY_KEY * (BATCH_KEYS + 1)), f"limit is {BATCH_KEYS}"),
     (Op.ACQUIRE, pb.AcquireRequest(keys=ANY_KEY * (BATCH_KEYS + 1)), "split it"),
     (Op.DELETE, pb.DeleteRequest(keys=ANY_KEY * (BATCH_KEYS + 1)), f"limit is {BATCH_KEYS}"),

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import signal
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -12,9 +13,10 @@ import pytest
 
 import mmcache
 from mmcache.client.blocking import Client
+from mmcache.keyset import Keys
 from mmcache.testing.process import ServerProcess
 from mmcache.transport.base import Outcome
-from tests.integration.support import MiB, blanks, child, eventually, keys_of, value_of, values_of
+from tests.integration.support import Bytes, MiB, blanks, child, eventually, keys_of, value_of, values_of
 
 LEASE_S = 1.0
 MEMORY_NBYTES = 64 * MiB
@@ -46,6 +48,14 @@ def turn_memory_over_past_expiry(cache: Client) -> None:
     time.sleep(1.2 * LEASE_S)
     for batch in range(8):
         assert fill(cache, f"pressure/{batch}", 4) == ["stored"] * 4
+
+
+def stores(cache: Client, keys: Keys, values: Sequence[Bytes]) -> bool:
+    return all(cache.put(keys, values))
+
+
+def reads(cache: Client, keys: Keys, buffers: Sequence[Bytes]) -> bool:
+    return all(cache.get_into(keys, buffers))
 
 
 def still_right(cache: Client, label: str, count: int) -> bool:
@@ -120,7 +130,7 @@ def test_clients_miss_while_the_server_is_dead_and_recover_when_it_is_back(tmp_p
         listen = first.url.removeprefix("mmcache://")
         with ServerProcess("16MiB", *(["--unix", unix] if own_socket else []), listen=listen):
             for client in (cache, late):
-                eventually(lambda client=client: all(client.put(keys, values)), "the client stores again")
+                eventually(partial(stores, client, keys, values), "the client stores again")
                 buffers = blanks(3, 1000)
                 assert all(client.get_into(keys, buffers))
                 assert all(map(np.array_equal, buffers, values))
@@ -148,7 +158,7 @@ def test_a_stopped_server_costs_a_call_its_deadline_and_no_more(server: ServerPr
         server.process.send_signal(signal.SIGCONT)
         buffers = blanks(2, 1000)
         for client in (known, unknown):
-            eventually(lambda client=client: all(client.get_into(keys, buffers)), "the client hits again")
+            eventually(partial(reads, client, keys, buffers), "the client hits again")
             assert all(map(np.array_equal, buffers, values))
 
 

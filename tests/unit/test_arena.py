@@ -52,7 +52,7 @@ def test_no_other_map_can_be_writable(arena: Arena, reopened: int, own: bool) ->
 def test_a_readers_map_cannot_be_made_writable_later(arena: Arena, reopened: int) -> None:
     libc = ctypes.CDLL(None, use_errno=True)
     libc.mmap.restype = ctypes.c_void_p
-    libc.mmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t] + [ctypes.c_int] * 3 + [ctypes.c_long]
+    libc.mmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int, ctypes.c_int, ctypes.c_int, ctypes.c_long]
     libc.mprotect.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
     libc.munmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t]
     address = libc.mmap(None, NBYTES, mmap.PROT_READ, mmap.MAP_SHARED, reopened, 0)
