@@ -19,6 +19,7 @@ KiB: Final = 1 << 10
 MiB: Final = 1 << 20
 GiB: Final = 1 << 30
 DEFAULT_PORT: Final = 7600
+BODY_NBYTES_PER_KEY: Final = 96  # a Reserve's key, parent, size and kind, with room to spare
 _UNITS: Final = {"": 1, "b": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "tb": 10**12,
                  "kib": KiB, "mib": MiB, "gib": GiB, "tib": 1 << 40}  # fmt: skip
 _ENV_PREFIX: Final = "MMCACHE_"
@@ -83,6 +84,11 @@ class ServerConfig:
                 raise ConfigError(f"{name} is {getattr(self, name)}; it must be greater than 0")
         if self.max_entries < 0 or self.drain_s < 0:
             raise ConfigError("max_entries and drain_s cannot be negative")
+        if self.max_body_nbytes < BODY_NBYTES_PER_KEY * self.max_batch_keys:
+            raise ConfigError(
+                f"max_body_nbytes {self.max_body_nbytes} is too small for {self.max_batch_keys} keys a batch; "
+                f"allow {BODY_NBYTES_PER_KEY} bytes a key, or lower max_batch_keys"
+            )
         _check_times(self, "lease_s", "io_timeout_s", "drain_s")
         if not 0 < self.pinned_share <= 1:
             raise ConfigError(f"pinned_share is {self.pinned_share}; it must be above 0 and at most 1")
@@ -174,6 +180,8 @@ def _convert(cls: type, name: str, value: str, where: str) -> Any:
         if name.endswith("_nbytes"):
             return parse_nbytes(value)
         return {"int": int, "float": float, "str": str}[str(kind)](value)
+    except ConfigError as error:
+        raise ConfigError(f"{where}: {error}") from None
     except (KeyError, ValueError):
         raise ConfigError(f"{where} is {value!r}, which is not a valid {kind}") from None
 

@@ -15,7 +15,8 @@ from typing import Final, TypeVar
 from mmcache._version import __version__
 from mmcache.client.protocol import RIDER_NBYTES, Acquired, Conversation, Effect, Flow, Recv, Send
 from mmcache.config import ClientConfig
-from mmcache.errors import MMCacheError, ProtocolError, RequestRefused, TransportError
+from mmcache.errors import ProtocolError, RequestRefused, TransportError
+from mmcache.frame import layout_of
 from mmcache.keyset import NamespaceId
 from mmcache.pb import cache_pb2 as pb
 from mmcache.transport.base import MAX_BODY_NBYTES, PRELUDE_NBYTES, PROTOCOL, Op, parse_prelude
@@ -135,8 +136,12 @@ def _read_join(channel: Channel, head: bytes, deadline: float) -> pb.JoinReply:
             raise RequestRefused(pb.ErrorReply.FromString(body).message)
         if prelude.op != Op.JOIN:
             raise ProtocolError(f"the server answered {prelude.op.name} to JOIN")
-        return pb.JoinReply.FromString(body)
-    except MMCacheError:
+        reply = pb.JoinReply.FromString(body)
+        layout_of([], reply.alignment)
+        if reply.protocol != PROTOCOL or not reply.limits.batch_keys or not reply.limits.inline_nbytes:
+            raise ProtocolError(f"the server's Join reply makes no sense: protocol {reply.protocol}, {reply.limits}")
+        return reply
+    except TransportError:
         raise
     except Exception as error:
         raise ProtocolError(f"the server's Join reply cannot be read: {error}") from None

@@ -34,11 +34,13 @@ class View:
     version: str = field(init=False)
 
     def __post_init__(self) -> None:
-        members = tuple(sorted(self.members))
+        members = tuple(sorted(Member(m.id, m.address, float(m.weight)) for m in self.members))
         if not members or len({member.id for member in members}) != len(members):
             raise ConfigError("a view needs at least one member, each with an id of its own")
-        if any(not member.weight > 0 for member in members):
-            raise ConfigError("a member's weight must be greater than 0")
+        if any(not 0 < member.weight < math.inf for member in members):
+            raise ConfigError("a member's weight must be greater than 0, and finite")
+        if any(char in member.id + member.address for member in members for char in "\t\n"):
+            raise ConfigError("a member's id and address cannot hold tabs or line breaks")
         object.__setattr__(self, "members", members)
         text = "\n".join(f"{m.id}\t{m.address}\t{m.weight!r}" for m in members)
         object.__setattr__(self, "version", xxhash.xxh3_128_hexdigest(text.encode()))

@@ -16,16 +16,14 @@ from typing import Any, TypeVar
 import numpy as np
 
 import mmcache
-from mmcache.client.batch import PutBatch, get_run
 from mmcache.client.link import Dialer, Link
-from mmcache.client.protocol import Flow, put_result
+from mmcache.client.protocol import Acquired, Flow, put_result
 from mmcache.config import parse_url
 from mmcache.errors import LeaseLost
 from mmcache.frame import Kind
 from mmcache.keyset import Keys
-from mmcache.tensors import as_numpy, named_tensors
-from mmcache.transport.base import MISS, Result
-from tests.integration.support import blanks, keys_of, value_of, values_of
+from mmcache.tensors import as_numpy
+from tests.integration.support import blanks, keys_of, segments_of, value_of, values_of
 
 T = TypeVar("T")
 
@@ -64,39 +62,32 @@ def hold(url: str, label: str, count: str, nbytes: str) -> None:
         say(lost=lost, right=all(after))
 
 
-class StoppingLink(Link):
-    """A link whose process stops once, after what it asked for has been answered."""
+def _stop_after_acquire() -> None:
+    """From now on, stop once, as soon as the server has said where entries lie."""
+    run, done = Link.run, False
 
-    stopped = False
-
-    def run(self, flow: Flow[T], deadline: float) -> T:
-        result = super().run(flow, deadline)
-        if not self.stopped:
-            self.stopped = True
+    def run_and_stop(self: Link, flow: Flow[T], deadline: float) -> T:
+        nonlocal done
+        result = run(self, flow, deadline)
+        if isinstance(result, Acquired) and not done:
+            done = True
             stop()
         return result
+
+    Link.run = run_and_stop  # type: ignore[method-assign]
 
 
 def stop_in_get(url: str, label: str, count: str, nbytes: str, verify: str) -> None:
     """Stop between the answer to Acquire and the first byte read, then go on reading."""
     keys, size = keys_of(int(count), label), int(nbytes)
-    opened = open_link(url)
-    link = StoppingLink(opened.channel, opened.joined, opened.arena, opened.ring)
-    buffers = blanks(len(keys), size)
-    results: list[Result] = [MISS] * len(keys)
-    targets = [named_tensors(buffer, writable=True) for buffer in buffers]
-    reason = ""
-    try:
-        run = range(len(keys))
-        get_run(link, keys.digests, targets, results, run, verify == "verify", time.monotonic() + 60)
-    except OSError as error:  # a broken connection: the Client answers misses
-        reason = str(error)
-    wrong = sum(
-        bool(result) and not np.array_equal(buffer, value_of(digest, size))
-        for result, buffer, digest in zip(results, buffers, keys.digests, strict=True)
-    )
-    changed = sum(not np.array_equal(b, value_of(k, size)) for b, k in zip(buffers, keys.digests, strict=True))
-    say(outcomes=[result.outcome for result in results], wrong=wrong, changed=changed, reason=reason)
+    values, buffers = values_of(keys, size), blanks(len(keys), size)
+    with mmcache.connect(url, deadline_s=60) as cache:
+        _stop_after_acquire()
+        results = cache.get_into(keys, buffers, verify=verify == "verify")
+        verify_failures = cache.counters["verify_failures"]
+    right = list(map(np.array_equal, values, buffers))
+    wrong = sum(bool(result) and not good for result, good in zip(results, right, strict=True))
+    say(outcomes=[result.outcome for result in results], wrong=wrong, verify_failures=verify_failures)
 
 
 def _until_half(segments: list[bytes | memoryview], then: Any) -> Iterator[bytes | memoryview]:
@@ -111,9 +102,7 @@ def _put(url: str, label: str, nbytes: str, then: Any) -> None:
     keys = keys_of(1, label)
     link = open_link(url)
     deadline = time.monotonic() + 60
-    value = named_tensors(value_of(keys.digests[0], int(nbytes)))
-    batch = PutBatch(keys, [value], [], range(1), link.joined.alignment, None)
-    segments = batch._segments(0)
+    segments = segments_of(keys, value_of(keys.digests[0], int(nbytes)), alignment=link.joined.alignment)
     size = sum(len(segment) for segment in segments)
     conversation = link.conversation
     reserve = conversation.reserve(keys.digests[0], keys.parents[0], [size], bytes([Kind.KV]), link.ring is not None)

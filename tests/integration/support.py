@@ -16,15 +16,15 @@ from typing import Any, Self
 import blake3
 import numpy as np
 import pytest
+import xxhash
 from google.protobuf.message import Message
 from numpy.typing import NDArray
 
-from mmcache.client.batch import PutBatch
-from mmcache.frame import Kind
+from mmcache.frame import FrameMeta, Kind, frame_segments, pack_header
 from mmcache.keys import Namespace, opaque_key
 from mmcache.keyset import Keys
 from mmcache.pb import cache_pb2 as pb
-from mmcache.tensors import named_tensors
+from mmcache.tensors import named_tensors, specs_of
 from mmcache.testing.process import ServerProcess
 from mmcache.transport.base import PRELUDE_NBYTES, Op, pack_prelude, parse_prelude
 
@@ -66,10 +66,28 @@ def eventually(holds: Callable[[], Any], what: str, patience_s: float = PATIENCE
     return answer
 
 
-def frame_bytes(keys: Keys, values: Sequence[Any], position: int = 0, alignment: int = 64) -> bytes:
-    """The frame a client would send for one of these keys, as one string of bytes."""
-    batch = PutBatch(keys, [named_tensors(value) for value in values], [], range(len(keys)), alignment, None)
-    return b"".join(bytes(segment) for segment in batch._segments(position))
+def segments_of(keys: Keys, value: Any, position: int = 0, alignment: int = 64) -> list[bytes | memoryview]:
+    """The frame that stores `value` under one of these keys, as the buffers a client sends."""
+    tensors = named_tensors(value)
+    payloads = [tensor.data.data for tensor in tensors.values()]
+    meta = FrameMeta(
+        kind=Kind.KV,
+        key=keys.digests[position],
+        namespace=keys.namespaces[position],
+        parent=keys.parents[position],
+        home=keys.homes[position],
+        chain_index=keys.indices[position],
+        created_ms=1_700_000_000_000,
+        expires_ms=0,
+        writer="tests",
+    )
+    header = pack_header(meta, specs_of(tensors), [xxhash.xxh3_128_digest(payload) for payload in payloads], alignment)
+    return frame_segments(header, payloads, alignment)
+
+
+def frame_bytes(keys: Keys, value: Any, position: int = 0) -> bytes:
+    """The same as one string of bytes."""
+    return b"".join(bytes(segment) for segment in segments_of(keys, value, position))
 
 
 def reserve_request(keys: Keys, sizes: Sequence[int], *, ring: bool = False, kind: Kind = Kind.KV) -> pb.ReserveRequest:

@@ -205,7 +205,7 @@ def test_impossible_sizes_are_refused_key_by_key(server: ServerProcess, nbytes: 
 
 
 def half_a_message(where: str, keys: Keys) -> list[bytes]:
-    frame = frame_bytes(keys, [bytes(9000)])
+    frame = frame_bytes(keys, bytes(9000))
     reserve = reserve_request(keys, [len(frame)]).SerializeToString()
     asked = pack_prelude(Op.RESERVE, 2, len(reserve)) + reserve
     return {
@@ -250,7 +250,7 @@ def test_a_client_that_goes_away_mid_message_leaves_nothing(server: ServerProces
 
 def lies(keys: Keys) -> dict[str, bytes]:
     """Frames of one size that are not the frame of `keys[0]`, each in another way."""
-    good = frame_bytes(keys, [bytes(9000)])
+    good = frame_bytes(keys, bytes(9000))
     sizes = len(good)
     bad_sum = bytearray(good)
     bad_sum[SUM_OFFSET] ^= 1
@@ -258,15 +258,15 @@ def lies(keys: Keys) -> dict[str, bytes]:
     bad_payload[-1] ^= 1
     child = Keys.of([mmcache.opaque_key(_namespace(), b"child", index=1)])
     return {
-        "another key's frame": frame_bytes(keys_of(1, "somebody else"), [bytes(9000)]),
+        "another key's frame": frame_bytes(keys_of(1, "somebody else"), bytes(9000)),
         "another tensor's checksum": bytes(bad_payload),
         "a wrong header checksum": bytes(bad_sum),
         "no frame at all": bytes(sizes),
         "random bytes": np.random.default_rng(1).bytes(sizes),
-        "a shorter frame and more": frame_bytes(keys, [bytes(8000)]).ljust(sizes, b"\0"),
-        "a longer frame cut short": frame_bytes(keys, [bytes(10_000)])[:sizes],
+        "a shorter frame and more": frame_bytes(keys, bytes(8000)).ljust(sizes, b"\0"),
+        "a longer frame cut short": frame_bytes(keys, bytes(10_000))[:sizes],
         "another order of its halves": good[sizes // 2 :] + good[: sizes // 2],
-        "another chain": frame_bytes(child, [bytes(9000)]),
+        "another chain": frame_bytes(child, bytes(9000)),
     }
 
 
@@ -297,7 +297,7 @@ def test_a_parent_or_kind_other_than_the_announced_one_is_refused(
     server: ServerProcess, bystander: Client, what: str
 ) -> None:
     keys = keys_of(1, "orphan")
-    frame = frame_bytes(keys, [bytes(500)])
+    frame = frame_bytes(keys, bytes(500))
     request = reserve_request(keys, [len(frame)], kind=Kind.LATENT if what == "kind" else Kind.KV)
     if what == "parent":
         request.parents = ANY_KEY
@@ -321,7 +321,7 @@ def test_kinds_nobody_knows_are_refused_key_by_key(server: ServerProcess) -> Non
 
 def test_one_lying_frame_of_a_batch_costs_the_others_nothing(server: ServerProcess, bystander: Client) -> None:
     keys = keys_of(3, "batch of lies")
-    frames = [frame_bytes(keys, [bytes(3000)] * 3, position) for position in range(3)]
+    frames = [frame_bytes(keys, bytes(3000), position) for position in range(3)]
     with Raw(server) as raw:
         raw.join()
         assert raw.reserve(keys, list(map(len, frames))) == bytes([pb.WANTED] * 3)

@@ -125,7 +125,7 @@ def test_a_slot_note_outside_its_slot_ends_the_put(server: ServerProcess, bystan
 
 def test_more_bytes_through_the_ring_than_the_frame_holds_end_the_put(server: ServerProcess, bystander: Client) -> None:
     keys = keys_of(1, "too much")
-    frame = frame_bytes(keys, [bytes(1000)])
+    frame = frame_bytes(keys, bytes(1000))
     with RawRing(server) as raw:
         raw.reserve_through_ring(keys, len(frame))
         raw.ring.slot(0)[: len(frame)] = np.frombuffer(frame, np.uint8)
@@ -136,7 +136,7 @@ def test_more_bytes_through_the_ring_than_the_frame_holds_end_the_put(server: Se
 
 def test_a_ring_is_really_used_when_it_is_sound(server: ServerProcess, bystander: Client) -> None:
     keys = keys_of(1, "sound ring")
-    frame = frame_bytes(keys, [bytes(1000)])
+    frame = frame_bytes(keys, bytes(1000))
     with RawRing(server) as raw:
         raw.reserve_through_ring(keys, len(frame))
         raw.ring.slot(0)[: len(frame)] = np.frombuffer(frame, np.uint8)

@@ -44,7 +44,7 @@ def test_bytes_in_flight_are_bounded_and_come_free() -> None:
         mmcache.connect(server.url) as cache,
     ):
         slow, quick = keys_of(1, "slow"), keys_of(1, "quick")
-        frame = frame_bytes(slow, [bytes(3 * MiB)])
+        frame = frame_bytes(slow, bytes(3 * MiB))
         with Raw(server) as raw:
             raw.join()
             assert raw.reserve(slow, [len(frame)]) == bytes([pb.WANTED])

@@ -203,7 +203,7 @@ def test_a_reader_stopped_while_reading_never_returns_wrong_bytes(
         said = reader.hear()
     assert said["wrong"] == 0, said
     assert "hit" not in said["outcomes"], said
-    assert path == "shm" or "closed" in said["reason"], said
+    assert path == "tcp" or check == "trust" or said["verify_failures"] > 0, said  # bytes did change under it
     assert cache.stat()["counters"].get("corrupt_dropped", 0) == 0
 
 

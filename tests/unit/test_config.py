@@ -169,7 +169,8 @@ def test_the_environment_and_then_the_command_line() -> None:
 def test_every_server_setting_has_a_variable() -> None:
     texts = {"bool": "1", "str": "127.0.0.1:1", "int": "65536", "float": "0.5"}
     for field in dataclasses.fields(ServerConfig):
-        found = getattr(server_config({f"MMCACHE_{field.name.upper()}": texts[str(field.type)]}), field.name)
+        room = {"MMCACHE_MAX_BODY_NBYTES": "16MiB", "MMCACHE_MAX_BATCH_KEYS": "64"}
+        found = getattr(server_config(room | {f"MMCACHE_{field.name.upper()}": texts[str(field.type)]}), field.name)
         assert str(found) in ("True", "127.0.0.1:1", "65536", "0.5")
 
 

@@ -64,7 +64,10 @@ def test_owners_are_constants_of_keys_v1() -> None:
     assert "".join(owner(view, bytes([i]) * 32) for i in range(12)) == "abbabbbabbbb"
 
 
-@given(st.sets(st.text(min_size=1, max_size=8), min_size=1, max_size=8), st.binary(min_size=32, max_size=32))
+@given(
+    st.sets(st.text("abcXYZ-._0\u00e9 ", min_size=1, max_size=8), min_size=1, max_size=8),
+    st.binary(min_size=32, max_size=32),
+)
 def test_owners_are_distinct_and_more_of_them_only_add(ids: set[str], home: bytes) -> None:
     view = View(tuple(Member(name, "x") for name in ids))
     every = view.owners(home, len(ids) + 3)
@@ -124,3 +127,15 @@ def test_homes_are_grouped_by_owner_in_order(ids: str) -> None:
         assert list(positions) == sorted(positions)
         assert {view.owners(homes[position])[0] for position in positions} == {member}
     assert list(view.group([]).get(0, [])) == []
+
+
+@pytest.mark.parametrize(
+    "member", [Member("a\tb", "x"), Member("a", "x\ny"), Member("a", "x", float("inf")), Member("a", "x", float("nan"))]
+)
+def test_a_member_whose_text_or_weight_would_be_ambiguous_is_refused(member: Member) -> None:
+    with pytest.raises(ConfigError):
+        View((member,))
+
+
+def test_weights_written_as_whole_numbers_are_the_same_view() -> None:
+    assert View((Member("a", "x", 2),)).version == View((Member("a", "x", 2.0),)).version
