@@ -1,0 +1,53 @@
+"""Copying planned frames: several threads give what one gives, and each bad frame is told apart from its neighbours."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import xxhash
+
+from mmcache.transport.base import HIT, Outcome, Result
+from mmcache.transport.shm import PARALLEL_NBYTES, Copier, Move, Planned
+
+
+def frames(count: int, nbytes: int) -> list[Planned]:
+    """Frames of one random tensor each, with poisoned destinations."""
+    rng = np.random.default_rng(1)
+    plans = []
+    for _ in range(count):
+        source = rng.integers(0, 256, nbytes, dtype=np.uint8)
+        target = np.full(nbytes, 0xA5, np.uint8)
+        plans.append(Planned([Move(source, target, xxhash.xxh3_128_digest(source.data))], []))
+    return plans
+
+
+@pytest.mark.parametrize("threads", [1, 2, 5])
+@pytest.mark.parametrize(("count", "nbytes"), [(1, PARALLEL_NBYTES + 3), (9, 1 << 20), (40, (1 << 18) + 1), (3, 10)])
+def test_every_frame_arrives_whole(threads: int, count: int, nbytes: int) -> None:
+    plans = frames(count, nbytes)
+    assert Copier(threads).copy(plans, verify=True) == [HIT] * count
+    assert all(np.array_equal(move.source, move.target) for plan in plans for move in plan.moves)
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+def test_results_keep_their_places(threads: int) -> None:
+    plans: list[Planned | Result] = [*frames(12, 1 << 20)]
+    mismatch = Result(Outcome.MISMATCH, "of another shape")
+    plans[3] = mismatch
+    for position in (0, 7, 11):
+        plan = plans[position]
+        assert isinstance(plan, Planned)
+        plan.moves[0].source[position * 1000] ^= 1
+    outcomes = [result.outcome for result in Copier(threads).copy(plans, verify=True)]
+    wrong = {0: Outcome.CORRUPT, 3: Outcome.MISMATCH, 7: Outcome.CORRUPT, 11: Outcome.CORRUPT}
+    assert outcomes == [wrong.get(position, Outcome.HIT) for position in range(12)]
+    unverified = Copier(threads).copy(plans, verify=False)
+    assert [bool(result) for result in unverified] == [position != 3 for position in range(12)]
+
+
+def test_a_gap_that_is_not_zero_is_corrupt() -> None:
+    (plan,) = frames(1, 100)
+    gap = np.zeros(28, np.uint8)
+    assert Copier(1).copy([plan._replace(gaps=[gap])], verify=True) == [HIT]
+    gap[27] = 1
+    assert Copier(1).copy([plan._replace(gaps=[gap])], verify=True)[0].outcome is Outcome.CORRUPT
