@@ -63,7 +63,7 @@ FENCE = re.compile(r"^```.*?^```", re.MULTILINE | re.DOTALL)
 def repository_files() -> Iterator[Path]:
     """Every file that is, or could be, committed: no environment, cache or build output."""
     for top in sorted(ROOT.iterdir()):
-        if top.is_file():
+        if top.is_file() and not top.name.startswith(".coverage"):
             yield top
         elif top.name not in {"build", "dist", "htmlcov"} and (top.name in {".ci", ".github"} or top.name[0] != "."):
             yield from (path for path in sorted(top.rglob("*")) if path.is_file() and "__pycache__" not in path.parts)

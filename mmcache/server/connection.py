@@ -35,7 +35,7 @@ from mmcache.transport.tcp import SPIN_S, Channel, close_fds
 
 log = logging.getLogger("mmcache.server")
 MAX_SPINNING: Final = 4  # with more connections than this, none waits awake for its next request
-INLINE_LEASE_SHARE: Final = 0.8  # of the lease: payload that was not sent by then is not sent, as it may change soon
+SLOWEST_NBYTES_PER_S: Final = 4 << 20  # slower payload, either way, is not waited for: it holds memory
 LINGER_S: Final = 1.0  # how long a peer that broke the rules may take to read why
 _HTTP_TEXT = b"This port speaks mmcache's framed protocol, not HTTP. Connect with mmcache://HOST:PORT.\n"
 _HTTP_ANSWER = (
@@ -81,8 +81,8 @@ class Connection:
         finally:
             self.channel.close()
 
-    def _deadline(self) -> float:
-        return time.monotonic() + self.service.config.io_timeout_s
+    def _deadline(self, payload_nbytes: int = 0) -> float:
+        return time.monotonic() + self.service.config.io_timeout_s + payload_nbytes / SLOWEST_NBYTES_PER_S
 
     def _receive_head(self) -> tuple[bytes, list[int]]:
         """The next prelude. After Join its first byte may take as long as it likes; nothing else may."""
@@ -125,14 +125,12 @@ class Connection:
         prelude: Prelude,
         message: Message,
         payload: Sequence[memoryview] = (),
-        *,
         op: Op | None = None,
-        deadline: float | None = None,
     ) -> None:
         body = message.SerializeToString()
         payload_nbytes = sum(map(len, payload)) if payload else 0
         head = pack_prelude(op or prelude.op, prelude.request_id, len(body), payload_nbytes) + body
-        self.channel.send([head, *payload], deadline or self._deadline())
+        self.channel.send([head, *payload], self._deadline(payload_nbytes))
 
     def _error(self, request_id: int, code: int, message: str) -> None:
         self.channel.send([pack_error(request_id, code, message)], self._deadline())
@@ -168,15 +166,13 @@ class Connection:
         self.channel.send_with_fds(head, [self.service.shard.arena.fd], self._deadline())
 
     def _acquire(self, prelude: Prelude, body: bytes) -> None:
-        config = self.service.config
-        deadline = time.monotonic() + min(config.io_timeout_s, INLINE_LEASE_SHARE * config.lease_s)
         reply, found, inline = self.service.acquire(self.tenant, body)
         if not inline:
             self._reply(prelude, reply)
             return
         lease_id, reply.lease_id = reply.lease_id, 0
         try:
-            self._reply(prelude, reply, [self.service.shard.view(entry) for entry in found], deadline=deadline)
+            self._reply(prelude, reply, [self.service.shard.view(entry) for entry in found])
         finally:
             if lease_id:
                 self.service.shard.release(self.tenant, lease_id)
@@ -206,15 +202,16 @@ class Connection:
     def _receive_frames(self, landings: Sequence[Landing], *, through_ring: bool) -> None:
         if not len(self._scratch):
             self._scratch = memoryview(bytearray(SLICE_NBYTES))
+        deadline = self._deadline(sum(landing.left_nbytes for landing in landings))
         if through_ring:
-            self._receive_through_ring(landings)
+            self._receive_through_ring(landings, deadline)
             return
         for landing in landings:
             while landing.left_nbytes:
-                self.channel.wait_readable(self._deadline())
+                self.channel.wait_readable(min(deadline, self._deadline()))
                 landing.land(SLICE_NBYTES, self.channel.recv_available_into, self._scratch)
 
-    def _receive_through_ring(self, landings: Sequence[Landing]) -> None:
+    def _receive_through_ring(self, landings: Sequence[Landing], deadline: float) -> None:
         ring = self._ring
         assert ring is not None
         number = 0
@@ -231,7 +228,8 @@ class Connection:
                     if filled:
                         self.channel.send([SLOT_DONE], self._deadline())
                         number += 1
-                    (filled,) = SLOT_NOTE.unpack(self.channel.recv(SLOT_NOTE.size, self._deadline()))
+                    note = self.channel.recv(SLOT_NOTE.size, min(deadline, self._deadline()))
+                    (filled,) = SLOT_NOTE.unpack(note)
                     if not 0 < filled <= ring.slot_nbytes:
                         raise ProtocolError(f"a slot note of {filled} bytes for slots of {ring.slot_nbytes}")
                     used, slot = 0, ring.slot(number)

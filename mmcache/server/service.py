@@ -100,7 +100,7 @@ class Service:
             limits=pb.Limits(
                 batch_keys=config.max_batch_keys,
                 body_nbytes=config.max_body_nbytes,
-                frame_nbytes=config.memory_nbytes,
+                frame_nbytes=int(config.memory_nbytes * config.pinned_share),
                 inline_nbytes=config.max_batch_nbytes,
             ),
         )
@@ -108,17 +108,24 @@ class Service:
     def acquire(self, tenant: int, body: bytes) -> tuple[pb.AcquireReply, list[Found], bool]:
         """Look up and pin: the reply, the found frames in order, and whether the client wants them inline.
 
-        The lease is in the reply; with inline the caller releases it after sending.
+        The lease is in the reply. With inline it does not expire: the caller must release it after sending, so that
+        what is being sent stays what it was, however long this process is suspended meanwhile.
         """
         request = parse(pb.AcquireRequest(), body)
         if request.release:
             self.shard.release(tenant, request.release)
         keys = self.split(request.keys)
-        lease_id, entries = self.shard.acquire(tenant, keys, prefix=request.prefix, max_nbytes=self._limit(request))
-        status = bytes([_FOUND if type(entry) is Found else _LATER if entry else _MISS for entry in entries])
-        found = [entry for entry in entries if isinstance(entry, Found)]
-        places = b"".join([PLACE.pack(*entry) for entry in found])
-        reply = pb.AcquireReply(lease_id=lease_id, status=status, places=places)
+        lease_id, entries = self.shard.acquire(
+            tenant, keys, prefix=request.prefix, max_nbytes=self._limit(request), lasting=request.inline
+        )
+        try:
+            status = bytes([_FOUND if type(entry) is Found else _LATER if entry else _MISS for entry in entries])
+            found = [entry for entry in entries if isinstance(entry, Found)]
+            places = b"".join([PLACE.pack(*entry) for entry in found])
+            reply = pb.AcquireReply(lease_id=lease_id, status=status, places=places)
+        except BaseException:
+            self.shard.release(tenant, lease_id)
+            raise
         return reply, found, request.inline
 
     def _limit(self, request: pb.AcquireRequest) -> int | None:

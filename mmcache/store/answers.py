@@ -34,7 +34,7 @@ class Refusal(Enum):
     BUSY = "another writer is storing this key"
     FULL = "all memory this tenant may have is leased, being written, or below such an entry; retry when leases end"
     AGAIN = "one call evicts only so much and it was not enough; call again to go on"
-    TOO_LARGE = "the value is larger than the whole store"
+    TOO_LARGE = "the value is larger than the whole store, or than what one tenant may have in hand"
     NO_ENTRIES = "the store holds its maximum number of entries and none can leave now; retry when leases end"
     BAD_FRAME = "the bytes are not the frame that was announced; pack it again"
     LOST = "the reservation expired before the value was committed; put it again"

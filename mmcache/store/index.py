@@ -13,6 +13,7 @@ No call does unbounded work: beyond the keys it was given, a call drops about `E
 
 from __future__ import annotations
 
+import math
 from array import array
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -108,14 +109,15 @@ class Index:
         now: float,
         prefix: bool = False,
         max_nbytes: int | None = None,
+        lasting: bool = False,
     ) -> list[Found | Unpinned | None]:
         """Where each stored key lies (None: a miss), pinned under one lease until `release` or `now + lease_s`.
 
         With `prefix` only the leading hits: the list ends before the first miss. The keys count as used, the first
         one last. From the first key on that would bring the tenant's held bytes over its cap, or, unless it is the
         first to be found, this lease's values over `max_nbytes`, stored keys answer LATER; with `prefix` the list ends
-        there. `refused_pins` counts calls the cap cut short. No lease is kept when nothing was pinned. UsageError
-        when `lease_id` is open.
+        there. `refused_pins` counts calls the cap cut short. No lease is kept when nothing was pinned. A `lasting`
+        lease does not expire: only for a holder that is sure to release it. UsageError when `lease_id` is open.
         """
         if lease_id in self._leases:
             raise UsageError(f"lease id {lease_id} is in use; draw a new one for every acquire")
@@ -157,7 +159,8 @@ class Index:
             found.append(None)
         if pinned:
             self._held[tenant] = held
-            self._leases.add(lease_id, tenant, now + self._lease_s, array("I", pinned))
+            until = math.inf if lasting else now + self._lease_s
+            self._leases.add(lease_id, tenant, until, array("I", pinned))
             touch = rows.policy.touch
             for row in pinned[-2::-2]:
                 touch(row)
@@ -201,9 +204,9 @@ class Index:
                 self._expire_entry(row)
             elif rows.state[row] == RESERVED:
                 return Refusal.BUSY
-        if nbytes > extents.capacity_bytes:
-            return Refusal.TOO_LARGE
         size = extents.rounded(nbytes)
+        if nbytes > extents.capacity_bytes or size > self._max_held:
+            return Refusal.TOO_LARGE
         too_many = len(self._reservations) >= MAX_CLAIMS or self._held.get(tenant, 0) + size > self._max_held
         if too_many or sum(self._held.values()) + size > extents.capacity_bytes:  # evicting all would not help
             return Refusal.AGAIN if self.expire(now) else Refusal.FULL

@@ -7,6 +7,7 @@ touches rows or extents; the index does, with what these tables return. PURE: `n
 
 from __future__ import annotations
 
+import math
 from array import array
 from collections import OrderedDict
 from collections.abc import Iterator
@@ -27,30 +28,34 @@ class Lease(NamedTuple):
 
 
 class Leases:
-    """Open leases by id."""
+    """Open leases by id: those that expire, and lasting ones, whose holder is sure to end them."""
 
     def __init__(self) -> None:
         self._open: OrderedDict[int, Lease] = OrderedDict()  # a dict would walk its graves to find the oldest
+        self._lasting: dict[int, Lease] = {}
 
     def __len__(self) -> int:
-        return len(self._open)
+        return len(self._open) + len(self._lasting)
 
     def __contains__(self, lease_id: int) -> bool:
-        return lease_id in self._open
+        return lease_id in self._open or lease_id in self._lasting
 
     def __iter__(self) -> Iterator[Lease]:
-        return iter(self._open.values())
+        yield from self._open.values()
+        yield from self._lasting.values()
 
     def add(self, lease_id: int, tenant: int, expires_at: float, pins: array[int]) -> None:
-        """`lease_id` must not be open; `expires_at` not before any earlier one's."""
-        self._open[lease_id] = Lease(tenant, expires_at, pins.tobytes())
+        """`lease_id` must not be open; `expires_at` not before any earlier one's, or infinite: it lasts."""
+        leases = self._lasting if expires_at == math.inf else self._open
+        leases[lease_id] = Lease(tenant, expires_at, pins.tobytes())
 
     def take(self, tenant: int, lease_id: int) -> Lease | None:
         """Removes the lease and returns it; None, and nothing changes, when `tenant` has no such lease."""
-        lease = self._open.get(lease_id)
+        leases = self._lasting if lease_id in self._lasting else self._open
+        lease = leases.get(lease_id)
         if lease is None or lease.tenant != tenant:
             return None
-        return self._open.pop(lease_id)
+        return leases.pop(lease_id)
 
     def take_expired(self, now: float) -> Lease | None:
         """Removes and returns one lease that has expired, the oldest; None when there is none."""

@@ -84,16 +84,28 @@ class Shard:
         return present
 
     def acquire(
-        self, tenant: int, keys: Sequence[bytes], *, prefix: bool = False, max_nbytes: int | None = None
+        self,
+        tenant: int,
+        keys: Sequence[bytes],
+        *,
+        prefix: bool = False,
+        max_nbytes: int | None = None,
+        lasting: bool = False,
     ) -> tuple[int, list[Found | Unpinned | None]]:
         """Find and pin at most `max_nbytes`, but at least one; the lease id is 0 when nothing was pinned.
 
-        Found extents stay as they are while the lease is held.
+        Found extents stay as they are while the lease is held. A lasting lease does not expire: release it for sure.
         """
         lease_id = secrets.randbits(63) + 1
         with self.lock:
             entries = self.index.acquire(
-                tenant, keys, lease_id=lease_id, now=self._clock(), prefix=prefix, max_nbytes=max_nbytes
+                tenant,
+                keys,
+                lease_id=lease_id,
+                now=self._clock(),
+                prefix=prefix,
+                max_nbytes=max_nbytes,
+                lasting=lasting,
             )
             found = [entry.nbytes for entry in entries if isinstance(entry, Found)]
             self.counters["hits"] += len(found)

@@ -8,9 +8,10 @@ import selectors
 import signal
 import subprocess
 import sys
-import time
+import tempfile
 from collections.abc import Mapping
 from types import TracebackType
+from typing import IO
 
 from mmcache.errors import TransportError
 
@@ -46,24 +47,26 @@ class ServerProcess:
         self._command, self._ready_s = command, ready_s
         inherited = {name: value for name, value in os.environ.items() if not name.startswith("MMCACHE_")}
         self._environment = inherited | dict(environment or {})
+        self._stderr: IO[bytes] | None = None
         self.process: subprocess.Popen[str] | None = None
         self.url = self.unix_path = self.said = ""
 
     def start(self) -> ServerProcess:
         """Start it and wait until it accepts."""
+        # A file, as a pipe nobody reads would stop a talkative server; closed when the process has ended.
+        self._stderr = tempfile.TemporaryFile()  # noqa: SIM115
         process = subprocess.Popen(
-            self._command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=self._environment
+            self._command, stdout=subprocess.PIPE, stderr=self._stderr, text=True, env=self._environment
         )
         assert process.stdout is not None
-        assert process.stderr is not None
         with selectors.DefaultSelector() as selector:
             selector.register(process.stdout, selectors.EVENT_READ)
             answered = selector.select(self._ready_s)
         line = process.stdout.readline() if answered else ""
         if not line:
             process.kill()
-            said = process.communicate()[1].strip()
-            raise TransportError(f"`mmcache serve` did not become ready: {said or 'it said nothing'}")
+            self._end(process)
+            raise TransportError(f"`mmcache serve` did not become ready: {self.said.strip() or 'it said nothing'}")
         ready = json.loads(line)
         self.process = process
         self.url, self.unix_path = ready["url"], ready["unix_path"]
@@ -81,31 +84,19 @@ class ServerProcess:
         if process is None:
             return 0
         process.send_signal(signal_number)
+        self._end(process, timeout_s)
+        return process.returncode
+
+    def _end(self, process: subprocess.Popen[str], timeout_s: float = 10.0) -> None:
         try:
-            _, self.said = process.communicate(timeout=timeout_s)
+            process.communicate(timeout=timeout_s)
         except subprocess.TimeoutExpired:
             process.kill()
-            _, self.said = process.communicate()
-        return process.returncode
-
-    def rss_nbytes(self) -> int:
-        """The server's resident memory."""
-        with open(f"/proc/{self.pid}/statm") as statm:
-            return int(statm.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
-
-    def wait_exit(self, timeout_s: float = 10.0) -> int:
-        """Wait for it to end by itself."""
-        deadline = time.monotonic() + timeout_s
-        while self.process is not None and self.process.poll() is None and time.monotonic() < deadline:
-            time.sleep(0.01)
-        return self.stop() if self.process is not None and self.process.poll() is None else self._reap()
-
-    def _reap(self) -> int:
-        process, self.process = self.process, None
-        if process is None:
-            return 0
-        _, self.said = process.communicate()
-        return process.returncode
+            process.communicate()
+        assert self._stderr is not None
+        with self._stderr as stderr:
+            stderr.seek(0)
+            self.said = stderr.read().decode(errors="replace")
 
     def __enter__(self) -> ServerProcess:
         return self.start()

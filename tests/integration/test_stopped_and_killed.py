@@ -202,8 +202,9 @@ def test_a_reader_stopped_while_reading_never_returns_wrong_bytes(
         reader.signal(signal.SIGCONT)
         said = reader.hear()
     assert said["wrong"] == 0, said
-    assert "hit" not in said["outcomes"], said
-    assert path == "tcp" or check == "trust" or said["verify_failures"] > 0, said  # bytes did change under it
+    if path != "tcp":  # there the server keeps what it is still sending, so hits, all of them right, are fine
+        assert "hit" not in said["outcomes"], said
+        assert check == "trust" or said["verify_failures"] > 0, said  # bytes did change under it
     assert cache.stat()["counters"].get("corrupt_dropped", 0) == 0
 
 

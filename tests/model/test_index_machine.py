@@ -166,8 +166,9 @@ class IndexMachine(RuleBasedStateMachine):
         keys=st.lists(KEYS, max_size=5),
         prefix=st.booleans(),
         max_nbytes=st.none() | st.integers(0, 12 * UNIT),
+        lasting=st.booleans(),
     )
-    def acquire(self, tenant: int, keys: list[bytes], prefix: bool, max_nbytes: int | None) -> None:
+    def acquire(self, tenant: int, keys: list[bytes], prefix: bool, max_nbytes: int | None, lasting: bool) -> None:
         lease_id = self.new_id()
         self.expire()
         entries: list[Entry] = []
@@ -191,8 +192,10 @@ class IndexMachine(RuleBasedStateMachine):
                 want.append(Found(entry.offset, entry.nbytes, *entry.header))
         self.leases.pop(lease_id, None)
         if entries:
-            self.leases[lease_id] = Lease(tenant, self.now + LEASE_S, entries)
-        got = self.index.acquire(tenant, keys, lease_id=lease_id, now=self.now, prefix=prefix, max_nbytes=max_nbytes)
+            self.leases[lease_id] = Lease(tenant, math.inf if lasting else self.now + LEASE_S, entries)
+        got = self.index.acquire(
+            tenant, keys, lease_id=lease_id, now=self.now, prefix=prefix, max_nbytes=max_nbytes, lasting=lasting
+        )
         assert got == want
 
     @precondition(lambda self: self.ids)
@@ -226,7 +229,7 @@ class IndexMachine(RuleBasedStateMachine):
             assert got is Refusal.PRESENT
         elif busy:
             assert got is Refusal.BUSY
-        elif nbytes > self.capacity:
+        elif nbytes > self.capacity or size > self.cap:
             assert got is Refusal.TOO_LARGE
         elif before + size > self.cap or held + size > self.capacity:
             assert got is Refusal.FULL
