@@ -40,12 +40,22 @@ def memory_left_nbytes(cgroup_root: Path = _CGROUP_ROOT, proc: Path = Path("/pro
         for level in (folder, *folder.parents):
             with contextlib.suppress(OSError, ValueError):
                 limit = int((level / limit_name).read_text())
-                used = int((level / used_name).read_text())
+                used = int((level / used_name).read_text()) - _droppable_nbytes(level)
                 if limit - used < left:
                     left, source = limit - used, str(level / limit_name)
             if level == base:
                 break
     return max(0, left), source
+
+
+def _droppable_nbytes(level: Path) -> int:
+    """File pages the kernel would drop before it refuses memory: counted as used, but in nobody's way."""
+    with contextlib.suppress(OSError, ValueError):
+        for line in (level / "memory.stat").read_text().splitlines():
+            name, _, value = line.partition(" ")
+            if name in ("inactive_file", "total_inactive_file"):
+                return int(value)
+    return 0
 
 
 def _meminfo_available(proc: Path) -> int:

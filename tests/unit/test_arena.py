@@ -170,6 +170,22 @@ def test_a_cgroup_over_its_limit_leaves_nothing(tmp_path: Path, proc: Path) -> N
     assert memory_left_nbytes(root, proc)[0] == 0
 
 
+@pytest.mark.parametrize(
+    ("base", "limit", "used", "line"),
+    [("", "memory.max", "memory.current", "inactive_file"),
+     ("memory", "memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file")],
+)  # fmt: skip
+def test_file_pages_that_would_be_dropped_do_not_count_as_used(
+    tmp_path: Path, proc: Path, base: str, limit: str, used: str, line: str
+) -> None:
+    root = tmp_path / "cgroup"
+    write(root / base / limit, 2 * GiB)
+    write(root / base / used, GiB)
+    write(root / base / "memory.stat", f"anon 1\n{line} {GiB // 4}\nactive_file {GiB}\n")
+    write(proc / "self/cgroup", "0::/\n" if not base else "4:memory:/\n")
+    assert memory_left_nbytes(root, proc)[0] == GiB + GiB // 4
+
+
 def test_the_real_files_of_this_machine_are_understood() -> None:
     left, source = memory_left_nbytes()
     assert 0 < left < 1 << 50
