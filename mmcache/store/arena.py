@@ -29,6 +29,8 @@ def memory_left_nbytes(cgroup_root: Path = _CGROUP_ROOT, proc: Path = Path("/pro
     except OSError:
         lines = []
     for line in lines:
+        if line.count(":") < 2:
+            continue
         _, controllers, path = line.split(":", 2)
         if controllers == "":
             base, limit_name, used_name = cgroup_root, "memory.max", "memory.current"
