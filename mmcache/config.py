@@ -163,7 +163,7 @@ def parse_url(url: str, **overrides: Any) -> ClientConfig:
             raise ConfigError(f"{url!r} has no absolute path; {_URL_HELP}")
         settings["path"] = parts.path
     for name, value in parse_qsl(parts.query, keep_blank_values=True):
-        if name == "memory":
+        if name == "memory" and parts.scheme == "embedded":
             settings["memory_nbytes"] = parse_nbytes(value)
         elif name in ("transport", "deadline_s", "connect_s", "verify", "max_connections", "copy_threads"):
             settings[name] = _convert(ClientConfig, name, value, f"the URL's {name}")

@@ -43,7 +43,7 @@ class EmbeddedClient(Client):
 
     def close(self) -> None:
         """Close the links and stop the server. Call it once no view is in use."""
-        closing = not self._closed
+        closing = not self._pool.closed
         super().close()
         if closing and os.getpid() == self._owner_pid:
             self._server.stop()

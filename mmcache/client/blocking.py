@@ -6,12 +6,10 @@ raise only UsageError, for arguments that can never work; whatever happens to th
 
 from __future__ import annotations
 
-import contextlib
 import logging
-import os
 import threading
 import time
-from collections import Counter, deque
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from types import TracebackType
 from typing import Any, Self, TypeVar
@@ -20,8 +18,9 @@ from mmcache.client.batch import PutBatch, described, get_run
 from mmcache.client.lease import LeasedFrames
 from mmcache.client.link import Dialer, Link
 from mmcache.client.plan import Breaker, batches, put_batches
+from mmcache.client.pool import Pool, PoolBusy
 from mmcache.config import ClientConfig
-from mmcache.errors import MMCacheError, RequestRefused, TransportError, UsageError
+from mmcache.errors import MMCacheError, ProtocolError, RequestRefused, TransportError, UsageError
 from mmcache.frame import layout_of
 from mmcache.keyset import Key, Keys
 from mmcache.pb import cache_pb2 as pb
@@ -32,6 +31,8 @@ from mmcache.transport.tcp import Channel
 
 log = logging.getLogger("mmcache.client")
 T = TypeVar("T")
+LONGEST_TTL_S = 1e10
+RECHECK_KEYS = 64
 AnyKeys = Keys | Key | Iterable[Key]
 
 
@@ -44,11 +45,10 @@ class Client:
     def __init__(self, config: ClientConfig, attach: Callable[[], Channel] | None = None) -> None:
         self.config = config
         self.counters: Counter[str] = Counter()
-        self._dialer = Dialer(config, attach)
+        self._counting = threading.Lock()
         self._breaker = Breaker()
-        self._closed = False
-        self._idle: deque[Link] = deque()
-        self._start_pool()
+        self._pool = Pool(Dialer(config, attach), config.max_connections)
+        self._copier = Copier(config.copy_threads)
 
     def __enter__(self) -> Self:
         return self
@@ -100,14 +100,6 @@ class Client:
                     position = get_run(
                         link, self._copier, rows.digests, targets, results, range(position, run.stop), check, deadline
                     )
-            corrupt = [
-                key
-                for key, result in zip(rows.digests, results, strict=True)
-                if result is not HIT and result.outcome is Outcome.CORRUPT
-            ]
-            if corrupt:
-                request = pb.RecheckRequest(keys=b"".join(corrupt[: link.joined.limits.batch_keys]))
-                link.run(link.conversation.call(Op.RECHECK, request, pb.RecheckReply()), deadline)
 
         def fail(reason: str) -> None:
             lost = Result(Outcome.UNAVAILABLE, reason)
@@ -116,6 +108,9 @@ class Client:
         if len(rows):
             self._attempt(ask, fail)
         self._count_reads(targets, results)
+        corrupt = [key for key, result in zip(rows.digests, results, strict=True) if result[0] is Outcome.CORRUPT]
+        if corrupt:
+            self._recheck(list(dict.fromkeys(corrupt)))
         return results
 
     def put(self, keys: AnyKeys, tensors: Sequence[Any], *, ttl_s: float | None = None) -> list[Result]:
@@ -124,8 +119,8 @@ class Client:
         A value is a tensor or buffer, or a mapping or list of them. It must not change during the call.
         Raises TensorError for values that cannot be stored, UsageError for a `ttl_s` that is not above 0.
         """
-        if ttl_s is not None and not 0 < ttl_s < 1e10:
-            raise UsageError(f"ttl_s is {ttl_s}; it must be above 0 seconds (None: keep until evicted)")
+        if ttl_s is not None and not (isinstance(ttl_s, (int, float)) and 0 < ttl_s < LONGEST_TTL_S):
+            raise UsageError(f"ttl_s is {ttl_s!r}; give seconds, above 0 and below {LONGEST_TTL_S:g}, or None")
         rows = Keys.of(keys)
         check_count(rows, tensors, "tensors")
         values = [named_tensors(value) for value in tensors]
@@ -150,10 +145,10 @@ class Client:
 
         if len(rows):
             self._attempt(ask, fail)
-        for value, result in zip(values, results, strict=True):
-            self.counters[f"put_{result.outcome}"] += 1
-            if result.outcome is Outcome.STORED:
-                self.counters["bytes_written"] += sum(tensor.data.nbytes for tensor in value.values())
+        counts = Counter(f"put_{result.outcome}" for result in results)
+        stored = [value for value, result in zip(values, results, strict=True) if result.outcome is Outcome.STORED]
+        counts["bytes_written"] = sum(tensor.data.nbytes for value in stored for tensor in value.values())
+        self._count(**counts)
         return results
 
     def acquire(self, keys: AnyKeys) -> LeasedFrames:
@@ -180,6 +175,8 @@ class Client:
             for run in batches(len(rows), link.joined.limits.batch_keys):
                 request = pb.DeleteRequest(keys=b"".join(rows.digests[run.start : run.stop]))
                 deleted += link.run(link.conversation.call(Op.DELETE, request, pb.DeleteReply()), deadline).deleted
+            if len(deleted) != len(rows):
+                raise ProtocolError(f"the server answered {len(deleted)} of {len(rows)} keys")
             return [bool(flag) for flag in deleted]
 
         return self._demand(ask)
@@ -213,84 +210,15 @@ class Client:
 
     def close(self) -> None:
         """Close every link of this process. Leases still held end by themselves."""
-        self._closed = True
-        if os.getpid() == self._pid:
-            for link in list(self._idle):
-                link.say_goodbye()
-        self._forget_links()
-
-    # ------------------------------------------------------------------ links
-
-    def _start_pool(self) -> None:
-        """Begin without links, also in a forked child: the parent's connections are not its to speak on."""
-        inherited, self._idle = self._idle, deque()
-        self._links = self._waiting = 0
-        self._changed = threading.Condition(threading.Lock())
-        self._pid = os.getpid()
-        self._copier = Copier(self.config.copy_threads)
-        for link in inherited:
-            link.close()
-
-    def _forget_links(self) -> None:
-        """Take the idle links out of the pool and close them."""
-        with contextlib.suppress(IndexError):
-            while True:
-                self._drop(self._idle.pop())
-
-    def _borrow(self, deadline: float) -> Link:
-        """An idle link, or a new one while there is room, or the next that comes back. Raises TransportError."""
-        if self._closed:
-            raise UsageError("this client is closed; connect again")
-        if os.getpid() != self._pid:
-            self._start_pool()
-        try:
-            return self._idle.pop()
-        except IndexError:
-            link = self._wait_for_link(deadline)
-        if link is None:
-            try:
-                link = self._dialer.open(deadline)
-            except BaseException:
-                self._drop(None)
-                raise
-        return link
-
-    def _wait_for_link(self, deadline: float) -> Link | None:
-        """A link that came back, or None with room for a new one taken."""
-        with self._changed:
-            self._waiting += 1
-            try:
-                while not self._idle and self._links >= self.config.max_connections:
-                    if not self._changed.wait(max(0.0, deadline - time.monotonic())):
-                        raise TransportError(f"all {self._links} connections are busy; raise max_connections")
-                with contextlib.suppress(IndexError):
-                    return self._idle.pop()
-                self._links += 1
-                return None
-            finally:
-                self._waiting -= 1
-
-    def _give_back(self, link: Link) -> None:
-        self._idle.append(link)
-        if self._closed:
-            self._forget_links()
-        if self._waiting:
-            with self._changed:
-                self._changed.notify()
-
-    def _drop(self, link: Link | None) -> None:
-        """Close a link that left the pool (None: it was never opened) and make room for another."""
-        if link is not None:
-            link.close()
-        with self._changed:
-            self._links -= 1
-            self._changed.notify()
+        self._pool.close()
+        self._copier.close()
 
     def _demand(self, ask: Callable[[Link, float], T]) -> T:
         """Run `ask` on a link; one more try on a fresh link if a kept one turns out to be dead."""
         deadline = time.monotonic() + self.config.deadline_s
+        pool = self._pool
         while True:
-            link = self._borrow(deadline)
+            link = pool.borrow(deadline)
             usable = False
             try:
                 result = ask(link, deadline)
@@ -303,27 +231,29 @@ class Client:
                 kept, link.kept = link.kept, False
                 if not kept or time.monotonic() >= deadline:
                     raise
-                self._forget_links()
+                pool.forget()
             finally:
                 link.kept = usable
                 if usable:
-                    self._give_back(link)
+                    pool.give_back(link)
                 else:
-                    self._drop(link)
+                    pool.drop(link)
 
     def _attempt(self, ask: Callable[[Link, float], T], fail: Callable[[str], T]) -> T:
         """As `_demand`, but a failure becomes `fail(reason)`; a server that just failed is left alone for a while."""
         if not self._breaker.allows(time.monotonic()):
-            self.counters["skipped"] += 1
+            self._count(skipped=1)
             return fail("the server did not answer a moment ago; it is asked again shortly")
         try:
             result = self._demand(ask)
         except UsageError:
             raise
         except Exception as error:
+            self._count(failures=1)
+            if isinstance(error, (RequestRefused, PoolBusy)):  # the server is there
+                return fail(str(error))
             if not isinstance(error, (MMCacheError, OSError)):
                 log.exception("an operation failed inside the client; it counts as a miss")
-            self.counters["failures"] += 1
             self._breaker.failed(time.monotonic())
             return fail(str(error))
         self._breaker.succeeded()
@@ -336,7 +266,24 @@ class Client:
             request = pb.FinishRequest(lease_id=lease_id)
             return link.run(link.conversation.call(Op.FINISH, request, pb.FinishReply()), deadline).held
 
-        return self._attempt(ask, lambda reason: False)
+        try:
+            return self._demand(ask)
+        except (MMCacheError, OSError):
+            return False
+
+    def _recheck(self, digests: Sequence[bytes]) -> None:
+        """Have the server look at entries that read as corrupt. The reads are done: nothing depends on the answer."""
+
+        def ask(link: Link, deadline: float) -> None:
+            request = pb.RecheckRequest(keys=b"".join(digests[:RECHECK_KEYS]))
+            link.run(link.conversation.call(Op.RECHECK, request, pb.RecheckReply()), deadline)
+
+        self._attempt(ask, lambda reason: None)
+
+    def _count(self, **amounts: int) -> None:
+        with self._counting:
+            for name, amount in amounts.items():
+                self.counters[name] += amount
 
     def _count_reads(self, targets: Sequence[Mapping[str, HostTensor]], results: Sequence[Result]) -> None:
         hits = nbytes = corrupt = 0
@@ -347,8 +294,4 @@ class Client:
                     nbytes += tensor.data.nbytes
             elif result.outcome is Outcome.CORRUPT:
                 corrupt += 1
-        counters = self.counters
-        counters["hits"] += hits
-        counters["misses"] += len(results) - hits
-        counters["verify_failures"] += corrupt
-        counters["bytes_read"] += nbytes
+        self._count(hits=hits, misses=len(results) - hits, verify_failures=corrupt, bytes_read=nbytes)

@@ -39,17 +39,26 @@ class LeasedFrames:
         server cannot lease now because too much memory is leased.
         """
         frames: list[Frame | None] = []
-        lease_ids = []
-        while len(frames) < len(digests):
-            wanted = digests[len(frames) : len(frames) + link.joined.limits.batch_keys]
-            acquired = link.run(link.conversation.acquire(b"".join(wanted), inline=link.arena is None), deadline)
-            later = acquired.later_from
-            count = len(wanted) if later is None or link.arena is not None else max(1, later)
-            for key, found in zip(wanted[:count], acquired.entries, strict=False):
-                frames.append(_received(link, found, key, deadline) if found else None)
-            if acquired.lease_id:
-                lease_ids.append(acquired.lease_id)
-        return cls(frames, lease_ids, release)
+        lease_ids: list[int] = []
+        try:
+            while len(frames) < len(digests):
+                wanted = digests[len(frames) : len(frames) + link.joined.limits.batch_keys]
+                flow = link.conversation.acquire(
+                    b"".join(wanted), inline=link.arena is None, max_nbytes=link.joined.limits.inline_nbytes
+                )
+                acquired = link.run(flow, deadline)
+                if acquired.lease_id:
+                    lease_ids.append(acquired.lease_id)
+                count = len(wanted) if acquired.later_from is None else acquired.later_from
+                if count == 0:
+                    break
+                for key, found in zip(wanted[:count], acquired.entries, strict=False):
+                    frames.append(_received(link, found, key, deadline) if found else None)
+        except BaseException:
+            for lease_id in lease_ids:
+                release(lease_id)
+            raise
+        return cls(frames + [None] * (len(digests) - len(frames)), lease_ids, release)
 
     def __enter__(self) -> LeasedFrames:
         return self

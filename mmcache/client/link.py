@@ -7,10 +7,11 @@ again; the next call opens another.
 from __future__ import annotations
 
 import contextlib
+import logging
 import os
 import time
 from collections.abc import Callable
-from typing import Final, TypeVar
+from typing import Any, Final, TypeVar
 
 from mmcache._version import __version__
 from mmcache.client.protocol import RIDER_NBYTES, Acquired, Conversation, Effect, Flow, Recv, Send
@@ -21,10 +22,12 @@ from mmcache.keyset import NamespaceId
 from mmcache.pb import cache_pb2 as pb
 from mmcache.transport.base import MAX_BODY_NBYTES, PRELUDE_NBYTES, PROTOCOL, Op, parse_prelude
 from mmcache.transport.shm import ArenaMap, Ring
-from mmcache.transport.tcp import Channel, close_fds, connect_tcp, connect_unix
+from mmcache.transport.tcp import Channel, close_fds, connect_tcp, connect_unix, resolve
 
 T = TypeVar("T")
 FAREWELL_S: Final = 0.1
+LEASE_PER_DEADLINE: Final = 4  # a lease should outlive the call that took it by far
+log = logging.getLogger("mmcache.client")
 Dial = Callable[[float], Channel]
 
 
@@ -155,6 +158,8 @@ class Dialer:
         self._attach = attach
         self._arena: tuple[bytes, ArenaMap] | None = None
         self._unix_path = ""
+        self._addresses: list[tuple[int, tuple[Any, ...]]] = []
+        self._warned = False
 
     def open(self, deadline: float) -> Link:
         """A joined link. Raises TransportError when no path works."""
@@ -162,18 +167,17 @@ class Dialer:
         shared = config.transport != "tcp"
         if self._attach is not None:
             return self._join(self._attach(), deadline, shared=shared)
-        left_s = min(config.connect_s, max(0.001, deadline - time.monotonic()))
         if config.scheme == "mmcache+unix":
-            return self._join(connect_unix(config.path, left_s), deadline, shared=shared)
+            return self._join(connect_unix(config.path, config.connect_s, deadline), deadline, shared=shared)
         if shared and self._unix_path:
-            link = self._try_unix(self._unix_path, left_s, deadline, None)
+            link = self._try_unix(self._unix_path, deadline, None)
             if link is not None:
                 return link
-        link = self._join(connect_tcp(config.host, config.port, left_s), deadline, shared=False)
+        link = self._join(self._connect_tcp(deadline), deadline, shared=False)
         if not shared:
             return link
         path = link.joined.unix_path if link.channel.is_loopback else ""
-        faster = self._try_unix(path, left_s, deadline, link.joined.server_id) if path else None
+        faster = self._try_unix(path, deadline, link.joined.server_id) if path else None
         if faster is None:
             if config.transport == "shm":
                 link.close()
@@ -183,12 +187,21 @@ class Dialer:
         link.close()
         return faster
 
-    def _try_unix(self, path: str, left_s: float, deadline: float, server_id: bytes | None) -> Link | None:
+    def _connect_tcp(self, deadline: float) -> Channel:
+        """Connect to the addresses found last time; after a failure the name is resolved anew."""
+        config = self.config
+        addresses = self._addresses or resolve(config.host, config.port, deadline)
+        self._addresses = []
+        channel = connect_tcp(addresses, config.connect_s, deadline)
+        self._addresses = addresses
+        return channel
+
+    def _try_unix(self, path: str, deadline: float, server_id: bytes | None) -> Link | None:
         """A shared-memory link by a path the server named, or None. The server there must be the same one."""
         try:
             if not os.access(path, os.R_OK | os.W_OK):
                 raise TransportError(f"{path} is not reachable")
-            link = self._join(connect_unix(path, left_s), deadline, shared=True)
+            link = self._join(connect_unix(path, self.config.connect_s, deadline), deadline, shared=True)
         except TransportError:
             self._unix_path = ""
             return None
@@ -200,6 +213,15 @@ class Dialer:
 
     def _join(self, channel: Channel, deadline: float, *, shared: bool) -> Link:
         link = join(channel, deadline, shared=shared, known=self._arena)
+        if link.joined.lease_s < LEASE_PER_DEADLINE * self.config.deadline_s and not self._warned:
+            self._warned = True
+            log.warning(
+                "the server's leases last %g s, less than %d calls of deadline_s=%g: slow reads may lose theirs and "
+                "count as misses; raise serve --lease-s or lower deadline_s",
+                link.joined.lease_s,
+                LEASE_PER_DEADLINE,
+                self.config.deadline_s,
+            )
         if link.arena is not None:
             self._arena = (link.joined.server_id, link.arena)
         return link

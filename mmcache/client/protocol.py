@@ -8,6 +8,7 @@ then drop the connection. Payload checks (checksums, key echo) end in an Outcome
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Generator, Iterable, Mapping, Sequence
 from itertools import chain
 from typing import Any, Final, NamedTuple, TypeVar
@@ -74,7 +75,7 @@ Flow = Generator[Effect, Any, _T]
 
 
 class Acquired(NamedTuple):
-    """An Acquire reply: one entry a key (None: a miss, False: ask again), the lease and the payload that follows."""
+    """An Acquire reply: one entry a key (None: not pinned), the lease, and from which entry on to ask again."""
 
     lease_id: int
     entries: list[Found | None]
@@ -99,9 +100,12 @@ class Conversation:
         body = message.SerializeToString()
         return pack_prelude(op, self._request_id, len(body)) + body
 
-    def reply(self, op: Op, reply: _M) -> Flow[tuple[_M, Prelude]]:
-        """Receive the reply to the last request into `reply`. Raises RequestRefused with the server's words."""
-        prelude = parse_prelude((yield Recv(PRELUDE_NBYTES)), MAX_BODY_NBYTES)
+    def reply(self, op: Op, reply: _M, head: bytes = b"") -> Flow[tuple[_M, Prelude]]:
+        """Receive the reply to the last request into `reply`. Raises RequestRefused with the server's words.
+
+        `head` is what of it was received already.
+        """
+        prelude = parse_prelude(head + (yield Recv(PRELUDE_NBYTES - len(head))), MAX_BODY_NBYTES)
         body = (yield Recv(prelude.body_nbytes)) if prelude.body_nbytes else b""
         try:
             if prelude.op == Op.ERROR and not prelude.payload_nbytes:
@@ -130,15 +134,17 @@ class Conversation:
     def acquire(
         self, keys: bytes, *, prefix: bool = False, inline: bool = False, max_nbytes: int = 0
     ) -> Flow[Acquired]:
-        """Look up and pin `keys` (32 bytes each). With inline, payload follows: receive it with `receive_frames`."""
+        """Look up and pin `keys` (32 bytes each). With inline, payload follows: receive it frame by frame."""
         message = pb.AcquireRequest(keys=keys, prefix=prefix, inline=inline, release=self.rider, max_nbytes=max_nbytes)
         self.rider = 0
         yield Send((self.request(Op.ACQUIRE, message),))
         reply, prelude = yield from self.reply(Op.ACQUIRE, pb.AcquireReply())
         acquired = _read_acquired(reply, len(keys) // KEY_NBYTES, prefix)
-        payload = sum(found.nbytes for found in acquired.entries if found) if inline else 0
-        if payload != prelude.payload_nbytes:
-            raise ProtocolError(f"{prelude.payload_nbytes} payload bytes announced, {payload} listed")
+        sizes = [found.nbytes for found in acquired.entries if found]
+        if prelude.payload_nbytes != (sum(sizes) if inline else 0):
+            raise ProtocolError(f"{prelude.payload_nbytes} payload bytes announced, {sum(sizes)} listed")
+        if max_nbytes and len(sizes) > 1 and sum(sizes) > max_nbytes:
+            raise ProtocolError(f"{sum(sizes)} bytes came where at most {max_nbytes} were asked for")
         return acquired
 
     def receive_frame(self, found: Found, key: bytes, buffers: Mapping[str, HostTensor], verify: bool) -> Flow[Result]:
@@ -157,13 +163,13 @@ class Conversation:
         good = yield from _receive_tensors(header, targets, verify)
         return HIT if good else Result(Outcome.CORRUPT, "a tensor's checksum or padding does not match")
 
-    def receive_whole(self, found: Found) -> Flow[bytearray]:
-        """Receive one inline frame as bytes, unchecked."""
+    def receive_whole(self, found: Found) -> Flow[memoryview]:
+        """Receive one inline frame as bytes, unchecked. Memory is taken as they arrive, not as they are announced."""
         try:
-            data = bytearray(found.nbytes)
+            data = np.empty(found.nbytes, np.uint8).data
         except MemoryError:
             raise ProtocolError(f"a frame of {found.nbytes} bytes does not fit this process's memory") from None
-        yield RecvInto(memoryview(data))
+        yield RecvInto(data)
         return data
 
     def reserve(
@@ -189,11 +195,45 @@ class Conversation:
             for segments in frames:
                 yield Send(segments)
         else:
-            yield from _fill_ring(ring, chain.from_iterable(frames))
+            yield from self._fill_ring(ring, chain.from_iterable(frames))
         reply, prelude = yield from self.reply(Op.PUT_DONE, pb.PutReply())
         if len(reply.status) != count or prelude.payload_nbytes:
             raise ProtocolError("the server answered another number of frames than sent")
         return reply.status
+
+    def _fill_ring(self, ring: WriteSlots, segments: Iterable[bytes | memoryview]) -> Flow[None]:
+        """Copy the stream slot by slot; before a slot is used again, wait for the server's note that it is done."""
+        number = filled = 0
+        slot = ring.slot(0)
+        for segment in segments:
+            source = np.frombuffer(segment, np.uint8)
+            start = 0
+            while start < source.nbytes:
+                if filled == 0 and number >= ring.slots:
+                    yield from self._slot_done()
+                count = min(ring.slot_nbytes - filled, source.nbytes - start)
+                np.copyto(slot[filled : filled + count], source[start : start + count])
+                filled, start = filled + count, start + count
+                if filled == ring.slot_nbytes:
+                    yield Send((SLOT_NOTE.pack(filled),))
+                    number, filled = number + 1, 0
+                    slot = ring.slot(number)
+        if filled:
+            yield Send((SLOT_NOTE.pack(filled),))
+            number += 1
+        for _ in range(min(number, ring.slots)):
+            yield from self._slot_done()
+
+    def _slot_done(self) -> Flow[None]:
+        note = yield Recv(len(SLOT_DONE))
+        if note != SLOT_DONE:
+            words = "it cannot be read"
+            with contextlib.suppress(ProtocolError):
+                try:
+                    yield from self.reply(Op.ERROR, pb.ErrorReply(), note)
+                except RequestRefused as refusal:
+                    words = str(refusal)
+            raise ProtocolError(f"instead of a note about a ring slot the server said: {words}")
 
 
 def _read_acquired(reply: pb.AcquireReply, asked: int, prefix: bool) -> Acquired:
@@ -238,35 +278,6 @@ def _receive_tensors(header: FrameHeader, targets: Sequence[Bytes], verify: bool
     return good
 
 
-def _fill_ring(ring: WriteSlots, segments: Iterable[bytes | memoryview]) -> Flow[None]:
-    """Copy the stream slot by slot; before a slot is used again, wait for the server's note that it is done."""
-    number = filled = 0
-    slot = ring.slot(0)
-    for segment in segments:
-        source = np.frombuffer(segment, np.uint8)
-        start = 0
-        while start < source.nbytes:
-            if filled == 0 and number >= ring.slots:
-                yield from _slot_done()
-            count = min(ring.slot_nbytes - filled, source.nbytes - start)
-            np.copyto(slot[filled : filled + count], source[start : start + count])
-            filled, start = filled + count, start + count
-            if filled == ring.slot_nbytes:
-                yield Send((SLOT_NOTE.pack(filled),))
-                number, filled = number + 1, 0
-                slot = ring.slot(number)
-    if filled:
-        yield Send((SLOT_NOTE.pack(filled),))
-        number += 1
-    for _ in range(min(number, ring.slots)):
-        yield from _slot_done()
-
-
-def _slot_done() -> Flow[None]:
-    if (yield Recv(len(SLOT_DONE))) != SLOT_DONE:
-        raise ProtocolError("the server's note about a ring slot cannot be read")
-
-
 _PUT_RESULTS: Final = {
     pb.STORED: Result(Outcome.STORED),
     pb.PRESENT: Result(Outcome.PRESENT),
@@ -276,6 +287,7 @@ _PUT_RESULTS: Final = {
     pb.NO_ENTRIES: Result(Outcome.REFUSED, "the index is full; raise --max-entries"),
     pb.BAD_FRAME: Result(Outcome.REFUSED, "the bytes that arrived were not the frame that was sent"),
     pb.LOST: Result(Outcome.REFUSED, "the reservation expired before all bytes arrived"),
+    pb.EXPIRED: Result(Outcome.REFUSED, "its time to live passed before it was stored; compare the hosts' clocks"),
     pb.OVERLOADED: Result(Outcome.REFUSED, "too many bytes in flight at the server; try again later"),
 }
 

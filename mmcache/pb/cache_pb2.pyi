@@ -24,6 +24,7 @@ class PutStatus(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     BAD_FRAME: _ClassVar[PutStatus]
     LOST: _ClassVar[PutStatus]
     OVERLOADED: _ClassVar[PutStatus]
+    EXPIRED: _ClassVar[PutStatus]
 MISS: GetStatus
 FOUND: GetStatus
 LATER: GetStatus
@@ -37,6 +38,7 @@ NO_ENTRIES: PutStatus
 BAD_FRAME: PutStatus
 LOST: PutStatus
 OVERLOADED: PutStatus
+EXPIRED: PutStatus
 
 class JoinRequest(_message.Message):
     __slots__ = ("protocol", "client", "want_arena", "ring_slots", "ring_slot_nbytes")
@@ -75,16 +77,12 @@ class JoinReply(_message.Message):
     def __init__(self, protocol: _Optional[int] = ..., server: _Optional[str] = ..., server_id: _Optional[bytes] = ..., arena_nbytes: _Optional[int] = ..., alignment: _Optional[int] = ..., lease_s: _Optional[float] = ..., unix_path: _Optional[str] = ..., limits: _Optional[_Union[Limits, _Mapping]] = ..., arena_prefaulted: bool = ...) -> None: ...
 
 class Limits(_message.Message):
-    __slots__ = ("batch_keys", "body_nbytes", "frame_nbytes", "inline_nbytes")
+    __slots__ = ("batch_keys", "inline_nbytes")
     BATCH_KEYS_FIELD_NUMBER: _ClassVar[int]
-    BODY_NBYTES_FIELD_NUMBER: _ClassVar[int]
-    FRAME_NBYTES_FIELD_NUMBER: _ClassVar[int]
     INLINE_NBYTES_FIELD_NUMBER: _ClassVar[int]
     batch_keys: int
-    body_nbytes: int
-    frame_nbytes: int
     inline_nbytes: int
-    def __init__(self, batch_keys: _Optional[int] = ..., body_nbytes: _Optional[int] = ..., frame_nbytes: _Optional[int] = ..., inline_nbytes: _Optional[int] = ...) -> None: ...
+    def __init__(self, batch_keys: _Optional[int] = ..., inline_nbytes: _Optional[int] = ...) -> None: ...
 
 class DeclareRequest(_message.Message):
     __slots__ = ("namespace", "kind", "facts")
@@ -214,7 +212,7 @@ class InspectRequest(_message.Message):
     def __init__(self, key: _Optional[bytes] = ...) -> None: ...
 
 class InspectReply(_message.Message):
-    __slots__ = ("found", "header", "kind", "facts", "pins", "children")
+    __slots__ = ("found", "header", "kind", "facts")
     class FactsEntry(_message.Message):
         __slots__ = ("key", "value")
         KEY_FIELD_NUMBER: _ClassVar[int]
@@ -226,15 +224,11 @@ class InspectReply(_message.Message):
     HEADER_FIELD_NUMBER: _ClassVar[int]
     KIND_FIELD_NUMBER: _ClassVar[int]
     FACTS_FIELD_NUMBER: _ClassVar[int]
-    PINS_FIELD_NUMBER: _ClassVar[int]
-    CHILDREN_FIELD_NUMBER: _ClassVar[int]
     found: bool
     header: bytes
     kind: str
     facts: _containers.ScalarMap[str, str]
-    pins: int
-    children: int
-    def __init__(self, found: bool = ..., header: _Optional[bytes] = ..., kind: _Optional[str] = ..., facts: _Optional[_Mapping[str, str]] = ..., pins: _Optional[int] = ..., children: _Optional[int] = ...) -> None: ...
+    def __init__(self, found: bool = ..., header: _Optional[bytes] = ..., kind: _Optional[str] = ..., facts: _Optional[_Mapping[str, str]] = ...) -> None: ...
 
 class StatRequest(_message.Message):
     __slots__ = ()
@@ -267,14 +261,10 @@ class ErrorReply(_message.Message):
         BAD_REQUEST: _ClassVar[ErrorReply.Code]
         LIMIT: _ClassVar[ErrorReply.Code]
         UNSUPPORTED: _ClassVar[ErrorReply.Code]
-        DRAINING: _ClassVar[ErrorReply.Code]
-        INTERNAL: _ClassVar[ErrorReply.Code]
     UNSPECIFIED: ErrorReply.Code
     BAD_REQUEST: ErrorReply.Code
     LIMIT: ErrorReply.Code
     UNSUPPORTED: ErrorReply.Code
-    DRAINING: ErrorReply.Code
-    INTERNAL: ErrorReply.Code
     CODE_FIELD_NUMBER: _ClassVar[int]
     MESSAGE_FIELD_NUMBER: _ClassVar[int]
     code: ErrorReply.Code

@@ -101,14 +101,16 @@ class Connection:
 
     def _serve_one(self, head: bytes, fds: list[int]) -> None:
         prelude = parse_prelude(head, self.service.config.max_body_nbytes)
+        if not prelude.request_id and prelude.op != Op.FINISH:
+            raise ProtocolError(f"{prelude.op.name} with request id 0; only FINISH may go without an answer")
         if prelude.payload_nbytes:
             raise ProtocolError(f"{prelude.op.name} announces payload; it follows only after the server's answer")
         body = self.channel.recv(prelude.body_nbytes, self._deadline()) if prelude.body_nbytes else b""
         try:
-            if prelude.op == Op.JOIN:
+            if prelude.op == Op.JOIN and not self._joined:
                 self._join(prelude, body, fds)
-            elif not self._joined:
-                raise BadRequest("the first message of a connection must be JOIN")
+            elif self._joined == (prelude.op == Op.JOIN):
+                raise BadRequest("JOIN must be the first message of a connection, and comes once")
             elif prelude.op == Op.ACQUIRE:
                 self._acquire(prelude, body)
             elif prelude.op == Op.RESERVE:
@@ -118,6 +120,8 @@ class Connection:
                 if prelude.request_id:
                     self._reply(prelude, reply)
         except BadRequest as error:
+            if not prelude.request_id:
+                raise ProtocolError(str(error)) from None
             self._error(prelude.request_id, error.code, str(error))
 
     def _reply(
@@ -181,23 +185,19 @@ class Connection:
         request = parse(pb.ReserveRequest(), body)
         if request.ring and self._ring is None:
             raise BadRequest("the payload is to come through a ring, but this connection has none")
-        largest = self.service.shard.arena.nbytes  # larger ones never come: each is refused on its own
-        asked_nbytes = sum(nbytes for nbytes in request.frame_nbytes if nbytes <= largest)
-        with self.service.inflight(asked_nbytes) as fits:
-            if not fits:
-                status = bytes([pb.OVERLOADED]) * len(request.frame_nbytes)
+        status, landings = self.service.reserve(self.tenant, request)
+        try:
+            with self.service.inflight(sum(landing.left_nbytes for landing in landings)) as fits:
+                if not fits:
+                    status = status.replace(bytes([pb.WANTED]), bytes([pb.OVERLOADED]))
                 self._reply(prelude, pb.ReserveReply(status=status))
-                return
-            status, landings = self.service.reserve(self.tenant, request)
-            try:
-                self._reply(prelude, pb.ReserveReply(status=status))
-                if landings:
+                if fits and landings:
                     self._receive_frames(landings, through_ring=request.ring)
                     results = bytes(status_of(landing.commit()) for landing in landings)
                     self._reply(prelude, pb.PutReply(status=results), op=Op.PUT_DONE)
-            finally:
-                for landing in landings:
-                    landing.abort()
+        finally:
+            for landing in landings:
+                landing.abort()
 
     def _receive_frames(self, landings: Sequence[Landing], *, through_ring: bool) -> None:
         if not len(self._scratch):

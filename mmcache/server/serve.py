@@ -145,6 +145,7 @@ class Server:
             full = len(self._connections) >= self.config.max_connections
             if not full:
                 thread = threading.Thread(target=self._run, args=(connection,), name="mmcache-connection", daemon=True)
+                thread.start()  # it cannot end before it is listed, as it needs the lock for that
                 self._connections[connection] = thread
                 self.service.connections = len(self._connections)
         if full:
@@ -152,8 +153,6 @@ class Server:
             with contextlib.suppress(TransportError):
                 channel.send([pack_error(0, pb.ErrorReply.LIMIT, message)], time.monotonic() + 1)
             channel.close()
-            return
-        thread.start()
 
     def _run(self, connection: Connection) -> None:
         try:
@@ -196,7 +195,7 @@ def _remove_stale(path: str) -> None:
     if not stat.S_ISSOCK(mode):
         raise ConfigError(f"{path} exists and is not a socket; choose another --unix")
     try:
-        connect_unix(path, 1.0).close()
+        connect_unix(path, 1.0, time.monotonic() + 1.0).close()
     except TransportError as error:
         if isinstance(error.__cause__, ConnectionRefusedError):  # anything else may be a server that is only busy
             os.unlink(path)

@@ -24,6 +24,7 @@ from mmcache.store.shard import Landing, Shard
 from mmcache.transport.base import PLACE, PROTOCOL, Op
 
 KEY_NBYTES: Final = 32
+MAX_RECHECK_KEYS: Final = 64  # each is hashed whole
 _M = TypeVar("_M", bound=Message)
 _KINDS: Final = frozenset(map(int, Kind))
 _FOUND, _MISS, _LATER = int(pb.FOUND), int(pb.MISS), int(pb.LATER)
@@ -36,6 +37,7 @@ _PUT_STATUS: Final[dict[Refusal, int]] = {
     Refusal.NO_ENTRIES: pb.NO_ENTRIES,
     Refusal.LOST: pb.LOST,
     Refusal.BAD_FRAME: pb.BAD_FRAME,
+    Refusal.EXPIRED: pb.EXPIRED,
 }
 
 
@@ -99,8 +101,6 @@ class Service:
             unix_path=self.unix_path,
             limits=pb.Limits(
                 batch_keys=config.max_batch_keys,
-                body_nbytes=config.max_body_nbytes,
-                frame_nbytes=int(config.memory_nbytes * config.pinned_share),
                 inline_nbytes=config.max_batch_nbytes,
             ),
         )
@@ -128,9 +128,9 @@ class Service:
             raise
         return reply, found, request.inline
 
-    def _limit(self, request: pb.AcquireRequest) -> int | None:
-        limit = self.config.max_batch_nbytes if request.inline else 0
-        return min(filter(None, (limit, request.max_nbytes)), default=None)
+    def _limit(self, request: pb.AcquireRequest) -> int:
+        limit = self.config.max_batch_nbytes
+        return min(limit, request.max_nbytes) if request.max_nbytes else limit
 
     def reserve(self, tenant: int, request: pb.ReserveRequest) -> tuple[bytes, list[Landing]]:
         """Decide on each key of a Reserve: its status bytes, and a landing for each WANTED one, in order."""
@@ -143,14 +143,26 @@ class Service:
             )
         status = bytearray()
         landings: list[Landing] = []
-        for key, parent, nbytes, kind in zip(keys, parents, sizes, request.kinds, strict=True):
-            sound = nbytes > 0 and kind in _KINDS
-            answer = self.shard.reserve(tenant, key, parent, nbytes, kind) if sound else Refusal.BAD_FRAME
-            if isinstance(answer, Landing):
-                landings.append(answer)
-                status.append(pb.WANTED)
-            else:
-                status.append(status_of(answer))
+        room = self.config.max_batch_nbytes
+        try:
+            for key, parent, nbytes, kind in zip(keys, parents, sizes, request.kinds, strict=True):
+                if not nbytes or kind not in _KINDS:
+                    status.append(pb.BAD_FRAME)
+                    continue
+                if landings and nbytes > room:
+                    status.append(pb.OVERLOADED)
+                    continue
+                answer = self.shard.reserve(tenant, key, parent, nbytes, kind)
+                if isinstance(answer, Landing):
+                    room -= nbytes
+                    landings.append(answer)
+                    status.append(pb.WANTED)
+                else:
+                    status.append(status_of(answer))
+        except BaseException:
+            for landing in landings:
+                landing.abort()
+            raise
         return bytes(status), landings
 
     @contextmanager
@@ -202,7 +214,10 @@ class Service:
         return pb.DeleteReply(deleted=bytes(self.shard.delete(tenant, self.split(request.keys))))
 
     def _recheck(self, tenant: int, request: pb.RecheckRequest) -> Message:
-        return pb.RecheckReply(dropped=bytes(self.shard.recheck(tenant, key) for key in self.split(request.keys)))
+        keys = self.split(request.keys)
+        if len(keys) > MAX_RECHECK_KEYS:
+            raise BadRequest(f"{len(keys)} keys to recheck; the limit is {MAX_RECHECK_KEYS}", pb.ErrorReply.LIMIT)
+        return pb.RecheckReply(dropped=bytes(self.shard.recheck(tenant, key) for key in keys))
 
     def _inspect(self, tenant: int, request: pb.InspectRequest) -> Message:
         keys = self.split(request.key)

@@ -28,7 +28,7 @@ class Reserved(NamedTuple):
 
 
 class Refusal(Enum):
-    """Why a value was not stored. The value says it in words. The last two are the shard's, which sees the bytes."""
+    """Why a value was not stored. The value says it in words. The last three are the shard's, which sees the bytes."""
 
     PRESENT = "the key is stored already"
     BUSY = "another writer is storing this key"
@@ -37,6 +37,7 @@ class Refusal(Enum):
     TOO_LARGE = "the value is larger than the whole store, or than what one tenant may have in hand"
     NO_ENTRIES = "the store holds its maximum number of entries and none can leave now; retry when leases end"
     BAD_FRAME = "the bytes are not the frame that was announced; pack it again"
+    EXPIRED = "its time to live passed before it was stored"
     LOST = "the reservation expired before the value was committed; put it again"
 
 

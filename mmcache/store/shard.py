@@ -25,6 +25,8 @@ from mmcache.store.arena import Arena
 from mmcache.store.index import Index
 
 MAX_NAMESPACES: Final = 65536
+MAX_NAMESPACES_NBYTES: Final = 64 << 20  # of facts; the oldest declared are forgotten first
+COUNTERS: Final = ("hits", "misses", "lookups", "stored", "bytes_read", "bytes_written", "corrupt_dropped")
 ROOM_TRIES: Final = 64  # one index call evicts a bounded number; the lock is free between tries
 
 
@@ -34,10 +36,11 @@ class Declared:
 
     kind: str
     facts: Mapping[str, str]
+    nbytes: int
 
 
 class Shard:
-    """Stores frames by (tenant, key). Thread-safe; no method blocks on anything but the lock, held for microseconds."""
+    """Stores frames by (tenant, key). Thread-safe; the lock is held for index work only, never while bytes move."""
 
     def __init__(
         self,
@@ -48,11 +51,12 @@ class Shard:
     ) -> None:
         self.config = config
         self.arena = Arena(config.memory_nbytes, prefault=config.prefault)
-        self.counters: Counter[str] = Counter()
+        self.counters: Counter[str] = Counter(dict.fromkeys(COUNTERS, 0))
         self.lock = threading.Lock()
         self._clock = clock
         self._wall_ms = wall_ms
         self._namespaces: dict[tuple[int, bytes], Declared] = {}
+        self._namespaces_nbytes = 0
         self.index = Index(
             capacity_bytes=config.memory_nbytes,
             max_entries=config.entries,
@@ -68,9 +72,16 @@ class Shard:
             raise KeyInputError(
                 "the namespace id is not the digest of these facts; the client must be of another keys version"
             )
+        nbytes = sum(len(name) + len(text) for name, text in facts.items())
         with self.lock:
-            if len(self._namespaces) < MAX_NAMESPACES:
-                self._namespaces[tenant, namespace] = Declared(kind, dict(facts))
+            if (tenant, namespace) in self._namespaces:
+                return
+            self._namespaces[tenant, namespace] = Declared(kind, dict(facts), nbytes)
+            self._namespaces_nbytes += nbytes
+            while len(self._namespaces) > MAX_NAMESPACES or self._namespaces_nbytes > MAX_NAMESPACES_NBYTES:
+                oldest = self._namespaces.pop(next(iter(self._namespaces)))
+                self._namespaces_nbytes -= oldest.nbytes
+                self.counters["namespaces_forgotten"] += 1
 
     def declared(self, tenant: int, namespace: bytes) -> Declared | None:
         """The facts a client of this tenant declared, if any did."""
@@ -141,22 +152,35 @@ class Shard:
             return self.index.delete(tenant, keys, self._clock())
 
     def recheck(self, tenant: int, key: bytes) -> bool:
-        """Verify the stored bytes of `key` and drop the entry if they are bad. True if it was dropped."""
-        lease_id, (found,) = self.acquire(tenant, [key])
+        """Verify the stored bytes of `key` and drop the entry if they are bad. True if it was dropped.
+
+        Hashes the whole frame, under a lease of its own, and counts as a use but not as a hit.
+        """
+        lease_id = secrets.randbits(63) + 1
+        with self.lock:
+            (found,) = self.index.acquire(tenant, [key], lease_id=lease_id, now=self._clock(), lasting=True)
         if not isinstance(found, Found):
             return False
         try:
-            frame = Frame.parse(self.view(found), checksum=found.header_sum)
-            frame.verify()
-            if frame.header.meta.key == key:
+            if self._is_sound(key, found):
                 return False
-        except FrameError:
-            pass
+            with self.lock:
+                # The lease keeps the extent: if the key still lies there, it is the entry that was checked.
+                again_id, now = secrets.randbits(63) + 1, self._clock()
+                same = self.index.acquire(tenant, [key], lease_id=again_id, now=now) == [found]
+                self.index.release(tenant, again_id, now)
+                self.counters["corrupt_dropped"] += same
+                return same and self.index.delete(tenant, [key], now)[0]
         finally:
             self.release(tenant, lease_id)
-        with self.lock:
-            self.counters["corrupt_dropped"] += 1
-            return self.index.delete(tenant, [key], self._clock())[0]
+
+    def _is_sound(self, key: bytes, found: Found) -> bool:
+        try:
+            frame = Frame.parse(self.view(found), checksum=found.header_sum)
+            frame.verify()
+        except FrameError:
+            return False
+        return frame.header.meta.key == key
 
     def view(self, found: Found) -> memoryview:
         """The bytes of a found frame; valid while its lease is held."""
@@ -243,6 +267,10 @@ class Landing:
             return self.refusal
         shard = self._shard
         expires_at = shard.expiry(header.meta.expires_ms)
+        if expires_at <= shard.now():
+            self.refusal = Refusal.EXPIRED
+            self.abort()
+            return self.refusal
         with shard.lock:
             if shard.index.commit(
                 self._reservation_id,

@@ -11,7 +11,7 @@ import fcntl
 import mmap
 import os
 from collections.abc import Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, wait
 from typing import Final, NamedTuple
 
 import numpy as np
@@ -170,21 +170,24 @@ def copy_frame(planned: Planned, verify: bool) -> Result:
 class Copier:
     """Copies planned frames, large batches on several threads: one CPU alone cannot use the memory's bandwidth.
 
-    The copies run outside the GIL. Threads start with the first large batch, and belong to one process: make a new
-    Copier after a fork.
+    The copies run outside the GIL. Threads start with the first large batch; a forked child starts its own.
     """
 
     def __init__(self, threads: int) -> None:
         self._threads = min(threads, os.cpu_count() or 1)
-        self._pool: ThreadPoolExecutor | None = None
+        self._start()
+
+    def _start(self) -> None:
+        self._pool = ThreadPoolExecutor(max(1, self._threads - 1), thread_name_prefix="mmcache-copy")
+        self._pid = os.getpid()
 
     def copy(self, plans: Sequence[Planned | Result], verify: bool) -> list[Result]:
         """One Result per plan; a plan that already is one stays as it is."""
         nbytes = [0 if isinstance(plan, Result) else sum(move.source.nbytes for move in plan.moves) for plan in plans]
         if self._threads < 2 or sum(nbytes) < PARALLEL_NBYTES:
             return _copy_frames(plans, verify)
-        if self._pool is None:
-            self._pool = ThreadPoolExecutor(self._threads - 1, thread_name_prefix="mmcache-copy")
+        if os.getpid() != self._pid:
+            self._start()
         share, taken, cuts = sum(nbytes) / self._threads, 0.0, [0]
         for position, size in enumerate(nbytes):
             if taken >= share * len(cuts):
@@ -192,10 +195,17 @@ class Copier:
             taken += size
         parts = [plans[start:stop] for start, stop in zip(cuts, [*cuts[1:], len(plans)], strict=True)]
         others = [self._pool.submit(_copy_frames, part, verify) for part in parts[1:]]
-        results = _copy_frames(parts[0], verify)
+        try:
+            results = _copy_frames(parts[0], verify)
+        finally:
+            wait(others)  # whatever ends this call: no destination may be written after it
         for other in others:
             results += other.result()
         return results
+
+    def close(self) -> None:
+        """End the threads."""
+        self._pool.shutdown()
 
 
 def _copy_frames(plans: Sequence[Planned | Result], verify: bool) -> list[Result]:

@@ -10,12 +10,14 @@ import array
 import contextlib
 import ipaddress
 import os
+import queue
 import select
 import socket
+import threading
 import time
 from collections.abc import Sequence
 from struct import pack
-from typing import Final
+from typing import Any, Final
 
 from mmcache.errors import DeadlineExceeded, TransportError
 
@@ -54,18 +56,18 @@ class Channel:
         self._spin_from = 0.0
 
     def _arm(self, option: int, current_s: float, deadline: float | None) -> float:
-        """Set the kernel's timeout when it is more than a little off what is left; returns what is set now."""
+        """Have a kernel timeout of 90 to 100% of what is left; returns it. A call it ends early is tried again."""
         if deadline is None:
-            wanted_s = 0.0
+            left_s = wanted_s = 0.0
         else:
-            wanted_s = deadline - time.monotonic()
-            if wanted_s <= 0:
+            left_s = deadline - time.monotonic()
+            if left_s <= 0:
                 raise DeadlineExceeded("the deadline passed; raise deadline_s or look at the server's load")
-            if 0.9 * current_s <= wanted_s <= 1.1 * current_s:
-                return current_s
-        if wanted_s != current_s:
+            wanted_s = 0.95 * left_s
+        if not 0.9 * left_s <= current_s <= left_s:
             self.sock.setsockopt(socket.SOL_SOCKET, option, _timeval(wanted_s) if wanted_s else bytes(16))
-        return wanted_s
+            return wanted_s
+        return current_s
 
     def send(self, buffers: Sequence[Buffer], deadline: float | None) -> None:
         """Send all the buffers, in order: short ones joined, long ones in pieces, each in a call of its own.
@@ -92,16 +94,15 @@ class Channel:
             self._send_all(short, deadline)
 
     def _send_all(self, data: Buffer, deadline: float | None) -> None:
-        try:
+        sent = 0
+        while sent < len(data):
             self._send_timeout_s = self._arm(socket.SO_SNDTIMEO, self._send_timeout_s, deadline)
-            sent = self.sock.send(data)
-            while sent < len(data):
-                self._send_timeout_s = self._arm(socket.SO_SNDTIMEO, self._send_timeout_s, deadline)
-                sent += self.sock.send(memoryview(data)[sent:])
-        except BlockingIOError:
-            raise DeadlineExceeded("the peer did not take the bytes in time") from None
-        except OSError as error:
-            raise _as_transport_error(error) from error
+            try:
+                sent += self.sock.send(memoryview(data)[sent:] if sent else data)
+            except BlockingIOError:
+                continue  # a little before the deadline: arming again tells
+            except OSError as error:
+                raise _as_transport_error(error) from error
 
     def recv_into(self, view: memoryview, deadline: float | None) -> None:
         """Fill `view` (bytes) completely: from what was read ahead, the rest straight from the socket."""
@@ -190,16 +191,17 @@ class Channel:
         return 0
 
     def _recv_some(self, view: memoryview, deadline: float | None, flags: int = 0) -> int:
-        try:
+        while True:
             self._recv_timeout_s = self._arm(socket.SO_RCVTIMEO, self._recv_timeout_s, deadline)
-            count = self.sock.recv_into(view, 0, flags)
-        except BlockingIOError:
-            raise DeadlineExceeded("the peer did not answer in time") from None
-        except OSError as error:
-            raise _as_transport_error(error) from error
-        if count == 0:
-            raise TransportError("the peer closed the connection")
-        return count
+            try:
+                count = self.sock.recv_into(view, 0, flags)
+            except BlockingIOError:
+                continue  # a little before the deadline: arming again tells
+            except OSError as error:
+                raise _as_transport_error(error) from error
+            if count == 0:
+                raise TransportError("the peer closed the connection")
+            return count
 
     def _read_ahead(self, nbytes: int, deadline: float | None) -> None:
         """Have at least `nbytes` (at most READ_AHEAD_NBYTES) read ahead."""
@@ -235,13 +237,16 @@ class Channel:
 
     def recv_with_fds(self, nbytes: int, deadline: float | None) -> tuple[bytes, list[int]]:
         """Exactly `nbytes` bytes and the file descriptors that came beside them; the caller owns those."""
-        self._recv_timeout_s = self._arm(socket.SO_RCVTIMEO, self._recv_timeout_s, deadline)
-        try:
-            data, ancillary, _, _ = self.sock.recvmsg(nbytes, socket.CMSG_SPACE(_MAX_FDS * 4), socket.MSG_CMSG_CLOEXEC)
-        except BlockingIOError:
-            raise DeadlineExceeded("the peer did not answer in time") from None
-        except OSError as error:
-            raise _as_transport_error(error) from error
+        space = socket.CMSG_SPACE(_MAX_FDS * 4)
+        while True:
+            self._recv_timeout_s = self._arm(socket.SO_RCVTIMEO, self._recv_timeout_s, deadline)
+            try:
+                data, ancillary, _, _ = self.sock.recvmsg(nbytes, space, socket.MSG_CMSG_CLOEXEC)
+                break
+            except BlockingIOError:
+                continue  # a little before the deadline: arming again tells
+            except OSError as error:
+                raise _as_transport_error(error) from error
         fds = array.array("i")
         for level, kind, payload in ancillary:
             if level == socket.SOL_SOCKET and kind == socket.SCM_RIGHTS:
@@ -294,19 +299,52 @@ def _as_transport_error(error: OSError) -> TransportError:
     return TransportError(f"the connection broke: {error}")
 
 
-def connect_tcp(host: str, port: int, timeout_s: float) -> Channel:
-    """A channel to HOST:PORT. Raises TransportError."""
+def resolve(host: str, port: int, deadline: float) -> list[tuple[int, tuple[Any, ...]]]:
+    """(family, address) of HOST:PORT, in order of preference. Raises TransportError.
+
+    The system's resolver knows no deadline, so it runs on a thread of its own, which is left behind if it is late.
+    """
+    answer: queue.SimpleQueue[Any] = queue.SimpleQueue()
+
+    def ask() -> None:
+        try:
+            answer.put(socket.getaddrinfo(host, port, type=socket.SOCK_STREAM))
+        except OSError as error:
+            answer.put(error)
+
+    threading.Thread(target=ask, name="mmcache-resolve", daemon=True).start()
     try:
-        return Channel(socket.create_connection((host, port), timeout_s))
-    except OSError as error:
-        raise TransportError(f"no answer from {host}:{port}: {error}; is `mmcache serve` running there?") from error
+        found = answer.get(timeout=max(0.0, deadline - time.monotonic()))
+    except queue.Empty:
+        raise DeadlineExceeded(f"the name {host} was not resolved in time; use an IP address") from None
+    if isinstance(found, OSError):
+        raise TransportError(f"{host} cannot be resolved: {found}; check the host in the URL") from found
+    return [(int(family), address) for family, _, _, _, address in found]
 
 
-def connect_unix(path: str, timeout_s: float) -> Channel:
+def connect_tcp(addresses: Sequence[tuple[int, tuple[Any, ...]]], timeout_s: float, deadline: float) -> Channel:
+    """A channel to the first address that answers, each given `timeout_s` at most. Raises TransportError."""
+    trouble = "no address is known for it"
+    for family, address in addresses:
+        left_s = min(timeout_s, deadline - time.monotonic())
+        if left_s <= 0:
+            raise DeadlineExceeded(f"connecting took too long ({trouble}); raise deadline_s")
+        sock = socket.socket(family, socket.SOCK_STREAM)
+        try:
+            sock.settimeout(left_s)
+            sock.connect(address)
+            return Channel(sock)
+        except OSError as error:
+            sock.close()
+            trouble = f"no answer from {address[0]}:{address[1]}: {error}"
+    raise TransportError(f"{trouble}; is `mmcache serve` running there?")
+
+
+def connect_unix(path: str, timeout_s: float, deadline: float) -> Channel:
     """A channel to a unix socket. Raises TransportError."""
     sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
     try:
-        sock.settimeout(timeout_s)
+        sock.settimeout(max(0.001, min(timeout_s, deadline - time.monotonic())))
         sock.connect(path)
     except OSError as error:
         sock.close()
