@@ -22,6 +22,7 @@ from mmcache.errors import ConfigError, TransportError
 from mmcache.pb import cache_pb2 as pb
 from mmcache.server.connection import Connection, pack_error
 from mmcache.server.service import Service
+from mmcache.store.arena import Progress
 from mmcache.store.shard import Shard
 from mmcache.transport.tcp import Channel, connect_unix
 
@@ -31,9 +32,12 @@ BACKLOG: Final = 128
 
 
 class Server:
-    """A shard and its connections. `start` binds; `stop` drains: running requests end, new ones are refused."""
+    """A shard and its connections. `start` accepts; `stop` drains: running requests end, idle connections close.
 
-    def __init__(self, config: ServerConfig) -> None:
+    `progress` hears how far a prefault has come, in bytes done and in all.
+    """
+
+    def __init__(self, config: ServerConfig, *, progress: Progress | None = None) -> None:
         self.config = config
         self.address: tuple[str, int] | None = None
         self.unix_path = ""
@@ -43,7 +47,7 @@ class Server:
         self._stopping = threading.Event()
         self._private_dir: tempfile.TemporaryDirectory[str] | None = None
         addresses = _resolve(config) if config.listen else []
-        self.shard = Shard(config)
+        self.shard = Shard(config, progress=progress)
         self.service = Service(self.shard, config)
         try:
             for family, address in addresses[:1]:

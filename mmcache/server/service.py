@@ -243,7 +243,7 @@ class Service:
 
     def _stat(self, tenant: int, request: pb.StatRequest) -> Message:
         return pb.StatReply(
-            counters={**self.shard.stat(), "inflight_bytes": self._inflight_nbytes},
+            counters={**self.shard.stat(), "inflight_bytes": self._inflight_nbytes, "connections": self.connections},
             server=f"mmcache/{__version__}",
             server_id=self.server_id,
             uptime_s=time.monotonic() - self.started_at,

@@ -11,13 +11,18 @@ import contextlib
 import fcntl
 import mmap
 import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Final
+
+import numpy as np
 
 from mmcache.errors import StoreError
 
 F_SEAL_FUTURE_WRITE: Final = 0x0010  # linux/fcntl.h; not named by Python's fcntl
 MEMORY_SHARE: Final = 0.9  # of what the cgroup or the machine has left; the rest is for the server itself
+TOUCH_NBYTES: Final = 64 << 20
+Progress = Callable[[int, int], None]
 _CGROUP_ROOT: Final = Path("/sys/fs/cgroup")
 
 
@@ -71,7 +76,7 @@ def _meminfo_available(proc: Path) -> int:
 class Arena:
     """`nbytes` of shared memory, writable here and read-only for everybody else. Close it when no view is in use."""
 
-    def __init__(self, nbytes: int, *, prefault: bool = False) -> None:
+    def __init__(self, nbytes: int, *, prefault: bool = False, progress: Progress | None = None) -> None:
         left, source = memory_left_nbytes()
         if nbytes > left * MEMORY_SHARE:
             raise StoreError(
@@ -83,8 +88,7 @@ class Arena:
         try:
             os.ftruncate(self.fd, nbytes)
             fcntl.fcntl(self.fd, fcntl.F_ADD_SEALS, fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW)
-            flags = mmap.MAP_SHARED | (mmap.MAP_POPULATE if prefault else 0)
-            self._map = mmap.mmap(self.fd, nbytes, flags=flags, prot=mmap.PROT_READ | mmap.PROT_WRITE)
+            self._map = mmap.mmap(self.fd, nbytes, flags=mmap.MAP_SHARED, prot=mmap.PROT_READ | mmap.PROT_WRITE)
             fcntl.fcntl(self.fd, fcntl.F_ADD_SEALS, F_SEAL_FUTURE_WRITE | fcntl.F_SEAL_SEAL)
         except OSError as error:
             os.close(self.fd)
@@ -92,6 +96,17 @@ class Arena:
                 f"no sealed shared memory of {nbytes} bytes: {error}; Linux 5.1 or newer is needed"
             ) from error
         self.view = memoryview(self._map)
+        if prefault:
+            self._touch(progress)
+
+    def _touch(self, progress: Progress | None) -> None:
+        """Have the kernel give every page now; `progress` hears (bytes done, bytes in all)."""
+        pages = np.frombuffer(self._map, np.uint8)[:: mmap.PAGESIZE]
+        step = TOUCH_NBYTES // mmap.PAGESIZE
+        for start in range(0, len(pages), step):
+            pages[start : start + step] = 0
+            if progress is not None:
+                progress(min((start + step) * mmap.PAGESIZE, self.nbytes), self.nbytes)
 
     def close(self) -> None:
         """Unmap and close. Views still held keep their memory until they are dropped."""

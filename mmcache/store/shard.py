@@ -21,7 +21,7 @@ from mmcache.frame import FrameMeta, Kind
 from mmcache.frame_view import Frame, FrameCheck
 from mmcache.keys import namespace_id
 from mmcache.store.answers import Found, Refusal, Reserved, Unpinned
-from mmcache.store.arena import Arena
+from mmcache.store.arena import Arena, Progress
 from mmcache.store.index import Index
 
 MAX_NAMESPACES: Final = 65536
@@ -48,9 +48,10 @@ class Shard:
         *,
         clock: Callable[[], float] = time.monotonic,
         wall_ms: Callable[[], int] = lambda: time.time_ns() // 1_000_000,
+        progress: Progress | None = None,
     ) -> None:
         self.config = config
-        self.arena = Arena(config.memory_nbytes, prefault=config.prefault)
+        self.arena = Arena(config.memory_nbytes, prefault=config.prefault, progress=progress)
         self.counters: Counter[str] = Counter(dict.fromkeys(COUNTERS, 0))
         self.lock = threading.Lock()
         self._clock = clock

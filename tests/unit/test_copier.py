@@ -51,3 +51,13 @@ def test_a_gap_that_is_not_zero_is_corrupt() -> None:
     assert Copier(1).copy([plan._replace(gaps=[gap])], verify=True) == [HIT]
     gap[27] = 1
     assert Copier(1).copy([plan._replace(gaps=[gap])], verify=True)[0].outcome is Outcome.CORRUPT
+
+
+def test_no_destination_is_written_after_an_interrupted_copy_returned() -> None:
+    plans = frames(24, 1 << 20)
+    first = plans[0]
+    plans[0] = first._replace(moves=[first.moves[0]._replace(target=np.zeros(3, np.uint8))])  # raises in this thread
+    with pytest.raises(ValueError, match="broadcast"):
+        Copier(2).copy(plans, verify=True)
+    second_half = plans[13:]
+    assert all(np.array_equal(move.source, move.target) for plan in second_half for move in plan.moves)

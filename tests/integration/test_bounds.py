@@ -1,0 +1,215 @@
+"""Bounds that hold whatever the peer does: deadlines of connects and reads, memory, bytes in flight, batches, forks."""
+
+from __future__ import annotations
+
+import os
+import socket
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import mmcache
+from mmcache.config import ServerConfig
+from mmcache.errors import DeadlineExceeded, TransportError
+from mmcache.keys import namespace_id
+from mmcache.pb import cache_pb2 as pb
+from mmcache.store import shard as shard_module
+from mmcache.store.shard import Shard
+from mmcache.testing.process import ServerProcess
+from mmcache.transport.base import PLACE, PRELUDE_NBYTES, Op, pack_prelude, parse_prelude
+from mmcache.transport.tcp import Channel, connect_tcp, resolve
+from tests.integration.support import MiB, Raw, blanks, eventually, keys_of, values_of
+
+
+@pytest.fixture(scope="module")
+def server() -> Iterator[ServerProcess]:
+    with ServerProcess("64MiB") as running:
+        yield running
+
+
+# ------------------------------------------------------------------------------------------- time
+def took_s(work: object, *arguments: object) -> float:
+    start = time.monotonic()
+    with pytest.raises(TransportError):
+        work(*arguments)  # type: ignore[operator]
+    return time.monotonic() - start
+
+
+def test_a_receive_ends_at_its_deadline_not_before_and_not_much_later() -> None:
+    ours, theirs = socket.socketpair()
+    with ours, theirs:
+        channel = Channel(ours)
+        channel.spin_s = 0.0
+        for seconds in (0.2, 0.19, 0.5):  # the kernel's timeout stays from one to the next where it fits
+            took = took_s(channel.recv, 10, time.monotonic() + seconds)
+            assert seconds * 0.99 <= took < seconds + 0.15
+
+
+def test_several_silent_addresses_share_one_deadline() -> None:
+    with socket.create_server(("127.0.0.1", 0), backlog=0) as listener:
+        address = listener.getsockname()
+        waiting = [socket.socket() for _ in range(4)]  # more than the backlog: further connects get no answer
+        for sock in waiting:
+            sock.setblocking(False)
+            sock.connect_ex(address)
+        took = took_s(connect_tcp, [(socket.AF_INET, address)] * 3, 5.0, time.monotonic() + 0.4)
+        for sock in waiting:
+            sock.close()
+    assert took < 0.4 + 0.3
+
+
+def test_a_resolver_that_hangs_does_not_hang_the_caller(monkeypatch: pytest.MonkeyPatch) -> None:
+    release = threading.Event()
+    monkeypatch.setattr(socket, "getaddrinfo", lambda *_, **__: release.wait(10))
+    with pytest.raises(DeadlineExceeded, match="not resolved in time"):
+        resolve("cache.example", 7600, time.monotonic() + 0.2)
+    release.set()
+
+
+# ------------------------------------------------------------------------------------------- memory
+def lying_server(listener: socket.socket, announced_nbytes: int) -> None:
+    """Joins like a server, then announces one frame of that size and sends nothing."""
+    peer, _ = listener.accept()
+    with peer:
+        while True:
+            head = peer.recv(PRELUDE_NBYTES, socket.MSG_WAITALL)
+            if len(head) < PRELUDE_NBYTES:
+                return
+            prelude = parse_prelude(head, 1 << 20)
+            peer.recv(prelude.body_nbytes, socket.MSG_WAITALL)
+            if prelude.op == Op.JOIN:
+                limits = pb.Limits(batch_keys=100, inline_nbytes=MiB)
+                body = pb.JoinReply(protocol=1, alignment=64, lease_s=60, limits=limits).SerializeToString()
+                payload = 0
+            else:
+                place = PLACE.pack(0, announced_nbytes, 448, bytes(16))
+                body = pb.AcquireReply(status=bytes([pb.FOUND]), places=place).SerializeToString()
+                payload = announced_nbytes
+            peer.sendall(pack_prelude(prelude.op, prelude.request_id, len(body), payload) + body)
+
+
+def rss_nbytes() -> int:
+    return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+
+def test_announced_bytes_that_never_come_cost_no_memory_and_no_time() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        thread = threading.Thread(target=lying_server, args=(listener, 1 << 30), daemon=True)
+        thread.start()
+        url = f"mmcache://127.0.0.1:{listener.getsockname()[1]}?transport=tcp&deadline_s=0.5"
+        with mmcache.connect(url, lazy=True) as cache:
+            before, start = rss_nbytes(), time.monotonic()
+            leased = cache.acquire(keys_of(1, "announced"))
+            assert time.monotonic() - start < 0.5 + 0.4
+            assert leased.frames == [None]
+            assert rss_nbytes() - before < 64 * MiB
+        thread.join(5)
+
+
+def test_facts_of_namespaces_are_kept_within_a_budget(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(shard_module, "MAX_NAMESPACES_NBYTES", 2500)
+    shard = Shard(ServerConfig(memory_nbytes=MiB))
+    facts = [{"model": f"m{i}", "text": "x" * 1000} for i in range(4)]
+    ids = [namespace_id("kv", one) for one in facts]
+    for namespace, one in zip(ids, facts, strict=True):
+        shard.declare(0, namespace, "kv", one)
+    assert [shard.declared(0, namespace) is not None for namespace in ids] == [False, False, True, True]
+    assert shard.stat()["namespaces_forgotten"] == 2
+    shard.close()
+
+
+# ------------------------------------------------------------------------------------------- batches
+def test_one_request_reserves_no_more_than_a_batch_may(server: ServerProcess) -> None:
+    with Raw(server) as raw:
+        joined = raw.join()
+        limit = joined.limits.inline_nbytes
+        assert limit == 16 * MiB
+        status = raw.reserve(keys_of(24, "greedy"), [MiB] * 24)
+        assert status == bytes([pb.WANTED] * 16 + [pb.OVERLOADED] * 8)
+
+
+def test_what_is_not_wanted_is_not_in_flight(server: ServerProcess) -> None:
+    """One key asked for many times over: only the first is wanted, so others are not kept from writing."""
+    with Raw(server) as raw, mmcache.connect(server.url) as cache:
+        raw.join()
+        (key,) = keys_of(1, "again and again")
+        status = raw.reserve(mmcache.Keys.of([key] * 2000), [1024] + [12 * MiB] * 1999)
+        assert status == bytes([pb.WANTED] + [pb.BUSY] * 1999)
+        keys = keys_of(2, "meanwhile")
+        assert [result.outcome for result in cache.put(keys, values_of(keys, MiB))] == ["stored", "stored"]
+
+
+def test_views_of_more_than_a_batch_are_leased_in_several(server: ServerProcess) -> None:
+    with mmcache.connect(server.url) as cache:
+        keys = keys_of(20, "views")
+        assert all(cache.put(keys, values_of(keys, MiB)))
+        with cache.acquire(keys) as leased:
+            frames = [frame for frame in leased.frames if frame is not None]
+            assert len(frames) == 20
+            for frame in frames:
+                frame.verify()
+        assert eventually(lambda: cache.stat()["counters"]["leases"] == 0, "all leases were given back")
+
+
+# ------------------------------------------------------------------------------------------- forks
+def in_child(work: object) -> int:
+    """Run `work` in a forked child; its exit code (1 after an exception), or a failure if it hangs."""
+    pid = os.fork()
+    if pid == 0:
+        code = 1
+        try:
+            work()  # type: ignore[operator]
+            code = 0
+        finally:
+            os._exit(code)
+    deadline = time.monotonic() + 20
+    while time.monotonic() < deadline:
+        done, status = os.waitpid(pid, os.WNOHANG)
+        if done:
+            return os.waitstatus_to_exitcode(status)
+        time.sleep(0.01)
+    os.kill(pid, 9)
+    os.waitpid(pid, 0)
+    pytest.fail("the child hung")
+
+
+def test_a_child_may_close_a_client_whose_lock_was_taken_at_the_fork(server: ServerProcess) -> None:
+    with mmcache.connect(server.url) as cache, cache._pool._changed:
+        assert in_child(cache.close) == 0
+
+
+def test_a_child_that_never_uses_the_client_does_not_hold_its_connections(server: ServerProcess) -> None:
+    with mmcache.connect(server.url) as observer:
+        before = observer.stat()["counters"]["connections"]
+        cache = mmcache.connect(server.url)
+        assert observer.stat()["counters"]["connections"] == before + 1
+        pid = os.fork()
+        if pid == 0:
+            time.sleep(30)
+            os._exit(0)
+        try:
+            cache.close()
+            eventually(lambda: observer.stat()["counters"]["connections"] == before, "the connection ended")
+        finally:
+            os.kill(pid, 9)
+            os.waitpid(pid, 0)
+
+
+def test_a_child_copies_large_batches_too(server: ServerProcess) -> None:
+    with mmcache.connect(server.url) as cache:
+        keys = keys_of(12, "large in the child")
+        values = values_of(keys, MiB)
+        assert all(cache.put(keys, values))
+        targets = blanks(12, MiB)
+        assert all(cache.get_into(keys, targets))
+
+        def read_again() -> None:
+            again = blanks(12, MiB)
+            assert all(cache.get_into(keys, again))
+            assert all(map(np.array_equal, again, values))
+
+        assert in_child(read_again) == 0
