@@ -1,4 +1,4 @@
-"""What to ask of whom: keys grouped by owner and cut into batches a server accepts, and when to try again. Pure."""
+"""What to ask at once, and when to ask again: batches a server accepts, and a pause after failures. Pure."""
 
 from __future__ import annotations
 
