@@ -27,7 +27,8 @@ SHORT_NBYTES: Final = 32 << 10
 PIECE_NBYTES: Final = 1 << 20
 SPIN_S: Final = 100e-6
 CROWDED_S: Final = 500e-6  # a yield this long: somebody else had the CPU
-SPIN_REST_S: Final = 0.2
+FIRST_REST_S: Final = 0.005
+LONGEST_REST_S: Final = 0.2
 READ_AHEAD_NBYTES: Final = 16 << 10  # small messages arrive whole in one system call; payloads bypass this
 
 
@@ -42,7 +43,17 @@ class Channel:
     `deadline` is a `time.monotonic()` instant; `None` waits for ever (a server waiting for the next request).
     """
 
-    __slots__ = ("_ahead", "_end", "_recv_timeout_s", "_send_timeout_s", "_spin_from", "_start", "sock", "spin_s")
+    __slots__ = (
+        "_ahead",
+        "_end",
+        "_recv_timeout_s",
+        "_rest_s",
+        "_send_timeout_s",
+        "_spin_from",
+        "_start",
+        "sock",
+        "spin_s",
+    )
 
     def __init__(self, sock: socket.socket) -> None:
         sock.setblocking(True)
@@ -53,7 +64,7 @@ class Channel:
         self._ahead = memoryview(bytearray(READ_AHEAD_NBYTES))
         self._start = self._end = 0
         self.spin_s = SPIN_S
-        self._spin_from = 0.0
+        self._spin_from = self._rest_s = 0.0
 
     def _arm(self, option: int, current_s: float, deadline: float | None) -> float:
         """Have a kernel timeout of 90 to 100% of what is left; returns it. A call it ends early is tried again."""
@@ -165,7 +176,8 @@ class Channel:
         """Ask a few times for what is about to arrive before going to sleep; how many bytes came.
 
         Waking a sleeper on another, idle CPU costs tens of microseconds, several times what answering a small request
-        takes. Every try yields the CPU, and after a yield that shows others need it, this rests for a while.
+        takes. Every try yields the CPU, and after a yield that shows others need it, this rests: ever
+        longer, until a try succeeds again.
         """
         now = time.perf_counter()
         if now < self._spin_from:
@@ -181,11 +193,13 @@ class Channel:
             else:
                 if count == 0:
                     raise TransportError("the peer closed the connection")
+                self._rest_s = 0.0
                 return count
             os.sched_yield()
             later = time.perf_counter()
             if later - now > CROWDED_S:
-                self._spin_from = later + SPIN_REST_S
+                self._rest_s = min(LONGEST_REST_S, max(FIRST_REST_S, 2 * self._rest_s))
+                self._spin_from = later + self._rest_s
                 break
             now = later
         return 0
