@@ -1,6 +1,6 @@
 """First figures of the data path: real server process, verified reads, ratios to a baseline in the same process.
 
-    python benchmarks/bench_spine.py [--rounds 15] [--json FILE|-]
+    python benchmarks/bench_spine.py [--rounds 15] [--json FILE|-]      exits 1 if a bar was missed
 
 Every round times the baseline and then the measured operation on the same bytes (interleaved pairs), so a busy machine
 slows both. Destinations are poisoned before each read and their digests compared after it, outside the timed part.
@@ -218,6 +218,9 @@ def main() -> None:
         else:
             with open(options.json, "w") as file:
                 file.write(text + "\n")
+
+    if not all(entry["ok"] for entry in rows):
+        raise SystemExit(1)
 
 
 if __name__ == "__main__":

@@ -6,7 +6,6 @@ video is a pan and zoom over a photo, encoded to mp4 in memory and decoded from 
 
 from __future__ import annotations
 
-import importlib.util
 import io
 import math
 from dataclasses import dataclass
@@ -17,6 +16,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from mmcache.bench import extras
 from mmcache.errors import ConfigError
 
 Pixels = npt.NDArray[np.uint8]
@@ -77,17 +77,14 @@ def photos(count: int) -> list[Photo]:
     """
     if not 1 <= count <= len(PHOTOS):
         raise ConfigError(f"{count} photos asked for, but the corpus has 1 to {len(PHOTOS)}: choose a number in there")
-    image = _module("PIL.Image", "pillow")
-    spec = importlib.util.find_spec("skimage")
-    if spec is None or not spec.submodule_search_locations:
-        raise ConfigError("scikit-image is not installed, and the photos come from its wheel: install mmcache[bench]")
-    folder = Path(spec.submodule_search_locations[0]) / "data"
+    image = extras.load("PIL.Image")
+    folder = extras.folder("skimage") / "data"
     found = []
     for name in PHOTOS[:count]:
         try:
             data = (folder / name).read_bytes()
         except OSError as error:
-            raise ConfigError(f"this scikit-image has no data/{name} ({error}): reinstall mmcache[bench]") from error
+            raise ConfigError(f"this scikit-image has no data/{name} ({error}): reinstall scikit-image") from error
         found.append(Photo(name, data, np.asarray(image.open(io.BytesIO(data)).convert("RGB"))))
     return found
 
@@ -100,11 +97,11 @@ def film(photo: Photo, *, frames: int, turns: float) -> Video:
     Raises:
         ConfigError: PyAV or pillow is not installed, or this PyAV has none of ENCODERS.
     """
-    av = _module("av", "PyAV")
-    image = _module("PIL.Image", "pillow")
+    av = extras.load("av")
+    image = extras.load("PIL.Image")
     codec = next((name for name in ENCODERS if name in av.codecs_available and _can_encode(av, name)), None)
     if codec is None:
-        raise ConfigError(f"this PyAV can encode none of {', '.join(ENCODERS)}: install mmcache[bench]")
+        raise ConfigError(f"this PyAV can encode none of {', '.join(ENCODERS)}: reinstall av from its wheel")
     file = io.BytesIO()
     options = {"preset": "ultrafast", "crf": "23"} if codec == "libx264" else {"qscale": "4"}
     picture = image.fromarray(photo.rgb)
@@ -123,7 +120,7 @@ def film(photo: Photo, *, frames: int, turns: float) -> Video:
 
 def decode(data: bytes) -> tuple[Frame, ...]:
     """Every frame of an mp4 file's first video stream, in order of presentation."""
-    av = _module("av", "PyAV")
+    av = extras.load("av")
     with av.open(io.BytesIO(data)) as container:
         return tuple(Frame(float(frame.time), frame.to_ndarray(format="rgb24")) for frame in container.decode(video=0))
 
@@ -145,10 +142,3 @@ def _can_encode(av: Any, codec: str) -> bool:
     except ValueError:
         return False
     return True
-
-
-def _module(name: str, distribution: str) -> Any:
-    try:
-        return importlib.import_module(name)
-    except ImportError as error:
-        raise ConfigError(f"{distribution} cannot be imported ({error}): install mmcache[bench]") from error

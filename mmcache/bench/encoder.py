@@ -15,8 +15,8 @@ from math import prod
 
 import numpy as np
 import numpy.typing as npt
-from PIL import Image
 
+from mmcache.bench import extras
 from mmcache.bench.corpus import Pixels
 
 # OpenAI CLIP ViT-L/14 at 224 px: 16 x 16 patches of 14 x 14 x 3 and a class token, width 1024.
@@ -55,13 +55,17 @@ QWEN2_VL_2B = KVShape("Qwen/Qwen2-VL-2B-Instruct", layers=28, kv_heads=2, head_d
 
 
 def preprocess(rgb: Pixels, max_pixels: int) -> Pixels:
-    """What the encoder sees of a picture: first at most `max_pixels` large, then uint8 (224, 224, 3)."""
+    """What the encoder sees of a picture: first at most `max_pixels` large, then uint8 (224, 224, 3).
+
+    Raises ConfigError if pillow is not installed.
+    """
+    image = extras.load("PIL.Image")
     height, width = rgb.shape[:2]
-    picture = Image.fromarray(rgb)
+    picture = image.fromarray(rgb)
     shrink = (max_pixels / (width * height)) ** 0.5
     if shrink < 1:
-        picture = picture.resize((int(width * shrink), int(height * shrink)), Image.Resampling.BICUBIC)
-    return np.asarray(picture.resize((SIDE, SIDE), Image.Resampling.BICUBIC))
+        picture = picture.resize((int(width * shrink), int(height * shrink)), image.Resampling.BICUBIC)
+    return np.asarray(picture.resize((SIDE, SIDE), image.Resampling.BICUBIC))
 
 
 class VisionEncoder:

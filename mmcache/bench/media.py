@@ -20,7 +20,7 @@ from typing import Any, TypeVar
 import numpy as np
 import numpy.typing as npt
 
-from mmcache.bench import corpus, encoder, workload
+from mmcache.bench import corpus, encoder, extras, workload
 from mmcache.bench.inject import Injector
 from mmcache.bench.oracle import ExactLRU, Step, Tallies, replay
 from mmcache.bench.report import Injection, Latency, Report
@@ -39,6 +39,7 @@ from mmcache.transport.base import Outcome, Result
 KV = encoder.QWEN2_VL_2B
 POISON = 0xA5  # what every destination holds before a read
 DEADLINE_S = 30.0  # a busy machine must not turn hits into misses here
+LEASE_S = 5 * DEADLINE_S  # of its own server: longer than any call
 SCALES = {"full": workload.FULL, "quick": workload.QUICK}
 
 T = TypeVar("T")
@@ -53,11 +54,11 @@ class MediaOptions:
         connect: URL of a running server; None starts one in its own process and stops it again.
         memory: capacity of that own server: a size ("512MiB"), a share of the working set ("10%"), or "auto", enough
             for all of it.
-        scale: "full" (about 0.5 GB, 136 requests) or "quick" (about 60 MB).
+        scale: "full" (240 requests, a working set of about 0.54 GB) or "quick" (27 requests, about 60 MB).
         questions: questions asked about each photo and video; None takes the scale's number.
         inject: damage stored entries between requests; this runs the cache inside this process.
         verify: let the client verify what it reads. Off, only the benchmark's own comparison stands.
-        seed: of the encoder, the order of requests and the injected damage.
+        seed: of the encoder, the order of requests and the injected damage; 0 or more.
     """
 
     connect: str | None = None
@@ -75,6 +76,13 @@ class MediaOptions:
             raise ConfigError(f"inject {self.inject!r} is unknown: choose wrong or corrupt")
         if self.inject and self.connect:
             raise ConfigError("damage can only be planted in an own cache: leave out either inject or connect")
+        if self.connect and self.memory != "auto":
+            raise ConfigError(
+                "memory is that of an own server, and connect names one that has its memory already: leave out either "
+                "memory or connect"
+            )
+        if self.seed < 0:
+            raise ConfigError(f"seed {self.seed} is negative: choose 0 or more")
         if self.questions is not None and not 1 <= self.questions <= len(workload.QUESTIONS):
             raise ConfigError(f"{self.questions} questions asked for: choose 1 to {len(workload.QUESTIONS)}")
 
@@ -84,8 +92,10 @@ def run(options: MediaOptions, progress: Progress | None = None) -> Report:
 
     Raises:
         ConfigError: options that cannot work, or media libraries that are not installed.
-        TransportError: the server cannot be reached or started. Later failures of the server count as misses.
+        TransportError: the server cannot be reached or started. Later failures of the server are outcomes, and the
+            report is not ok.
     """
+    extras.check()
     scale = SCALES[options.scale]
     if options.questions is not None:
         scale = workload.Scale(scale.photos, scale.videos, scale.video_s, options.questions)
@@ -117,18 +127,19 @@ def run(options: MediaOptions, progress: Progress | None = None) -> Report:
         inject=options.inject,
         injected=injector.planted if injector else 0,
         outcomes=engine.outcomes,
+        reasons=engine.reasons,
         latency_us={op: Latency.of(times_ns) for op, times_ns in engine.times_ns.items()},
         wall_s=wall_s,
         measured=(
             f"hits, bytes and times of one client and {where}",
-            "every hit compared bit for bit with a recomputation from token ids, pixels and settings",
-            "photos as scikit-image ships them; videos encoded to mp4 and decoded again; embeddings of their pixels",
+            "every value that came back, compared bit for bit with a recomputation from token ids, pixels and settings",
+            "photos as scikit-image ships them; videos: camera moves over those photos, really encoded to mp4 and decoded",
         ),
         modelled=(
             f"KV values: seeded random bits at {KV.model}'s shape {KV.shape} bfloat16, {KV.nbytes:,} B a block",
             f"embeddings: a seeded linear patch projection at CLIP ViT-L/14's shape {encoder.EMBEDDING_SHAPE} float16",
             f"{encoder.TOKENS_PER_PICTURE} prompt tokens a picture (2 x 2 merged patches); words as made-up token ids",
-            "which questions are asked and in which order; endless cache and exact LRU are replays, not caches",
+            "which questions are asked, in which order; ideal (an endless cache) and exact LRU: replays, not caches",
         ),
     )
 
@@ -152,6 +163,7 @@ class _Engine:
         self._injector = injector
         self.tallies = Tallies()
         self.outcomes: Counter[str] = Counter()
+        self.reasons: dict[str, str] = {}  # outcome -> the first reason given for it
         self.times_ns: dict[str, list[int]] = {}
         self.compared = 0
         self.wrong = 0
@@ -213,15 +225,19 @@ class _Engine:
             tally.bytes_written += encoder.EMBEDDING_NBYTES * stored
 
     def _get(self, op: str, keys: Keys, buffers: Sequence[Any]) -> list[Result]:
-        results = self._timed(op, lambda: self._cache.get_into(keys, buffers))
-        self.outcomes.update(str(result.outcome) for result in results)
-        return results
+        return self._noted(self._timed(op, lambda: self._cache.get_into(keys, buffers)))
 
     def _put(self, op: str, keys: Keys, tensors: Sequence[Any]) -> int:
         """Store; returns how many values were stored (and not already there or refused)."""
-        results = self._timed(op, lambda: self._cache.put(keys, tensors))
-        self.outcomes.update(str(result.outcome) for result in results)
+        results = self._noted(self._timed(op, lambda: self._cache.put(keys, tensors)))
         return sum(result.outcome == Outcome.STORED for result in results)
+
+    def _noted(self, results: list[Result]) -> list[Result]:
+        for outcome, reason in results:
+            self.outcomes[outcome.value] += 1
+            if reason:
+                self.reasons.setdefault(outcome.value, reason)
+        return results
 
     def _compare(self, got: npt.NDArray[Any], expected: npt.NDArray[Any]) -> None:
         self.compared += 1
@@ -245,7 +261,7 @@ def _opened(options: MediaOptions, memory_nbytes: int) -> Iterator[tuple[Client,
             yield client, None, "the server it was told to connect to"
     else:
         with (
-            ServerProcess(memory=str(memory_nbytes)) as server,
+            ServerProcess(str(memory_nbytes), "--lease-s", f"{LEASE_S:g}") as server,
             connect(server.url, verify=options.verify, deadline_s=DEADLINE_S) as client,
         ):
             yield client, None, "a server in another process of this machine"
@@ -290,6 +306,7 @@ def _describe(
         "prompt_tokens": sum(len(request.token_ids) for request in requests),
         "working_set_nbytes": working_set_nbytes,
         "capacity_nbytes": capacity_nbytes,
+        "capacity_frames": capacity_nbytes // (layout_of([KV.nbytes]).frame_nbytes),
         "kv_model": KV.model,
         "kv_block_shape": list(KV.shape),
         "embedding_model": "CLIP ViT-L/14",

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
+from rich import box
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
@@ -20,6 +21,8 @@ from rich.table import Table
 from mmcache.bench.oracle import Tallies, Tally
 
 Injection = Literal["wrong", "corrupt"]
+EXPECTED = ("hit", "miss", "stored", "present")  # what a healthy server answers
+FEW_FRAMES = 100  # with room for fewer, one entry more or less is a point of the hit rate
 
 
 @dataclass(frozen=True)
@@ -40,8 +43,9 @@ class Latency:
 class Report:
     """A finished run: counts of the cache, of an endless cache and of an exact LRU of the same capacity, and checks.
 
-    `compared` hits were compared bit for bit with recomputation, of which `wrong` differed. `verify_failures` are
-    reads the client rejected by itself. `injected` is the number of damages planted.
+    `compared` values that came back were compared bit for bit with recomputation, of which `wrong` differed.
+    `verify_failures` are reads the client rejected by itself. `injected` is the number of damages planted. `reasons`
+    has the first reason given for an outcome, where one was given.
     """
 
     workload: Mapping[str, Any]
@@ -56,6 +60,7 @@ class Report:
     inject: Injection | None
     injected: int
     outcomes: Mapping[str, int]
+    reasons: Mapping[str, str]
     latency_us: Mapping[str, Latency]
     wall_s: float
     measured: tuple[str, ...]
@@ -63,12 +68,29 @@ class Report:
 
     @property
     def ok(self) -> bool:
-        """No wrong byte; and where damage was planted, that it was caught, or, with verification off, that it shows."""
-        if self.inject is None:
-            return self.wrong == 0 and self.verify_failures == 0
-        if self.verify:
-            return self.wrong == 0 and self.verify_failures > 0
-        return self.wrong > 0
+        """Whether all is as it must be: nothing in `complaints`."""
+        return not self.complaints()
+
+    def complaints(self) -> list[str]:
+        """What is not as it must be, in words.
+
+        The server must have answered throughout. No byte may be wrong; and where damage was planted, it must have been
+        caught, or, with verification off, it must show.
+        """
+        found = []
+        if lost := self.outcomes.get("unavailable", 0):
+            found.append(f"{_count(lost, 'answer')} never came, so the hit rate is not the cache's")
+        if self.inject is not None and not self.verify:
+            if not self.wrong:
+                found.append("damage was planted and no value that came back differed")
+            return found
+        if self.wrong:
+            found.append(f"{_count(self.wrong, 'wrong value')} came back")
+        if self.inject is None and self.verify_failures:
+            found.append(f"{_count(self.verify_failures, 'read')} failed verification, and no damage was planted")
+        if self.inject is not None and not self.verify_failures:
+            found.append("damage was planted and no read was rejected")
+        return found
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values for JSON; the field names are documented in docs/bench-media.md."""
@@ -98,6 +120,7 @@ class Report:
                 for kind, got, ideal, lru in self._kinds()
             },
             "outcomes": dict(self.outcomes),
+            "reasons": dict(self.reasons),
             "latency_us": {op: vars(latency) for op, latency in self.latency_us.items()},
             "wall_s": round(self.wall_s, 3),
             "host": host(),
@@ -109,17 +132,28 @@ class Report:
         """The tables and the verdict, for people."""
         work = self.workload
         console.print(
-            f"[bold]mmcache bench media[/]: {self.requests} requests about {work['photos']} photos and "
-            f"{work['videos']} videos; working set {_size(work['working_set_nbytes'])} in "
-            f"{_size(work['capacity_nbytes'])} of cache; {self.wall_s:.1f} s"
+            f"[bold]mmcache bench media[/]: {_count(self.requests, 'request')} about {_count(work['photos'], 'photo')} "
+            f"and {_count(work['videos'], 'video')}; working set {_megabytes(work['working_set_nbytes'])} MB, "
+            f"cache {_megabytes(work['capacity_nbytes'])} MB; {self.wall_s:.1f} s",
+            highlight=False,
         )
         console.print(self._hits_table())
         console.print(self._latency_table())
-        console.print(self._verdict())
+        for line in self._verdict():
+            console.print(line, highlight=False)
+        if work["capacity_frames"] < FEW_FRAMES and work["capacity_nbytes"] < work["working_set_nbytes"]:
+            console.print(
+                f"Note: this cache has room for {work['capacity_frames']} entries only, so where the gaps between them "
+                "lie moves the hit rate by several points: compare it with the exact LRU's at --scale full, or with "
+                "more --memory.",
+                highlight=False,
+            )
         for title, lines in (("Measured", self.measured), ("Modelled", self.modelled)):
             console.print(f"[bold]{title}[/]")
+            points = Table.grid(padding=(0, 1))
             for line in lines:
-                console.print(f"  [dim]-[/] {escape(line)}", highlight=False)
+                points.add_row(" [dim]-[/]", escape(line))
+            console.print(points, highlight=False)
 
     def _kinds(self) -> list[tuple[str, Tally, Tally, Tally]]:
         return [
@@ -128,9 +162,8 @@ class Report:
         ]
 
     def _hits_table(self) -> Table:
-        table = Table("kind")
-        for name in ("lookups", "hits", "hit rate", "endless cache", "exact LRU", "read", "written"):
-            table.add_column(name, justify="right")
+        names = ("lookups", "hits", "hit rate", "ideal", "exact LRU", "read MB", "written MB")
+        table = _table("kind", *names, caption="ideal: an endless cache; exact LRU: one of this size")
         total = _sum(self.got)
         rows = [*self._kinds(), ("all", total, _sum(self.ideal), _sum(self.lru))]
         for kind, got, ideal, lru in rows:
@@ -141,30 +174,44 @@ class Report:
                 f"{got.hit_rate:.1%}",
                 f"{ideal.hit_rate:.1%}",
                 f"{lru.hit_rate:.1%}",
-                _size(got.bytes_read),
-                _size(got.bytes_written),
+                _megabytes(got.bytes_read),
+                _megabytes(got.bytes_written),
                 style="bold" if kind == "all" else None,
             )
         return table
 
     def _latency_table(self) -> Table:
-        table = Table("operation")
-        for name in ("calls", "p50 us", "p99 us"):
-            table.add_column(name, justify="right")
+        table = _table("operation", "calls", "p50 us", "p99 us")
         for op, latency in self.latency_us.items():
             table.add_row(op, f"{latency.calls:,}", f"{latency.p50:,.0f}", f"{latency.p99:,.0f}")
         return table
 
-    def _verdict(self) -> str:
-        line = (
-            f"[bold {'green' if self.ok else 'red'}]wrong={self.wrong}[/] verify_failures={self.verify_failures}: "
-            f"{self.compared:,} hits were compared bit for bit with recomputation"
-        )
+    def _verdict(self) -> list[str]:
+        """Lines of console markup: the checks, whatever was answered that a healthy server does not, and the upshot."""
+        damage_must_show = self.inject is not None and not self.verify
+        colour = "yellow" if damage_must_show and self.wrong else "red" if damage_must_show or self.wrong else "green"
+        lines = [
+            f"[bold {colour}]wrong={self.wrong}[/] verify_failures={self.verify_failures}: "
+            f"{_count(self.compared, 'value')} that came back were compared bit for bit with recomputation; "
+            f"reads were {'verified' if self.verify else 'not verified'}"
+        ]
         if self.inject is not None:
-            caught = "with verified reads" if self.verify else "with verification off"
-            line += f"; {self.injected} entries were damaged on purpose ({self.inject}), read {caught}"
-        rate, ideal, lru = (f"{tallies.hit_rate:.1%}" for tallies in (self.got, self.ideal, self.lru))
-        return f"{line}.\n{rate} of all lookups hit; an endless cache would hit {ideal}, an exact LRU this size {lru}."
+            lines.append(f"{_count(self.injected, 'entry', 'entries')} damaged on purpose ({self.inject})")
+        for outcome, count in self.outcomes.items():
+            if outcome not in EXPECTED and count:
+                reason = self.reasons.get(outcome)
+                lines.append(
+                    f"[bold red]{outcome}: {count:,}[/]" + (f" (first reason: {escape(reason)})" if reason else "")
+                )
+        if complaints := self.complaints():
+            return [*lines, f"[bold red]NOT as it must be[/]: {'; '.join(complaints)}"]
+        if damage_must_show:
+            upshot = "without verification the damage gets through"
+        elif self.inject is not None:
+            upshot = "every damaged read was rejected"
+        else:
+            upshot = "nothing wrong came back"
+        return [*lines, f"[bold green]as it must be[/]: {upshot}"]
 
 
 def host() -> dict[str, Any]:
@@ -193,5 +240,18 @@ def _sum(tallies: Tallies) -> Tally:
     )
 
 
-def _size(nbytes: int) -> str:
-    return f"{nbytes / 1e6:,.1f} MB"
+def _table(first: str, *names: str, caption: str | None = None) -> Table:
+    """A table for 80 columns: the first column is text, the others are numbers, and none is ever cut or folded."""
+    table = Table(box=box.SIMPLE_HEAD, collapse_padding=True, pad_edge=False, caption=caption, caption_justify="left")
+    table.add_column(first, no_wrap=True)
+    for name in names:
+        table.add_column(name, justify="right", no_wrap=True)
+    return table
+
+
+def _count(number: int, one: str, many: str | None = None) -> str:
+    return f"{number:,} {one if number == 1 else many or one + 's'}"
+
+
+def _megabytes(nbytes: int) -> str:
+    return f"{nbytes / 1e6:,.1f}"
