@@ -10,7 +10,7 @@ import math
 import operator
 import struct
 from collections.abc import Mapping
-from typing import Final
+from typing import Any, Final
 
 from blake3 import blake3
 
@@ -55,6 +55,17 @@ def check_digest(value: object, path: str) -> bytes:
         found = f"{len(value)} bytes" if isinstance(value, bytes) else f"object of type {type(value).__name__}"
         raise KeyInputError(f"{path}: a digest is exactly {DIGEST_NBYTES} bytes, got {found}; pass it whole")
     return value
+
+
+def exact_float(value: Any, path: str) -> float:
+    """The number as a float, if a float holds it exactly: two numbers must not become one. Raises KeyInputError."""
+    try:
+        number = float(value)
+    except OverflowError:
+        number = math.nan
+    if number != value and value == value:  # NaN is the caller's to refuse
+        raise KeyInputError(f"{path}: {str(value)[:40]} does not fit a 64-bit float exactly; round it first")
+    return number
 
 
 def check_count(value: object, path: str, *, minimum: int = 0) -> int:

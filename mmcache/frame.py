@@ -172,14 +172,25 @@ def header_checksum(header: bytes | bytearray | memoryview) -> bytes:
     return xxhash.xxh3_128_digest(b"".join((header[:SUM_OFFSET], _ZERO_SUM, header[SUM_OFFSET + SUM_NBYTES :])))
 
 
+def check_specs(specs: Sequence[TensorSpec]) -> None:
+    """Raise TensorError if these tensors cannot be stored in one frame: what `pack_header` checks, without a frame."""
+    for spec in specs:
+        name = spec.name.encode(errors="replace")  # as "?": a lone surrogate is then not what it was
+        if name.decode() != spec.name or not name or len(name) > MAX_NAME_NBYTES or b"\0" in name:
+            raise TensorError(f"tensor name {spec.name!r} must be 1 to {MAX_NAME_NBYTES} UTF-8 bytes without NUL")
+        if len(spec.shape) > MAX_DIMS:
+            found = f"{len(spec.shape)} dimensions; the limit is {MAX_DIMS}"
+            raise TensorError(f"tensor {spec.name!r} has {found}: reshape it")
+        spec.nbytes  # noqa: B018 - an unknown dtype raises
+        if _spread_nbytes(DTYPES[spec.dtype][1], spec.shape) > MAX_FRAME_NBYTES or min(spec.shape, default=0) < 0:
+            raise TensorError(f"tensor {spec.name!r} has shape {list(spec.shape)}, beyond {MAX_FRAME_NBYTES} bytes")
+    if len({spec.name for spec in specs}) != len(specs):
+        raise TensorError("two tensors of one frame share a name; name them apart")
+    layout_of([spec.nbytes for spec in specs])
+
+
 def _pack_entry(spec: TensorSpec, offset: int, nbytes: int, checksum: bytes) -> bytes:
-    name = spec.name.encode(errors="replace")  # as "?": a lone surrogate is then not what it was
-    if name.decode() != spec.name or not name or len(name) > MAX_NAME_NBYTES or b"\0" in name:
-        raise TensorError(f"tensor name {spec.name!r} must be 1 to {MAX_NAME_NBYTES} UTF-8 bytes without NUL")
-    if len(spec.shape) > MAX_DIMS:
-        raise TensorError(f"tensor {spec.name!r} has {len(spec.shape)} dimensions; the limit is {MAX_DIMS}: reshape it")
-    if _spread_nbytes(DTYPES[spec.dtype][1], spec.shape) > MAX_FRAME_NBYTES or min(spec.shape, default=0) < 0:
-        raise TensorError(f"tensor {spec.name!r} has shape {list(spec.shape)}, beyond {MAX_FRAME_NBYTES} bytes")
+    name = spec.name.encode()
     shape = spec.shape + (0,) * (MAX_DIMS - len(spec.shape))
     code = DTYPES[spec.dtype][0]
     return _ENTRY.pack(code, len(spec.shape), len(name), 0, offset, nbytes, checksum, *shape, name)
@@ -193,10 +204,9 @@ def pack_header(
     Raises TensorError for what a frame cannot express (too many dimensions, duplicate names, long names), and
     KeyInputError for a key, namespace, parent or home that is not 32 bytes.
     """
+    check_specs(specs)
     sizes = [spec.nbytes for spec in specs]
     layout = layout_of(sizes, alignment)
-    if len({spec.name for spec in specs}) != len(specs):
-        raise TensorError("two tensors of one frame share a name; name them apart")
     for digest in (meta.key, meta.namespace, meta.parent, meta.home):
         if len(digest) != len(NO_KEY):
             raise KeyInputError(f"a digest of {len(digest)} bytes cannot stand in a header; it must have {len(NO_KEY)}")

@@ -16,10 +16,9 @@ from blake3 import blake3
 from mmcache.encoding import digest, text_bytes
 from mmcache.errors import KeyInputError
 
-SUFFIXES: Final = frozenset(
-    {".json", ".jinja", ".model", ".py", ".tiktoken", ".txt", ".yaml", ".yml"}
-    | {".bin", ".ckpt", ".gguf", ".h5", ".msgpack", ".npz", ".onnx", ".pt", ".pth", ".safetensors"}
-)
+# What no engine reads: everything else in a model directory may change what it computes.
+IGNORED_SUFFIXES: Final = frozenset({".md", ".rst", ".pdf", ".png", ".jpg", ".jpeg", ".gif", ".svg", ".webp", ".lock"})
+IGNORED_STEMS: Final = frozenset({"readme", "license", "licence", "notice", "copying", "changelog", "use_policy"})
 MAX_FILES: Final = 100_000
 _CHUNK_NBYTES: Final = 4 << 20
 
@@ -34,20 +33,18 @@ def file_digest(path: str | os.PathLike[str]) -> str:
 
 
 def directory_digest(path: str | os.PathLike[str]) -> str:
-    """ "b3:" and 64 hexadecimal digits over the configuration and weight files of a model directory.
+    """ "b3:" and 64 hexadecimal digits over the files of a model directory.
 
-    Every file below it whose suffix is in SUFFIXES counts, by its relative name and contents, links followed (a Hugging
-    Face cache is links); hidden files and folders, README.md and others do not. Reads every byte, at the speed of the
-    disk: call it once at start. Raises KeyInputError if it is no directory, holds none of these files, or any of
-    them cannot be read.
+    Every file below it counts, by its relative name and contents, links followed (a Hugging Face cache is links),
+    except hidden ones and documentation (IGNORED_SUFFIXES, IGNORED_STEMS). Reads every byte, at the speed of the disk:
+    call it once at start. Raises KeyInputError if it is no directory, holds no such file, or any cannot be read.
     """
     root = Path(path)
     if not root.is_dir():
         raise KeyInputError(f"{root} is no directory; pass the folder with config.json and the weights, or file_digest")
     files = _model_files(root)
     if not files:
-        wanted = " ".join(sorted(SUFFIXES))
-        raise KeyInputError(f"{root} holds no configuration or weight file ({wanted}); check the path")
+        raise KeyInputError(f"{root} holds no configuration or weight file; check the path")
     fields = [field for name in sorted(files) for field in (name, _content_hash(files[name]))]
     return "b3:" + digest("k1.directory", *fields).hex()
 
@@ -62,7 +59,8 @@ def _model_files(root: Path) -> dict[bytes, Path]:
         folders[:] = sorted(name for name in folders if not name.startswith("."))
         for name in names:
             file = Path(folder, name)
-            if file.suffix.lower() in SUFFIXES and not name.startswith("."):
+            ignored = file.suffix.lower() in IGNORED_SUFFIXES or file.stem.lower() in IGNORED_STEMS
+            if not ignored and not name.startswith("."):
                 found[text_bytes(file.relative_to(root).as_posix(), str(root))] = file
         if len(found) > MAX_FILES:
             raise KeyInputError(f"{root} holds more than {MAX_FILES} files; pass the folder of one model")

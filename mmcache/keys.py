@@ -9,6 +9,7 @@ reads files to identify a model is in identity.py.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from types import MappingProxyType
 from typing import Any, Final
@@ -16,7 +17,7 @@ from typing import Any, Final
 import numpy as np
 
 from mmcache.chain import ChainHasher, PlaceholderSpan, run_bounds
-from mmcache.encoding import INT_MAX, INT_MIN, canonical, check_count, check_digest, digest, text_bytes
+from mmcache.encoding import INT_MAX, INT_MIN, canonical, check_count, check_digest, digest, exact_float, text_bytes
 from mmcache.errors import KeyInputError
 from mmcache.keyset import NO_PARENT, WHOLE, Key, Keys, NamespaceId, Part, stored_keys
 
@@ -38,6 +39,9 @@ __all__ = [
 
 MAX_FACTS: Final = 1024
 MAX_FACT_NBYTES: Final = 64 << 10
+MAX_FACTS_NBYTES: Final = 256 << 10  # of one namespace, names and texts: it travels to every server it is used with
+MAX_BLOCK_SIZE: Final = (1 << 32) - 1
+_PATH: Final = re.compile(r"/|\.{1,2}[/\\]|~|file:|\\\\|[A-Za-z]:[/\\]")
 
 _WHY_REQUIRED: Final = {
     "model": "two models give different values for the same content",
@@ -117,7 +121,7 @@ def _mask_bytes(mask: Iterable[bool]) -> bytes:
 def _seconds(time: object) -> float:
     if isinstance(time, bool) or not isinstance(time, (int, float, np.integer, np.floating)):
         raise KeyInputError(f"timestamps: object of type {type(time).__name__} is no number of seconds; use .tolist()")
-    return float(time)
+    return exact_float(time, "timestamps")
 
 
 # ----------------------------------------------------------------------------------------------------- namespace
@@ -127,7 +131,8 @@ class Namespace:
     `kind` is "kv", "embedding", "prompt" or "latent". A fact is any keyword: str as it is, int in decimal, bool as
     true/false, None as not set, anything else as "b3:" and a hash of its canonical encoding. Unknown names are simply
     in: one fact more can only cost a miss. kv needs model, dtype, layout and block_size, the others model and dtype. A
-    `model` or `adapter` that looks like a local path is refused: a path is no identity. Raises KeyInputError.
+    text that looks like a local path is refused, as other files can be put under one path; only `cache_salt` is free
+    text. Raises KeyInputError.
     """
 
     __slots__ = ("_block_size", "_facts", "_id", "_kind")
@@ -139,13 +144,15 @@ class Namespace:
             if kind != "kv":
                 raise KeyInputError(f'block_size: only kind="kv" has blocks; leave it out of a {kind} namespace')
             block_size = check_count(block_size, "block_size", minimum=1)
+            if block_size > MAX_BLOCK_SIZE:
+                raise KeyInputError(f"block_size={block_size} is over {MAX_BLOCK_SIZE}; pass the tokens of one block")
             facts["block_size"] = block_size
         texts = {name: _fact_text(name, value) for name, value in facts.items() if value is not None}
         for name in _REQUIRED[kind]:
             if not texts.get(name):
                 raise KeyInputError(f'{name} is missing: a kind="{kind}" namespace needs it, {_WHY_REQUIRED[name]}')
-        for name in ("model", "adapter"):
-            _refuse_path(name, texts.get(name, ""))
+        for name, text in texts.items():
+            _refuse_path(name, text)
         self._kind = kind
         self._block_size = block_size
         self._facts = dict(sorted(texts.items()))
@@ -200,8 +207,13 @@ class Namespace:
 
 def namespace_id(kind: str, facts: Mapping[str, str]) -> bytes:
     """H("k1.namespace", kind, name, text, name, text, ...) in order of name: lets a server check declared facts."""
-    if len(facts) > MAX_FACTS:
-        raise KeyInputError(f"{len(facts)} facts are more than {MAX_FACTS}; pass one structure as a fact, it is hashed")
+    if kind not in _REQUIRED:
+        raise KeyInputError(f"kind={kind!r} is unknown; pass one of {', '.join(_REQUIRED)}")
+    if len(facts) > MAX_FACTS or sum(len(name) + len(text) for name, text in facts.items()) > MAX_FACTS_NBYTES:
+        raise KeyInputError(
+            f"{len(facts)} facts are more than {MAX_FACTS}, or than {MAX_FACTS_NBYTES} bytes together; "
+            "pass one structure as a fact, it is hashed"
+        )
     fields = [text_bytes(text, name) for name in sorted(facts) for text in (name, facts[name])]
     return digest("k1.namespace", text_bytes(kind, "kind"), *fields)
 
@@ -219,7 +231,7 @@ def _fact_text(name: str, value: object) -> str:
 
 
 def _refuse_path(name: str, text: str) -> None:
-    if text.startswith(("/", "./", "../", "~", "file:")) or text in (".", "..") or "\\" in text:
+    if name != "cache_salt" and (text in (".", "..") or _PATH.match(text)):
         remedy = "directory_digest(path)" if name == "model" else "file_digest(path)"
         raise KeyInputError(
             f"{name}={text!r} looks like a local path, and other weights can be put under one path; "

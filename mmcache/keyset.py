@@ -154,7 +154,11 @@ class Keys(Sequence[Key]):
             key = keys
             columns = [key.digest], [key.chain], [key.home], [key.namespace], [key.parent], [key.index]
             return cls(*columns, [key.parent_chain])
-        rows = list(keys)
+        try:
+            rows = list(keys)
+        except TypeError:
+            found = type(keys).__name__
+            raise KeyInputError(f"keys: object of type {found} is no Key and no sequence of keys") from None
         for row in rows:
             if not isinstance(row, Key):
                 found = type(row).__name__

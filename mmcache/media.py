@@ -13,7 +13,7 @@ from typing import Any, Final
 import numpy as np
 import numpy.typing as npt
 
-from mmcache.encoding import canonical, digest, text_bytes
+from mmcache.encoding import canonical, digest, exact_float, text_bytes
 from mmcache.errors import KeyInputError
 
 SAMPLE_DTYPES: Final = (
@@ -52,6 +52,10 @@ def samples_digest(
     if not isinstance(samples, np.ndarray):
         found = type(samples).__name__
         raise KeyInputError(f"samples: {found} is no ndarray; convert it with numpy.asarray and say its mode")
+    if isinstance(samples, np.ma.MaskedArray):
+        raise KeyInputError(
+            "samples: a masked array's mask would be lost; pass samples.filled(value)"
+        )
     if samples.dtype.name not in SAMPLE_DTYPES:
         wanted = ", ".join(SAMPLE_DTYPES)
         raise KeyInputError(f"samples: dtype {samples.dtype} is none of {wanted}; convert it, or .view() its bits")
@@ -61,7 +65,7 @@ def samples_digest(
         raise KeyInputError("sample_rate is missing: the same samples at another rate are another sound; pass it in Hz")
     if sample_rate is not None and not (_is_number(sample_rate) and sample_rate > 0):
         raise KeyInputError(f"sample_rate={sample_rate!r} is no positive number; pass it in Hz")
-    rate = None if sample_rate is None else float(sample_rate)
+    rate = None if sample_rate is None else exact_float(sample_rate, "sample_rate")
     little = np.ascontiguousarray(samples, dtype=samples.dtype.newbyteorder("<"))
     return digest(
         "k1.samples",

@@ -61,7 +61,11 @@ def _flat(array: NDArray[Any]) -> Bytes:
 
 
 def _from_numpy(array: NDArray[Any], dtype: str | None, *, writable: bool) -> HostTensor:
+    if isinstance(array, np.ma.MaskedArray):
+        raise TensorError("a masked array's mask would be lost; pass array.filled(value)")
     name = dtype or _NAME_OF.get(array.dtype, "")
+    if not name and writable and array.dtype == _WORDS["bfloat16"]:
+        name = array.dtype.name  # numpy has no bfloat16: raw words take it
     if not name:
         raise TensorError(
             f"numpy dtype {array.dtype} cannot be stored; use native-order {', '.join(sorted(_NUMPY_NAMES))}, "
@@ -110,11 +114,14 @@ def host_tensor(value: Any, *, writable: bool = False) -> HostTensor:
         return _from_torch(value, writable=writable)
     try:
         view = memoryview(value)
-    except TypeError:
-        raise TensorError(f"{type(value).__name__} is not a tensor; pass an ndarray, torch tensor or buffer") from None
-    if not view.c_contiguous or (writable and view.readonly):
-        raise TensorError("a buffer must be contiguous, and writable as a destination")
-    data = np.frombuffer(view.cast("B") if view.nbytes else b"", np.uint8)
+        if not view.c_contiguous or (writable and view.readonly):
+            raise TensorError("a buffer must be contiguous, and writable as a destination")
+        data = np.frombuffer(view.cast("B") if view.nbytes else b"", np.uint8)
+    except TensorError:
+        raise
+    except (TypeError, ValueError, BufferError) as error:
+        found = type(value).__name__
+        raise TensorError(f"{found} is not a tensor ({error}); pass an ndarray, torch tensor or open buffer") from None
     return HostTensor(data, "" if writable else "uint8", data.shape)
 
 
@@ -184,5 +191,11 @@ def as_torch(spec: TensorSpec, payload: memoryview) -> Any:
 
 def check_count(keys: Sequence[Any], values: Sequence[Any], what: str) -> None:
     """Raise TensorError unless there is one value per key."""
-    if len(keys) != len(values):
-        raise TensorError(f"{len(keys)} keys but {len(values)} {what}; pass one per key")
+    try:
+        count = len(values)
+    except TypeError:
+        raise TensorError(f"the {what} are a {type(values).__name__}; pass a list, one per key") from None
+    if len(keys) != count:
+        raise TensorError(
+            f"{len(keys)} keys but {count} {what}; pass a list with one per key, [tensor] for a single key"
+        )

@@ -21,10 +21,10 @@ from mmcache.client.plan import Breaker, batches, put_batches
 from mmcache.client.pool import Pool, PoolBusy
 from mmcache.config import ClientConfig
 from mmcache.errors import MMCacheError, ProtocolError, RequestRefused, TransportError, UsageError
-from mmcache.frame import layout_of
+from mmcache.frame import check_specs, layout_of
 from mmcache.keyset import Key, Keys
 from mmcache.pb import cache_pb2 as pb
-from mmcache.tensors import HostTensor, check_count, named_tensors
+from mmcache.tensors import HostTensor, check_count, named_tensors, specs_of
 from mmcache.transport.base import HIT, MISS, Op, Outcome, Result
 from mmcache.transport.shm import Copier
 from mmcache.transport.tcp import Channel
@@ -124,6 +124,8 @@ class Client:
         rows = Keys.of(keys)
         check_count(rows, tensors, "tensors")
         values = [named_tensors(value) for value in tensors]
+        for value in values:
+            check_specs(specs_of(value))
         namespaces = {described(namespace) for namespace in rows.namespaces}
         results = [Result(Outcome.UNAVAILABLE)] * len(rows)
 
