@@ -29,6 +29,8 @@ from mmcache.transport.tcp import Channel, connect_unix
 log = logging.getLogger("mmcache.server")
 TICK_S: Final = 1.0
 BACKLOG: Final = 128
+_PREFIX: Final = "mmcache-"
+_SOCKET: Final = "shard.sock"
 
 
 class Server:
@@ -72,8 +74,9 @@ class Server:
     def _listen_unix(self) -> None:
         path = self.config.unix_path
         if path == "auto":
-            self._private_dir = tempfile.TemporaryDirectory(prefix="mmcache-")
-            path = str(Path(self._private_dir.name) / "shard.sock")
+            _remove_leftovers(Path(tempfile.gettempdir()))
+            self._private_dir = tempfile.TemporaryDirectory(prefix=_PREFIX)
+            path = str(Path(self._private_dir.name) / _SOCKET)
         else:
             path = os.path.abspath(path)  # clients elsewhere are told it
             _remove_stale(path)
@@ -186,6 +189,15 @@ def _resolve(config: ServerConfig) -> list[tuple[int, tuple[str, int]]]:
             "cache: there is no authentication yet; listen on 127.0.0.1, or pass --insecure-network"
         )
     return [(int(family), address) for family, address in addresses]
+
+
+def _remove_leftovers(folder: Path) -> None:
+    """Remove the private directories of servers of this user that were killed: those whose socket nobody serves."""
+    for path in folder.glob(f"{_PREFIX}*/{_SOCKET}"):
+        with contextlib.suppress(OSError, ConfigError):
+            if path.parent.stat().st_uid == os.getuid():
+                _remove_stale(str(path))
+                path.parent.rmdir()
 
 
 def _remove_stale(path: str) -> None:

@@ -226,3 +226,18 @@ def test_settings_come_from_the_environment_and_the_command_line_wins() -> None:
         raw.ask(Op.STAT, pb.StatRequest())
         reply = pb.StatReply.FromString(raw.answer()[1])
         assert reply.counters["bytes_capacity"] == 3 << 20
+
+
+def test_what_a_killed_server_left_behind_is_removed_by_the_next(tmp_path: Path) -> None:
+    environment = {"TMPDIR": str(tmp_path)}
+    killed, alive = ServerProcess("1MiB", environment=environment), ServerProcess("1MiB", environment=environment)
+    with killed, alive:
+        killed.stop(signal.SIGKILL)
+        assert len(list(tmp_path.glob("mmcache-*"))) == 2
+        with ServerProcess("1MiB", environment=environment) as third:
+            sockets = {Path(alive.unix_path), Path(third.unix_path)}
+            assert set(tmp_path.glob("mmcache-*/shard.sock")) == sockets
+            assert not Path(killed.unix_path).parent.exists()
+            with mmcache.connect(f"mmcache+unix://{alive.unix_path}") as cache:
+                assert cache.stat()["transport"] == "shm"
+    assert list(tmp_path.iterdir()) == []
