@@ -82,8 +82,9 @@ class ServerConfig:
         for name in positive:
             if not getattr(self, name) > 0:
                 raise ConfigError(f"{name} is {getattr(self, name)}; it must be greater than 0")
-        if self.max_entries < 0 or self.drain_s < 0:
-            raise ConfigError("max_entries and drain_s cannot be negative")
+        for name in ("max_entries", "drain_s"):
+            if not getattr(self, name) >= 0:
+                raise ConfigError(f"{name} is {getattr(self, name)}; it cannot be negative")
         if self.max_body_nbytes < BODY_NBYTES_PER_KEY * self.max_batch_keys:
             raise ConfigError(
                 f"max_body_nbytes {self.max_body_nbytes} is too small for {self.max_batch_keys} keys a batch; "

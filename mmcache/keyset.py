@@ -90,7 +90,7 @@ class NamespaceId(bytes):
         return NamespaceId, (bytes(self), self.kind, dict(self.facts))
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, repr=False)
 class Key:
     """The name of one stored value; every digest is 32 bytes, anything else raises KeyInputError.
 
@@ -112,6 +112,9 @@ class Key:
         for name in ("digest", "chain", "home", "namespace", "parent", "parent_chain"):
             check_digest(getattr(self, name), f"Key.{name}")
         check_count(self.index, "Key.index")
+
+    def __repr__(self) -> str:
+        return f"Key({self.digest.hex()[:16]}..., index {self.index})"
 
     def hex(self) -> str:
         """The stored key as 64 hexadecimal digits."""

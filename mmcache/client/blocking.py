@@ -50,6 +50,11 @@ class Client:
         self._pool = Pool(Dialer(config, attach), config.max_connections)
         self._copier = Copier(config.copy_threads)
 
+    def __repr__(self) -> str:
+        config = self.config
+        place = {"mmcache": f"{config.host}:{config.port}", "mmcache+unix": config.path}.get(config.scheme, "")
+        return f"<{type(self).__name__} {config.scheme}://{place}{' closed' if self._pool.closed else ''}>"
+
     def __enter__(self) -> Self:
         return self
 

@@ -81,7 +81,7 @@ class Arena:
         if nbytes > left * MEMORY_SHARE:
             raise StoreError(
                 f"memory {nbytes / 2**20:.0f} MiB is more than {MEMORY_SHARE:.0%} of the {left / 2**20:.0f} MiB that "
-                f"{source} leaves; pass a smaller --memory or raise the limit"
+                f"{source} leaves; give it less (--memory, or ?memory= of embedded://), or raise that limit"
             )
         self.nbytes = nbytes
         self.fd = os.memfd_create("mmcache-arena", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
