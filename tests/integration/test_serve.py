@@ -75,7 +75,7 @@ def test_an_environment_that_cannot_work_ends_with_2_and_says_why(name: str, val
 
 
 def test_more_memory_than_there_is_ends_with_1_and_names_the_limit() -> None:
-    fails("--listen", "127.0.0.1:0", "--memory", "900TiB", code=1, says=["smaller --memory", "MiB that"])
+    fails("--listen", "127.0.0.1:0", "--memory", "900TiB", code=1, says=["give it less (--memory", "MiB that"])
 
 
 def test_a_port_in_use_ends_with_1_and_the_remedy() -> None:
