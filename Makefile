@@ -36,8 +36,11 @@ test: check
 $(CREATED):
 	@command -v $(PYTHON) >/dev/null || \
 	    { echo "error: no $(PYTHON) here; install Python 3.11 or newer, or name one: make PYTHON=/path/to/python"; exit 1; }
-	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
-	    { echo "error: $$($(PYTHON) -V) is too old; name Python 3.11 or newer: make PYTHON=/path/to/python"; exit 1; }
+	@case "$$($(PYTHON) -c 'import sys; print(sys.version_info >= (3, 11))' 2>&1)" in \
+	    True) ;; \
+	    False) echo "error: $$($(PYTHON) -V) is too old; name Python 3.11 or newer: make PYTHON=/path/to/python"; exit 1;; \
+	    *) echo "error: $(PYTHON) is no working Python; name Python 3.11 or newer: make PYTHON=/path/to/python"; exit 1;; \
+	esac
 	@$(PYTHON) -c 'import ensurepip, venv' || \
 	    { echo "error: $(PYTHON) has no venv module; install it (Debian, Ubuntu: python3-venv)"; exit 1; }
 	$(PYTHON) -m venv $(VENV)

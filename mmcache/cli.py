@@ -1,4 +1,7 @@
-"""The command line: serve, bench, stat, inspect, version. Every command has examples in its --help, and --json."""
+"""The command line: serve, bench, stat, inspect, version. Every command has examples in its --help, and --json.
+
+Whatever is raised ends in `main`: one line on stderr, exit 2 for what can never work, else 1.
+"""
 
 from __future__ import annotations
 
@@ -7,16 +10,19 @@ import logging
 import platform
 import signal
 import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from datetime import UTC, datetime
 from pathlib import Path
-from typing import Annotated, Any, NoReturn
+from typing import Annotated, Any
 
 import typer
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import Progress
 from rich.table import Table
 
 from mmcache._version import __version__
-from mmcache.config import parse_nbytes, server_config
+from mmcache.config import ServerConfig, parse_nbytes, server_config
 from mmcache.connect import connect
 from mmcache.errors import ConfigError, FrameError, MMCacheError, UsageError
 from mmcache.frame import parse_header
@@ -26,71 +32,134 @@ app = typer.Typer(
     no_args_is_help=True,
     rich_markup_mode="markdown",
     pretty_exceptions_enable=False,
-    help="One content-addressed, verified cache for KV blocks, media embeddings and latents.",
+    epilog="Examples: **mmcache serve --memory 8GiB** · **mmcache stat** · **mmcache bench media** · "
+    "**mmcache serve --help** for the settings",
 )
-bench_app = typer.Typer(no_args_is_help=True, rich_markup_mode="markdown", help="Measure with real data.")
+bench_app = typer.Typer(
+    no_args_is_help=True,
+    rich_markup_mode="markdown",
+    help="Measure with real data. Needs the bench extra: pip install 'mmcache[bench]' (in a clone: make demo).",
+    epilog="Examples: **mmcache bench media** · **mmcache bench media --help** for what it can do",
+)
 app.add_typer(bench_app, name="bench")
 
 DEFAULT_URL = "mmcache://127.0.0.1:7600"
 STOP_SIGNALS = {signal.SIGTERM, signal.SIGINT}
+DEFAULTS = ServerConfig()
 Url = Annotated[str, typer.Option("--connect", "-c", metavar="URL", help="The server to ask.")]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON for machines.")]
 
 
-def _fail(error: Exception) -> NoReturn:
-    print(f"mmcache: {error}", file=sys.stderr)
-    raise typer.Exit(2 if isinstance(error, UsageError) else 1)
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        print(f"mmcache {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _top(
+    version: Annotated[
+        bool, typer.Option("--version", is_eager=True, callback=_print_version, help="Print the version and exit.")
+    ] = False,
+) -> None:
+    """One content-addressed, verified cache for KV blocks, media embeddings and latents."""
+
+
+def _size(nbytes: int) -> str:
+    """Bytes for people: '512 B', '64.0 KiB', '1.0 GiB'."""
+    if nbytes < 1024:
+        return f"{nbytes} B"
+    power = min((nbytes.bit_length() - 1) // 10, 4)
+    return f"{nbytes / 1024**power:,.1f} {'KMGT'[power - 1]}iB"
+
+
+def _setting(name: str, text: str, *flags: str, metavar: str | None = None) -> Any:
+    """An option of `serve` for a field of ServerConfig: its help ends with the default and the environment variable."""
+    value = getattr(DEFAULTS, name)
+    shown = _size(value) if name.endswith("_nbytes") else "off" if value is False else str(value)
+    variable = f"MMCACHE_{name.removesuffix('_nbytes').upper()}"
+    return typer.Option(*flags, metavar=metavar, help=f"{text} (default: {shown}; {variable})")
+
+
+@contextmanager
+def _progress(what: str) -> Iterator[Callable[[int, int], None]]:
+    """Shows (done, total) as a bar on stderr from the first call on; shows nothing where stderr is no terminal."""
+    if not sys.stderr.isatty():
+        yield lambda done, total: None
+        return
+    with Progress(console=Console(stderr=True), transient=True) as bar:
+
+        def show(done: int, total: int) -> None:
+            task = bar.task_ids[0] if bar.task_ids else bar.add_task(what)
+            bar.update(task, completed=done, total=total)
+
+        yield show
 
 
 @app.command(
-    epilog="Example: **mmcache serve --memory 8GiB --prefault** · then **mmcache stat** or connect to mmcache://127.0.0.1:7600"
+    epilog="Examples: **mmcache serve --memory 8GiB --prefault**, then **mmcache stat** or connect to "
+    "mmcache://127.0.0.1:7600 · **MMCACHE_MEMORY=8GiB mmcache serve --listen 127.0.0.1:7700**"
 )
 def serve(
     listen: Annotated[
-        str | None, typer.Option(help="HOST:PORT to listen on; port 0 picks one.", metavar="HOST:PORT")
+        str | None,
+        _setting("listen", "Listen here; port 0 picks one, '' listens on no port.", metavar="HOST:PORT"),
     ] = None,
-    unix: Annotated[str | None, typer.Option(help="Unix socket path; 'auto' or '' for none.", metavar="PATH")] = None,
-    memory: Annotated[str | None, typer.Option(help="Memory for stored values.", metavar="SIZE")] = None,
-    max_entries: Annotated[int | None, typer.Option(help="Entries in the index; 0: one per 16 KiB.")] = None,
-    alignment: Annotated[int | None, typer.Option(help="Of tensors in memory, bytes; 4096 for RDMA.")] = None,
+    unix_path: Annotated[
+        str | None,
+        _setting(
+            "unix_path",
+            "Unix socket. 'auto': shard.sock in a private temporary directory, which the ready line and clients on "
+            "this host are told; '': none, and so no shared memory.",
+            "--unix",
+            metavar="PATH",
+        ),
+    ] = None,
+    memory: Annotated[
+        str | None, _setting("memory_nbytes", "Memory for stored values, such as 8GiB.", metavar="SIZE")
+    ] = None,
+    max_entries: Annotated[int | None, _setting("max_entries", "Entries in the index; 0: one per 16 KiB.")] = None,
+    alignment: Annotated[
+        int | None, _setting("alignment", "Of tensors in memory, bytes, a power of two; 4096 for RDMA.")
+    ] = None,
     prefault: Annotated[
-        bool | None, typer.Option("--prefault", help="Take all the memory now, not on first use.")
+        bool | None, _setting("prefault", "Take all the memory now, not on first use.", "--prefault")
     ] = None,
-    lease_s: Annotated[float | None, typer.Option(help="How long a reader may hold an entry.")] = None,
-    max_connections: Annotated[int | None, typer.Option(help="Connections at once.")] = None,
+    lease_s: Annotated[float | None, _setting("lease_s", "Seconds a reader may hold an entry.")] = None,
+    max_connections: Annotated[int | None, _setting("max_connections", "Connections at once.")] = None,
     insecure_network: Annotated[
         bool | None,
-        typer.Option("--insecure-network", help="Allow an address other hosts can reach, with no access control."),
+        _setting(
+            "insecure_network", "Allow an address other hosts can reach: no access control.", "--insecure-network"
+        ),
     ] = None,
     verbose: Annotated[bool, typer.Option("--verbose", "-v", help="Log every dropped connection.")] = False,
     as_json: Json = False,
 ) -> None:
     """Run a shard: keep values in memory and serve them until SIGTERM or Ctrl-C, then drain and exit 0.
 
-    Settings not given are read from MMCACHE_MEMORY, MMCACHE_LISTEN and so on. Prints one ready line once it accepts.
+    An option not given is read from its environment variable. Prints one ready line once it accepts.
     """
     logging.basicConfig(
         level=logging.DEBUG if verbose else logging.WARNING, format="%(asctime)s %(levelname)s %(name)s: %(message)s"
     )
     signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)  # before any thread starts: all inherit it, one waits
-    try:
-        config = server_config(
-            listen=listen,
-            unix_path=unix,
-            memory_nbytes=None if memory is None else parse_nbytes(memory),
-            max_entries=max_entries,
-            alignment=alignment,
-            prefault=prefault,
-            lease_s=lease_s,
-            max_connections=max_connections,
-            insecure_network=insecure_network,
-        )
-        if not config.listen and not config.unix_path:
-            raise ConfigError("there is nothing to listen on; give --listen HOST:PORT or --unix PATH")
-        server = Server(config)
-        server.start()
-    except MMCacheError as error:
-        _fail(error)
+    config = server_config(
+        listen=listen,
+        unix_path=unix_path,
+        memory_nbytes=None if memory is None else parse_nbytes(memory),
+        max_entries=max_entries,
+        alignment=alignment,
+        prefault=prefault,
+        lease_s=lease_s,
+        max_connections=max_connections,
+        insecure_network=insecure_network,
+    )
+    if not config.listen and not config.unix_path:
+        raise ConfigError("there is nothing to listen on; give --listen HOST:PORT or --unix PATH")
+    with _progress("taking memory") as show:
+        server = Server(config, progress=show)
+    server.start()
     _run_until_signal(server, as_json=as_json)
 
 
@@ -108,28 +177,27 @@ def _run_until_signal(server: Server, *, as_json: bool) -> None:
     server.stop()
 
 
-@app.command(epilog="Example: **mmcache stat --json | jq .counters.hits**")
+@app.command(epilog="Examples: **mmcache stat** · **mmcache stat --json | jq .counters.hits**")
 def stat(url: Url = DEFAULT_URL, as_json: Json = False) -> None:
-    """Show a server's counters: what it holds, hits and misses, leases, evictions."""
-    try:
-        with connect(url) as client:
-            report = client.stat()
-    except MMCacheError as error:
-        _fail(error)
+    """Show a server's counters: what it holds, hits and misses, leases, evictions. docs/python.md explains each."""
+    with connect(url) as client:
+        report = client.stat()
     if as_json:
         print(json.dumps(report))
         return
-    table = Table(title=f"{report['server']} · up {report['uptime_s']:.0f} s · reached by {report['transport']}")
-    table.add_column("counter")
-    table.add_column("value", justify="right")
+    table = Table(title=f"{report['server']}, up {report['uptime_s']:.0f} s")
+    table.add_column("counter", no_wrap=True)
+    table.add_column("value", justify="right", no_wrap=True)
     for name, value in report["counters"].items():
-        table.add_row(name, f"{value:,}")
+        table.add_row(name, _size(value) if "bytes" in name.split("_") else f"{value:,}")
     Console().print(table)
 
 
-@app.command(epilog="Example: **mmcache inspect 5f0c…(64 hex digits)**")
+@app.command(
+    epilog="Examples: **mmcache inspect 5f0c…(64 hex digits)** · **mmcache inspect KEY --json | jq .namespace_facts**"
+)
 def inspect(
-    key: Annotated[str, typer.Argument(help="A stored key, 64 hexadecimal digits (Key.hex()).")],
+    key: Annotated[str, typer.Argument(metavar="KEY", help="A stored key, 64 hexadecimal digits (Key.hex()).")],
     url: Url = DEFAULT_URL,
     as_json: Json = False,
 ) -> None:
@@ -139,30 +207,36 @@ def inspect(
         if len(digest) != 32:
             raise ValueError
     except ValueError:
-        _fail(UsageError(f"{key!r} is not a key; a key has 64 hexadecimal digits, as Key.hex() prints"))
-    try:
-        with connect(url) as client:
-            reply = client.inspect(digest)
-        if not reply.found:
-            _fail(MMCacheError(f"{key} is not stored at {url}"))
-        description = _describe(reply.header, reply.kind, dict(reply.facts))
-    except MMCacheError as error:
-        _fail(error)
+        raise UsageError(f"{key!r} is not a key; a key has 64 hexadecimal digits, as Key.hex() prints") from None
+    with connect(url) as client:
+        reply = client.inspect(digest)
+    if not reply.found:
+        raise MMCacheError(
+            f"{key} is not stored at {url}; it may have expired, been evicted or belong to another namespace: make the "
+            "key again from the same namespace and content, and ask the server it was stored in"
+        )
+    description = _describe(reply.header, reply.kind, dict(sorted(reply.facts.items())))
     if as_json:
         print(json.dumps(description))
         return
     for name, value in description.items():
-        if name in ("tensors", "namespace_facts"):
-            print(f"{name}:")
-            rows = value if name == "tensors" else [f"{fact} = {text}" for fact, text in value.items()]
-            for row in rows:
-                print(
-                    f"  {row['name']}: {row['dtype']}{row['shape']} {row['nbytes']:,} bytes"
-                    if isinstance(row, dict)
-                    else f"  {row}"
-                )
+        if name == "tensors":
+            print("tensors:")
+            for row in value:
+                print(f"  {row['name']}: {row['dtype']}{row['shape']} {row['nbytes']:,} bytes")
+        elif name == "namespace_facts":
+            print("namespace_facts:" if value else "namespace_facts: none are known here")
+            for fact, text in value.items():
+                print(f"  {fact} = {text}")
         else:
-            print(f"{name}: {value}")
+            print(f"{name}: {value}" + (f" ({_iso(value)})" if name.endswith("_ms") and value else ""))
+
+
+def _iso(unix_ms: int) -> str:
+    try:
+        return datetime.fromtimestamp(unix_ms / 1000, UTC).isoformat(timespec="milliseconds")
+    except (OverflowError, ValueError):
+        return "beyond the calendar"
 
 
 def _describe(header_bytes: bytes, kind: str, facts: dict[str, str]) -> dict[str, Any]:
@@ -191,6 +265,14 @@ def _describe(header_bytes: bytes, kind: str, facts: dict[str, str]) -> dict[str
     }  # fmt: skip
 
 
+def _write(path: Path, text: str, mode: str = "w") -> None:
+    try:
+        with path.open(mode) as file:
+            file.write(text)
+    except OSError as error:
+        raise ConfigError(f"cannot write {path}: {error.strerror}; give --json a file that can be written") from None
+
+
 @bench_app.command(
     "media",
     epilog="Examples: **mmcache bench media** · **mmcache bench media --memory 10%** · "
@@ -201,55 +283,54 @@ def bench_media(
         str | None, typer.Option("--connect", "-c", metavar="URL", help="A running server; default: its own.")
     ] = None,
     memory: Annotated[
-        str, typer.Option(help="Of its own server: a size, a share of the working set, or auto.")
+        str, typer.Option(metavar="SIZE", help="Of its own server: a size, a share of the working set, or auto.")
     ] = "auto",
     scale: Annotated[str, typer.Option(help="full or quick.")] = "full",
-    questions: Annotated[int | None, typer.Option(help="Questions about each photo and video.")] = None,
+    questions: Annotated[
+        int | None, typer.Option(help="Questions about each photo and video, 1 to 6; default: full 4, quick 3.")
+    ] = None,
     inject: Annotated[str | None, typer.Option(help="Damage stored entries: wrong or corrupt.", metavar="KIND")] = None,
     verify: Annotated[bool, typer.Option(help="Verify what is read.")] = True,
-    seed: Annotated[int, typer.Option(help="Of the encoder, the order of requests and the damage.")] = 0,
+    seed: Annotated[int, typer.Option(help="Of the encoder, the order of requests and the damage; 0 or more.")] = 0,
     json_to: Annotated[
         str | None, typer.Option("--json", metavar="FILE", help="Write JSON to FILE, or - for stdout.")
     ] = None,
 ) -> None:
-    """Ask several questions about real videos and photos, and compare every hit bit for bit with a recomputation.
+    """Ask questions about photos and videos, and compare every value that comes back with a recomputation.
 
-    Reports the hit rate of each kind beside that of an endless cache and of an exact LRU, bytes and latencies.
-    Exits 1 if anything wrong was read, or if damage that was planted did not show.
+    The photos are those scikit-image ships; the videos are camera moves over them, really encoded to mp4 and decoded.
+    Reports the hit rate of each kind beside the ideal (an endless cache) and an exact LRU, bytes and latencies. Exits 1
+    if anything wrong was read, if damage that was planted did not show, or if the server stopped answering.
     """
     from mmcache.bench.media import MediaOptions, run
 
-    console = Console(stderr=json_to == "-")
-    try:
-        options = MediaOptions(
-            connect=url,
-            memory=memory,
-            scale=scale,
-            questions=questions,
-            inject=inject,  # type: ignore[arg-type]  # MediaOptions checks it
-            verify=verify,
-            seed=seed,
-        )
-        with Progress(
-            TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(),
-            console=Console(stderr=True), transient=True,
-        ) as bar:  # fmt: skip
-            task = bar.add_task("requests")
-            report = run(options, lambda done, total: bar.update(task, completed=done, total=total))
-    except MMCacheError as error:
-        _fail(error)
-    report.print(console)
+    options = MediaOptions(
+        connect=url,
+        memory=memory,
+        scale=scale,
+        questions=questions,
+        inject=inject,  # type: ignore[arg-type]  # MediaOptions checks it
+        verify=verify,
+        seed=seed,
+    )
+    if json_to not in (None, "-"):
+        _write(Path(json_to), "", "a")  # find out now, not after the run
+    with _progress("requests") as show:
+        report = run(options, show)
+    report.print(Console(stderr=json_to == "-"))
     if json_to is not None:
-        text = json.dumps(report.to_dict())
+        text = json.dumps(report.to_dict()) + "\n"
         if json_to == "-":
-            print(text)
+            print(text, end="")
         else:
-            Path(json_to).write_text(text + "\n")
+            _write(Path(json_to), text)
     if not report.ok:
         raise typer.Exit(1)
 
 
-@app.command()
+@app.command(
+    epilog="Examples: **mmcache version** · **mmcache version --json** · **mmcache --version** for the number alone"
+)
 def version(as_json: Json = False) -> None:
     """Print the version of mmcache and of what it runs on."""
     import blake3
@@ -271,4 +352,8 @@ def version(as_json: Json = False) -> None:
 
 def main() -> None:
     """Entry point."""
-    app()
+    try:
+        app()
+    except MMCacheError as error:
+        print(f"mmcache: {error}", file=sys.stderr)
+        sys.exit(2 if isinstance(error, UsageError) else 1)

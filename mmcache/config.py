@@ -198,6 +198,7 @@ def server_config(environ: Mapping[str, str] | None = None, **overrides: Any) ->
         name = variable[len(_ENV_PREFIX) :].lower()
         name = "memory_nbytes" if name == "memory" else name
         if name not in known:
-            raise ConfigError(f"{variable} is not a setting; known ones: {', '.join(sorted(known))}")
+            names = sorted(name.upper() for name in (known - {"memory_nbytes"}) | {"memory"})
+            raise ConfigError(f"{variable} is not a setting; {_ENV_PREFIX} goes before {', '.join(names)}")
         settings[name] = _convert(ServerConfig, name, value, variable)
     return ServerConfig(**(settings | {name: value for name, value in overrides.items() if value is not None}))

@@ -12,9 +12,8 @@ import tempfile
 from importlib import metadata
 from pathlib import Path
 
-from grpc_tools import protoc
-
 GENERATOR = "1.71.2"
+REMEDY = f"install grpcio-tools=={GENERATOR} (Python 3.11 to 3.13): `make check` does, into .venv"
 ROOT = Path(__file__).resolve().parents[1]
 
 
@@ -24,16 +23,20 @@ def generate(proto_root: Path) -> dict[Path, bytes]:
     Raises RuntimeError, having written nothing, when there is no schema, protoc refuses one, or grpcio-tools is not
     the pinned version.
     """
+    try:
+        from grpc_tools import protoc
+    except ImportError as error:
+        raise RuntimeError(f"grpcio-tools cannot be imported ({error}); {REMEDY}") from None
     installed = metadata.version("grpcio-tools")
     if installed != GENERATOR:
-        raise RuntimeError(f"grpcio-tools is {installed}; install grpcio-tools=={GENERATOR}")
+        raise RuntimeError(f"grpcio-tools is {installed}; {REMEDY}")
     schemas = sorted(str(path.relative_to(proto_root)) for path in proto_root.rglob("*.proto"))
     if not schemas:
         raise RuntimeError(f"no .proto file under {proto_root}; pass the right --proto")
     with tempfile.TemporaryDirectory() as scratch:
         arguments = ["protoc", f"-I{proto_root}", f"--python_out={scratch}", f"--pyi_out={scratch}", *schemas]
         if protoc.main(arguments) != 0:
-            raise RuntimeError("protoc failed; its message is above")
+            raise RuntimeError("protoc refused a schema, as it says above; mend the schema and run this again")
         out = Path(scratch)
         return {path.relative_to(out): path.read_bytes() for path in sorted(out.rglob("*_pb2.py*"))}
 
@@ -66,7 +69,7 @@ def main(argv: list[str] | None = None) -> int:
     changed = stale(files, options.root)
     if options.check:
         for path in changed:
-            print(f"generate_pb: {path} is stale; run python scripts/generate_pb.py", file=sys.stderr)
+            print(f"generate_pb: {path} is stale; run .venv/bin/python scripts/generate_pb.py", file=sys.stderr)
         return 1 if changed else 0
     for path in changed:
         if path not in files:

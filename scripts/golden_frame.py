@@ -10,8 +10,6 @@ with --write.
 
 from __future__ import annotations
 
-import argparse
-import json
 import sys
 from collections.abc import Mapping
 from pathlib import Path
@@ -20,6 +18,7 @@ from typing import Any
 import xxhash
 
 from mmcache.frame import FrameMeta, Kind, TensorSpec, frame_segments, pack_header
+from mmcache.testing import golden
 
 GOLDEN = Path(__file__).resolve().parents[1] / "tests" / "golden" / "frame_v1.json"
 DIGESTS = ("key", "namespace", "parent", "home")
@@ -48,29 +47,6 @@ def evaluate(vector: Mapping[str, Any]) -> str:
     return b"".join(frame_segments(header, [memoryview(payload) for payload in payloads], given["alignment"])).hex()
 
 
-def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--write", action="store_true", help='fill in vectors whose "expected" is null')
-    parser.add_argument("--file", type=Path, default=GOLDEN, help="the vectors (default: tests/golden/frame_v1.json)")
-    options = parser.parse_args(arguments)
-    document = json.loads(options.file.read_text())
-    changed = []
-    for vector in document["vectors"]:
-        found = evaluate(vector)
-        if vector["expected"] is None and options.write:
-            vector["expected"] = found
-        elif vector["expected"] != found:
-            changed.append(vector["name"])
-            print(f"{vector['name']}: {difference(vector['expected'], found)}", file=sys.stderr)
-    if changed:
-        print(f"{len(changed)} frames differ: fix the code, or make frame version 2", file=sys.stderr)
-        return 1
-    if options.write:
-        options.file.write_text(render(document))
-    print(f"{len(document['vectors'])} frames agree")
-    return 0
-
-
 def difference(expected: str | None, found: str) -> str:
     """Where two frames begin to differ."""
     if expected is None:
@@ -80,11 +56,8 @@ def difference(expected: str | None, found: str) -> str:
     return f"expected {len(expected) // 2} bytes, got {len(found) // 2}; they differ from byte {first} on"
 
 
-def render(document: Mapping[str, Any]) -> str:
-    """The file's text: one vector a line."""
-    head = json.dumps({name: value for name, value in document.items() if name != "vectors"}, indent=1)
-    lines = ",\n".join(json.dumps(vector) for vector in document["vectors"])
-    return f'{head.rstrip().removesuffix("}").rstrip()},\n "vectors": [\n{lines}\n]\n}}\n'
+def main(arguments: list[str] | None = None) -> int:
+    return golden.run(__doc__ or "", GOLDEN, evaluate, arguments, difference)
 
 
 if __name__ == "__main__":

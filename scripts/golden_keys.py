@@ -10,8 +10,6 @@ schema, not an outdated file. A new schema is a new file and a new domain prefix
 
 from __future__ import annotations
 
-import argparse
-import json
 import sys
 import tempfile
 from collections.abc import Callable, Mapping
@@ -24,6 +22,7 @@ from mmcache.encoding import canonical
 from mmcache.identity import directory_digest, file_digest
 from mmcache.keys import Key, Keys, Namespace, Part, PlaceholderSpan, embedding_key, item_digest, latent_key, opaque_key
 from mmcache.media import media_digest, samples_digest
+from mmcache.testing import golden
 
 GOLDEN = Path(__file__).resolve().parents[1] / "tests" / "golden" / "keys_v1.json"
 TAGS: dict[str, Callable[[Any], Any]] = {
@@ -122,33 +121,7 @@ def evaluate(vector: Mapping[str, Any]) -> Any:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--write", action="store_true", help='fill in vectors whose "expected" is null')
-    parser.add_argument("--file", type=Path, default=GOLDEN, help="the vectors (default: tests/golden/keys_v1.json)")
-    options = parser.parse_args(arguments)
-    document = json.loads(options.file.read_text())
-    changed = []
-    for vector in document["vectors"]:
-        found = evaluate(vector)
-        if vector["expected"] is None and options.write:
-            vector["expected"] = found
-        elif vector["expected"] != found:
-            changed.append(vector["name"])
-            print(f"{vector['name']}: expected {vector['expected']}, got {found}", file=sys.stderr)
-    if changed:
-        print(f"{len(changed)} vectors differ: keys v1 are frozen; fix the code, or make keys v2", file=sys.stderr)
-        return 1
-    if options.write:
-        options.file.write_text(render(document))
-    print(f"{len(document['vectors'])} vectors agree")
-    return 0
-
-
-def render(document: Mapping[str, Any]) -> str:
-    """The file's text: one vector a line."""
-    head = json.dumps({name: value for name, value in document.items() if name != "vectors"}, indent=1)
-    lines = ",\n".join(json.dumps(vector) for vector in document["vectors"])
-    return f'{head.rstrip().removesuffix("}").rstrip()},\n "vectors": [\n{lines}\n]\n}}\n'
+    return golden.run(__doc__ or "", GOLDEN, evaluate, arguments)
 
 
 if __name__ == "__main__":

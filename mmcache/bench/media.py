@@ -54,7 +54,7 @@ class MediaOptions:
         connect: URL of a running server; None starts one in its own process and stops it again.
         memory: capacity of that own server: a size ("512MiB"), a share of the working set ("10%"), or "auto", enough
             for all of it.
-        scale: "full" (240 requests, a working set of about 0.54 GB) or "quick" (27 requests, about 60 MB).
+        scale: "full" (240 requests, a working set of about 0.54 GB) or "quick" (32 requests, about 60 MB).
         questions: questions asked about each photo and video; None takes the scale's number.
         inject: damage stored entries between requests; this runs the cache inside this process.
         verify: let the client verify what it reads. Off, only the benchmark's own comparison stands.
@@ -133,7 +133,7 @@ def run(options: MediaOptions, progress: Progress | None = None) -> Report:
         measured=(
             f"hits, bytes and times of one client and {where}",
             "every value that came back, compared bit for bit with a recomputation from token ids, pixels and settings",
-            "photos as scikit-image ships them; videos: camera moves over those photos, really encoded to mp4 and decoded",
+            "photos scikit-image ships; videos: camera moves over those photos, really encoded to mp4 and decoded",
         ),
         modelled=(
             f"KV values: seeded random bits at {KV.model}'s shape {KV.shape} bfloat16, {KV.nbytes:,} B a block",
@@ -306,7 +306,7 @@ def _describe(
         "prompt_tokens": sum(len(request.token_ids) for request in requests),
         "working_set_nbytes": working_set_nbytes,
         "capacity_nbytes": capacity_nbytes,
-        "capacity_frames": capacity_nbytes // (layout_of([KV.nbytes]).frame_nbytes),
+        "capacity_frames": capacity_nbytes // layout_of([KV.nbytes]).frame_nbytes,
         "kv_model": KV.model,
         "kv_block_shape": list(KV.shape),
         "embedding_model": "CLIP ViT-L/14",

@@ -143,9 +143,9 @@ class Report:
             console.print(line, highlight=False)
         if work["capacity_frames"] < FEW_FRAMES and work["capacity_nbytes"] < work["working_set_nbytes"]:
             console.print(
-                f"Note: this cache has room for {work['capacity_frames']} entries only, so where the gaps between them "
-                "lie moves the hit rate by several points: compare it with the exact LRU's at --scale full, or with "
-                "more --memory.",
+                f"Note: this cache has room for {work['capacity_frames']} entries only; the gaps between them, which "
+                "the exact LRU does not have, cost points of the hit rate. Compare the two at --scale full, or in more "
+                "memory.",
                 highlight=False,
             )
         for title, lines in (("Measured", self.measured), ("Modelled", self.modelled)):
@@ -189,7 +189,7 @@ class Report:
     def _verdict(self) -> list[str]:
         """Lines of console markup: the checks, whatever was answered that a healthy server does not, and the upshot."""
         damage_must_show = self.inject is not None and not self.verify
-        colour = "yellow" if damage_must_show and self.wrong else "red" if damage_must_show or self.wrong else "green"
+        colour = "red" if not self.ok else "yellow" if damage_must_show else "green"
         lines = [
             f"[bold {colour}]wrong={self.wrong}[/] verify_failures={self.verify_failures}: "
             f"{_count(self.compared, 'value')} that came back were compared bit for bit with recomputation; "
@@ -199,10 +199,9 @@ class Report:
             lines.append(f"{_count(self.injected, 'entry', 'entries')} damaged on purpose ({self.inject})")
         for outcome, count in self.outcomes.items():
             if outcome not in EXPECTED and count:
-                reason = self.reasons.get(outcome)
-                lines.append(
-                    f"[bold red]{outcome}: {count:,}[/]" + (f" (first reason: {escape(reason)})" if reason else "")
-                )
+                colour = "yellow" if outcome == "corrupt" and self.inject is not None else "red"
+                reason = f" (first reason: {escape(self.reasons[outcome])})" if outcome in self.reasons else ""
+                lines.append(f"[bold {colour}]{outcome}: {count:,}[/]{reason}")
         if complaints := self.complaints():
             return [*lines, f"[bold red]NOT as it must be[/]: {'; '.join(complaints)}"]
         if damage_must_show:

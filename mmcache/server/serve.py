@@ -194,7 +194,7 @@ def _resolve(config: ServerConfig) -> list[tuple[int, tuple[str, int]]]:
 def _remove_leftovers(folder: Path) -> None:
     """Remove the private directories of servers of this user that were killed: those whose socket nobody serves."""
     for path in folder.glob(f"{_PREFIX}*/{_SOCKET}"):
-        with contextlib.suppress(OSError, ConfigError):
+        with contextlib.suppress(OSError, TransportError, ConfigError):
             if path.parent.stat().st_uid == os.getuid():
                 _remove_stale(str(path))
                 path.parent.rmdir()
@@ -216,4 +216,4 @@ def _remove_stale(path: str) -> None:
         if isinstance(error.__cause__, ConnectionRefusedError):  # anything else may be a server that is only busy
             os.unlink(path)
             return
-    raise ConfigError(f"another server listens on {path}; stop it or choose another --unix")
+    raise TransportError(f"another server listens on {path}; stop it or choose another --unix")

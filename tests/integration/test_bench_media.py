@@ -2,11 +2,19 @@
 
 from __future__ import annotations
 
+import json
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 
+from mmcache.bench import workload
 from mmcache.bench.media import MediaOptions, run
 from mmcache.errors import ConfigError
 from mmcache.testing.process import ServerProcess
+from tests.integration.support import run_cli
 
 
 def test_with_enough_memory_it_hits_like_an_endless_cache_and_reads_nothing_wrong() -> None:
@@ -62,6 +70,8 @@ def test_it_starts_cold_on_a_server_it_only_connects_to(transport: str) -> None:
         ({"inject": "lies"}, "wrong or corrupt"),
         ({"inject": "wrong", "connect": "mmcache://127.0.0.1:7600"}, "leave out either"),
         ({"questions": 0}, "1 to 6"),
+        ({"seed": -1}, "0 or more"),
+        ({"memory": "1GiB", "connect": "mmcache://127.0.0.1:7600"}, "leave out either"),
     ],
 )
 def test_options_that_cannot_work_are_refused(options: dict[str, object], says: str) -> None:
@@ -73,3 +83,73 @@ def test_options_that_cannot_work_are_refused(options: dict[str, object], says: 
 def test_memory_that_is_no_size_is_refused(memory: str) -> None:
     with pytest.raises(ConfigError):
         run(MediaOptions(scale="quick", memory=memory))
+
+
+def test_a_server_killed_midway_is_not_ok() -> None:
+    def kill_once(done: int, total: int) -> None:
+        if done == total // 2:
+            server.stop(signal.SIGKILL)
+
+    with ServerProcess(memory="200MiB") as server:
+        report = run(MediaOptions(connect=f"{server.url}?deadline_s=2", scale="quick"), progress=kill_once)
+    assert report.outcomes["unavailable"] > 0
+    assert report.reasons["unavailable"]
+    assert report.wrong == 0
+    assert not report.ok
+
+
+@pytest.mark.parametrize("module", ["av", "PIL", "skimage"])
+def test_without_the_extra_it_says_what_to_install_and_nothing_else_breaks(module: str) -> None:
+    block = f"import sys; sys.modules[{module!r}] = None; from mmcache.cli import main; main()"
+    ended = subprocess.run(
+        [sys.executable, "-c", block, "bench", "media"], capture_output=True, text=True, timeout=60, check=False
+    )
+    assert ended.returncode == 2
+    assert "needs av, pillow and scikit-image: pip install 'mmcache[bench]' (in a clone: make demo)" in ended.stderr
+    assert "Traceback" not in ended.stderr
+    ended = subprocess.run(
+        [sys.executable, "-c", block, "bench", "media", "--help"],
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+    assert ended.returncode == 0
+
+
+def test_the_command_writes_json_and_nothing_to_a_stderr_that_is_no_terminal(tmp_path: Path) -> None:
+    file = tmp_path / "report.json"
+    ended = run_cli("bench", "media", "--scale", "quick", "--questions", "1", "--json", str(file))
+    assert (ended.returncode, ended.stderr) == (0, "")
+    assert json.loads(file.read_text())["ok"] is True
+    assert "as it must be: nothing wrong came back" in ended.stdout
+
+
+def test_json_on_stdout_leaves_the_tables_to_stderr() -> None:
+    ended = run_cli("bench", "media", "--scale", "quick", "--inject", "wrong", "--no-verify", "--json", "-")
+    assert ended.returncode == 0
+    assert json.loads(ended.stdout)["ok"] is True
+    assert "without verification the damage gets through" in ended.stderr
+
+
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        (["--seed", "-1"], "0 or more"),
+        (["--json", "/no/such/folder/report.json"], "can be written"),
+        (["--json", "/"], "can be written"),
+        (["--memory", "1GiB", "--connect", "mmcache://127.0.0.1:1"], "leave out either"),
+        (["--questions", "7"], "1 to 6"),
+    ],
+)
+def test_what_cannot_work_ends_with_2_before_anything_runs(words: list[str], says: str) -> None:
+    ended = run_cli("bench", "media", *words)
+    assert ended.returncode == 2
+    assert says in ended.stderr
+    assert ended.stderr.count("\n") == 1
+    assert ended.stdout == ""
+
+
+def test_the_help_tells_the_range_of_questions() -> None:
+    scales = f"default: full {workload.FULL.questions}, quick {workload.QUICK.questions}"
+    assert f"1 to {len(workload.QUESTIONS)}; {scales}" in run_cli("bench", "media", "--help").stdout

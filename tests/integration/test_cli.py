@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import json
+import re
+import subprocess
 from collections.abc import Iterator
+from datetime import UTC, datetime
 
 import numpy as np
 import pytest
 
 import mmcache
 from mmcache import __version__
+from mmcache.config import ServerConfig, parse_nbytes, server_config
 from mmcache.errors import ConfigError
 from mmcache.keyset import Keys
 from mmcache.testing.process import ServerProcess
-from tests.integration.support import NAMESPACE, run_cli
+from tests.integration.support import NAMESPACE, ROOT, run_cli
 
 
 @pytest.fixture(scope="module")
@@ -42,7 +46,10 @@ def test_stat_as_json_and_as_a_table(server: ServerProcess, stored: Keys) -> Non
     table = run_cli("stat", "-c", server.url)
     assert table.returncode == 0
     assert "bytes_capacity" in table.stdout
-    assert "16,777,216" in table.stdout
+    assert "16.0 MiB" in table.stdout
+    assert f"mmcache/{__version__}, up " in table.stdout
+    narrow = run_cli("stat", "-c", server.url, environment={"COLUMNS": "40"})
+    assert "expired_reservations" in narrow.stdout
 
 
 def test_inspect_explains_an_entry(server: ServerProcess, stored: Keys) -> None:
@@ -63,7 +70,11 @@ def test_inspect_explains_an_entry(server: ServerProcess, stored: Keys) -> None:
     text = run_cli("inspect", stored[1].hex(), "-c", server.url)
     assert text.returncode == 0
     assert "k: float32[2, 3] 24 bytes" in text.stdout
-    assert "model = test/model" in text.stdout
+    facts = [line.strip() for line in text.stdout.partition("namespace_facts:")[2].splitlines() if line]
+    assert facts == sorted(f"{name} = {value}" for name, value in NAMESPACE.facts.items())
+    assert list(found["namespace_facts"]) == sorted(found["namespace_facts"])
+    created = datetime.fromtimestamp(found["created_ms"] / 1000, UTC).isoformat(timespec="milliseconds")
+    assert f"created_ms: {found['created_ms']} ({created})" in text.stdout
 
 
 def test_inspecting_what_is_not_stored_ends_with_1(server: ServerProcess) -> None:
@@ -71,6 +82,7 @@ def test_inspecting_what_is_not_stored_ends_with_1(server: ServerProcess) -> Non
     assert ended.returncode == 1
     assert ended.stdout == ""
     assert "is not stored" in ended.stderr
+    assert "been evicted or belong to another namespace: make the key again" in ended.stderr
 
 
 @pytest.mark.parametrize("key", ["xyz", "ab" * 31, "ab" * 33, ""])
@@ -87,6 +99,7 @@ def test_version_as_json_and_as_text() -> None:
     assert parts["mmcache"] == __version__
     assert parts.keys() >= {"python", "platform", "numpy", "protobuf", "blake3", "xxhash"}
     assert f"mmcache {__version__}" in run_cli("version").stdout
+    assert run_cli("--version").stdout == f"mmcache {__version__}\n"
 
 
 BAD_URLS = [
@@ -141,9 +154,43 @@ def test_no_server_ends_with_1_and_the_remedy() -> None:
     assert "mmcache serve" in ended.stderr
 
 
-@pytest.mark.parametrize("command", [[], ["serve"], ["stat"], ["inspect"], ["bench", "media"]])
+COMMANDS: list[list[str]] = [[], ["serve"], ["stat"], ["inspect"], ["version"], ["bench"], ["bench", "media"]]
+
+
+@pytest.mark.parametrize("command", COMMANDS)
 def test_help_has_examples(command: list[str]) -> None:
     ended = run_cli(*command, "--help")
     assert ended.returncode == 0
-    assert "mmcache" in ended.stdout
-    assert not command or "Example" in ended.stdout
+    assert "Examples: mmcache" in ended.stdout
+
+
+def test_the_help_of_serve_tells_every_default_and_environment_variable() -> None:
+    text = " ".join(run_cli("serve", "--help", environment={"COLUMNS": "400"}).stdout.split())
+    told = {variable: default for default, variable in re.findall(r"\(default: ([^;]+); MMCACHE_(\w+)\)", text)}
+    assert told == {
+        "LISTEN": ServerConfig().listen,
+        "UNIX_PATH": ServerConfig().unix_path,
+        "MEMORY": "1.0 GiB",
+        "MAX_ENTRIES": "0",
+        "ALIGNMENT": "64",
+        "PREFAULT": "off",
+        "LEASE_S": "30.0",
+        "MAX_CONNECTIONS": "256",
+        "INSECURE_NETWORK": "off",
+    }
+    assert parse_nbytes(told["MEMORY"]) == ServerConfig().memory_nbytes
+    server_config({f"MMCACHE_{name}": {"off": "no"}.get(value, value) for name, value in told.items()})
+
+
+def test_a_counter_of_a_fresh_server_is_a_number() -> None:
+    with ServerProcess("1MiB") as fresh:
+        counters = json.loads(run_cli("stat", "-c", fresh.url, "--json").stdout)["counters"]
+    assert counters["hits"] == counters["misses"] == counters["evictions"] == 0
+
+
+def test_without_a_suitable_python_make_says_what_to_do() -> None:
+    make = ["make", "VENV=no-such-venv", "PYTHON=/bin/false", "demo"]
+    ended = subprocess.run(make, cwd=ROOT, capture_output=True, text=True, timeout=60, check=False)
+    assert ended.returncode == 2
+    assert "error: /bin/false is no working Python" in ended.stdout
+    assert "make PYTHON=/path/to/python" in ended.stdout

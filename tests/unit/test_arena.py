@@ -194,7 +194,7 @@ def test_the_real_files_of_this_machine_are_understood() -> None:
 
 def test_an_arena_over_the_limit_names_the_limit_and_the_remedy() -> None:
     left, source = memory_left_nbytes()
-    with pytest.raises(StoreError, match="give it less .--memory") as refusal:
+    with pytest.raises(StoreError, match=r"give it less \(--memory") as refusal:
         Arena(2 * left)
     assert source in str(refusal.value)
     assert f"{MEMORY_SHARE:.0%}" in str(refusal.value)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from mmcache.bench import corpus
+from mmcache.bench import corpus, extras
 from mmcache.errors import ConfigError
 
 
@@ -27,8 +27,9 @@ def test_more_photos_than_there_are_is_refused(count: int) -> None:
 
 
 def test_a_missing_library_is_named_with_its_remedy() -> None:
-    with pytest.raises(ConfigError, match=r"Nothing cannot be imported .* install mmcache\[bench\]"):
-        corpus._module("no_such_module_anywhere", "Nothing")
+    for missing in (extras.load, extras.folder):
+        with pytest.raises(ConfigError, match=r"pip install 'mmcache\[bench\]' .*no_such_module_anywhere"):
+            missing("no_such_module_anywhere")
 
 
 def test_a_film_is_an_encoded_file_that_decodes_to_moving_pictures() -> None:

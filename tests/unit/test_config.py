@@ -177,7 +177,7 @@ def test_every_server_setting_has_a_variable() -> None:
 @pytest.mark.parametrize(
     ("variable", "value", "message"),
     [
-        ("MMCACHE_MEMROY", "1GiB", "MMCACHE_MEMROY is not a setting; known ones: alignment"),
+        ("MMCACHE_MEMROY", "1GiB", "MMCACHE_MEMROY is not a setting; MMCACHE_ goes before ALIGNMENT"),
         ("MMCACHE_", "1", "is not a setting"),
         ("MMCACHE_MEMORY", "lots", "MMCACHE_MEMORY"),
         ("MMCACHE_LEASE_S", "long", "MMCACHE_LEASE_S is 'long', which is not a valid float"),
