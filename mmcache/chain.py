@@ -110,7 +110,11 @@ class ChainHasher:
                 raise KeyInputError(f"{place} reaches beyond the {given} tokens; check its offset and length")
 
     def _declare(self, spans: Iterable[PlaceholderSpan]) -> list[PlaceholderSpan]:
-        new = list(spans)
+        try:
+            new = list(spans)
+        except TypeError:
+            found = type(spans).__name__
+            raise KeyInputError(f"spans: object of type {found} is no sequence of spans; pass a list") from None
         hashed = self._blocks * self._size
         for span in new:
             if not isinstance(span, PlaceholderSpan):
@@ -169,6 +173,8 @@ def _segments(spans: Sequence[PlaceholderSpan], first: int, count: int, size: in
 
 def _token_bytes(token_ids: Any) -> bytes:
     """Each token id as u64-LE, or KeyInputError. Plain sequences go through array("Q"): it refuses all but ints."""
+    if isinstance(token_ids, np.ma.MaskedArray):
+        raise KeyInputError("token_ids: a masked array's mask would be lost; pass .compressed() or .filled(id)")
     if isinstance(token_ids, (str, bytes, bytearray)):
         raise KeyInputError(f"token_ids: object of type {type(token_ids).__name__}; {_TOKENS_WANTED}")
     try:

@@ -64,7 +64,7 @@ def exact_float(value: Any, path: str) -> float:
     except OverflowError:
         number = math.nan
     if number != value and value == value:  # NaN is the caller's to refuse
-        raise KeyInputError(f"{path}: {str(value)[:40]} does not fit a 64-bit float exactly; round it first")
+        raise KeyInputError(f"{path}: the number does not fit a 64-bit float exactly; round it first")
     return number
 
 
@@ -77,7 +77,8 @@ def check_count(value: object, path: str, *, minimum: int = 0) -> int:
     if number is None or isinstance(value, bool):
         raise KeyInputError(f"{path}: expected an integer, got object of type {type(value).__name__}; pass a plain int")
     if not minimum <= number < 1 << 63:
-        raise KeyInputError(f"{path}: {number} is outside {minimum} .. 2^63 - 1; check how it was computed")
+        found = number if number.bit_length() <= 64 else f"an integer of {number.bit_length()} bits"
+        raise KeyInputError(f"{path}: {found} is outside {minimum} .. 2^63 - 1; check how it was computed")
     return number
 
 

@@ -174,6 +174,7 @@ def header_checksum(header: bytes | bytearray | memoryview) -> bytes:
 
 def check_specs(specs: Sequence[TensorSpec]) -> None:
     """Raise TensorError if these tensors cannot be stored in one frame: what `pack_header` checks, without a frame."""
+    sizes = [spec.nbytes for spec in specs]
     for spec in specs:
         name = spec.name.encode(errors="replace")  # as "?": a lone surrogate is then not what it was
         if name.decode() != spec.name or not name or len(name) > MAX_NAME_NBYTES or b"\0" in name:
@@ -181,12 +182,11 @@ def check_specs(specs: Sequence[TensorSpec]) -> None:
         if len(spec.shape) > MAX_DIMS:
             found = f"{len(spec.shape)} dimensions; the limit is {MAX_DIMS}"
             raise TensorError(f"tensor {spec.name!r} has {found}: reshape it")
-        spec.nbytes  # noqa: B018 - an unknown dtype raises
         if _spread_nbytes(DTYPES[spec.dtype][1], spec.shape) > MAX_FRAME_NBYTES or min(spec.shape, default=0) < 0:
             raise TensorError(f"tensor {spec.name!r} has shape {list(spec.shape)}, beyond {MAX_FRAME_NBYTES} bytes")
     if len({spec.name for spec in specs}) != len(specs):
         raise TensorError("two tensors of one frame share a name; name them apart")
-    layout_of([spec.nbytes for spec in specs])
+    layout_of(sizes)
 
 
 def _pack_entry(spec: TensorSpec, offset: int, nbytes: int, checksum: bytes) -> bytes:

@@ -7,6 +7,7 @@ paths given here never enter a digest; only names inside the directory and conte
 from __future__ import annotations
 
 import os
+import re
 import stat
 from pathlib import Path
 from typing import Final
@@ -17,8 +18,12 @@ from mmcache.encoding import digest, text_bytes
 from mmcache.errors import KeyInputError
 
 # What no engine reads: everything else in a model directory may change what it computes.
-IGNORED_SUFFIXES: Final = frozenset({".md", ".rst", ".pdf", ".png", ".jpg", ".jpeg", ".gif", ".svg", ".webp", ".lock"})
-IGNORED_STEMS: Final = frozenset({"readme", "license", "licence", "notice", "copying", "changelog", "use_policy"})
+_DOCUMENT: Final = re.compile(
+    r"(changelog|copying|licen[cs]e|notice|readme|use_policy)(\.txt)?"
+    r"|.*\.(gif|jpeg|jpg|lock|md|pdf|png|rst|svg|webp)",
+    re.IGNORECASE,
+)
+_BYTECODE_FOLDER: Final = "__pycache__"  # made from the .py files beside it, other bytes after each copy of them
 MAX_FILES: Final = 100_000
 _CHUNK_NBYTES: Final = 4 << 20
 
@@ -35,9 +40,10 @@ def file_digest(path: str | os.PathLike[str]) -> str:
 def directory_digest(path: str | os.PathLike[str]) -> str:
     """ "b3:" and 64 hexadecimal digits over the files of a model directory.
 
-    Every file below it counts, by its relative name and contents, links followed (a Hugging Face cache is links),
-    except hidden ones and documentation (IGNORED_SUFFIXES, IGNORED_STEMS). Reads every byte, at the speed of the disk:
-    call it once at start. Raises KeyInputError if it is no directory, holds no such file, or any cannot be read.
+    Every file below it counts, whatever its suffix, by its relative name and contents, links followed (a Hugging Face
+    cache is links), except those that begin with a dot, documents and pictures, and __pycache__. Reads every byte, at
+    the speed of the disk: call it once at start. Raises KeyInputError if it is no directory, holds no such file, or any
+    of them cannot be read.
     """
     root = Path(path)
     if not root.is_dir():
@@ -56,11 +62,10 @@ def _model_files(root: Path) -> dict[bytes, Path]:
         above = [root.joinpath(*parts) for parts in _prefixes(Path(folder).relative_to(root).parts)]
         if any(os.path.samefile(folder, other) for other in above):
             raise KeyInputError(f"{folder} is a symbolic link to a folder that holds it; remove the link")
-        folders[:] = sorted(name for name in folders if not name.startswith("."))
+        folders[:] = sorted(name for name in folders if not name.startswith(".") and name != _BYTECODE_FOLDER)
         for name in names:
             file = Path(folder, name)
-            ignored = file.suffix.lower() in IGNORED_SUFFIXES or file.stem.lower() in IGNORED_STEMS
-            if not ignored and not name.startswith("."):
+            if not name.startswith(".") and not _DOCUMENT.fullmatch(name):
                 found[text_bytes(file.relative_to(root).as_posix(), str(root))] = file
         if len(found) > MAX_FILES:
             raise KeyInputError(f"{root} holds more than {MAX_FILES} files; pass the folder of one model")

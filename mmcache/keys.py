@@ -41,7 +41,7 @@ MAX_FACTS: Final = 1024
 MAX_FACT_NBYTES: Final = 64 << 10
 MAX_FACTS_NBYTES: Final = 256 << 10  # of one namespace, names and texts: it travels to every server it is used with
 MAX_BLOCK_SIZE: Final = (1 << 32) - 1
-_PATH: Final = re.compile(r"/|\.{1,2}[/\\]|~|file:|\\\\|[A-Za-z]:[/\\]")
+_PATH: Final = re.compile(r"/|~|file:|\\\\|[a-z]:[/\\]|\.\.?([/\\]|$)", re.IGNORECASE)
 
 _WHY_REQUIRED: Final = {
     "model": "two models give different values for the same content",
@@ -121,7 +121,7 @@ def _mask_bytes(mask: Iterable[bool]) -> bytes:
 def _seconds(time: object) -> float:
     if isinstance(time, bool) or not isinstance(time, (int, float, np.integer, np.floating)):
         raise KeyInputError(f"timestamps: object of type {type(time).__name__} is no number of seconds; use .tolist()")
-    return exact_float(time, "timestamps")
+    return exact_float(int(time) if isinstance(time, np.integer) else time, "timestamps")
 
 
 # ----------------------------------------------------------------------------------------------------- namespace
@@ -132,14 +132,13 @@ class Namespace:
     true/false, None as not set, anything else as "b3:" and a hash of its canonical encoding. Unknown names are simply
     in: one fact more can only cost a miss. kv needs model, dtype, layout and block_size, the others model and dtype. A
     text that looks like a local path is refused, as other files can be put under one path; only `cache_salt` is free
-    text. Raises KeyInputError.
+    text. At most 1024 facts, 64 KiB each and 256 KiB together. Raises KeyInputError.
     """
 
     __slots__ = ("_block_size", "_facts", "_id", "_kind")
 
     def __init__(self, /, *, kind: str, block_size: int | None = None, **facts: object) -> None:
-        if kind not in _REQUIRED:
-            raise KeyInputError(f"kind={kind!r} is unknown; pass one of {', '.join(_REQUIRED)}")
+        _check_kind(kind)
         if block_size is not None:
             if kind != "kv":
                 raise KeyInputError(f'block_size: only kind="kv" has blocks; leave it out of a {kind} namespace')
@@ -206,16 +205,26 @@ class Namespace:
 
 
 def namespace_id(kind: str, facts: Mapping[str, str]) -> bytes:
-    """H("k1.namespace", kind, name, text, name, text, ...) in order of name: lets a server check declared facts."""
-    if kind not in _REQUIRED:
-        raise KeyInputError(f"kind={kind!r} is unknown; pass one of {', '.join(_REQUIRED)}")
-    if len(facts) > MAX_FACTS or sum(len(name) + len(text) for name, text in facts.items()) > MAX_FACTS_NBYTES:
+    """H("k1.namespace", kind, name, text, name, text, ...) in order of name: lets a server check declared facts.
+
+    Raises KeyInputError for an unknown kind, text that has no UTF-8 form, and facts over a limit of `Namespace`.
+    """
+    _check_kind(kind)
+    fields = [text_bytes(text, name) for name in sorted(facts) for text in (name, facts[name])]
+    for name, text in zip(fields[::2], fields[1::2], strict=True):
+        if len(text) > MAX_FACT_NBYTES:
+            raise KeyInputError(f"{name.decode()}: text of more than {MAX_FACT_NBYTES} bytes; pass a digest of it")
+    if len(facts) > MAX_FACTS or sum(map(len, fields)) > MAX_FACTS_NBYTES:
         raise KeyInputError(
             f"{len(facts)} facts are more than {MAX_FACTS}, or than {MAX_FACTS_NBYTES} bytes together; "
             "pass one structure as a fact, it is hashed"
         )
-    fields = [text_bytes(text, name) for name in sorted(facts) for text in (name, facts[name])]
-    return digest("k1.namespace", text_bytes(kind, "kind"), *fields)
+    return digest("k1.namespace", kind.encode(), *fields)
+
+
+def _check_kind(kind: object) -> None:
+    if not isinstance(kind, str) or kind not in _REQUIRED:
+        raise KeyInputError(f"kind={kind!r} is unknown; pass one of {', '.join(_REQUIRED)}")
 
 
 def _fact_text(name: str, value: object) -> str:
@@ -223,19 +232,17 @@ def _fact_text(name: str, value: object) -> str:
         return "true" if value else "false"
     if isinstance(value, int) and INT_MIN <= value <= INT_MAX:
         return f"{value:d}"
-    if not isinstance(value, str):
-        return "b3:" + digest("k1.value", canonical(value, name)).hex()
-    if len(text_bytes(value, name)) > MAX_FACT_NBYTES:
-        raise KeyInputError(f"{name}: text of more than {MAX_FACT_NBYTES} bytes; pass a digest of it")
-    return str.__str__(value)
+    if isinstance(value, str):
+        return str.__str__(value)
+    return "b3:" + digest("k1.value", canonical(value, name)).hex()
 
 
 def _refuse_path(name: str, text: str) -> None:
-    if name != "cache_salt" and (text in (".", "..") or _PATH.match(text)):
-        remedy = "directory_digest(path)" if name == "model" else "file_digest(path)"
+    if name != "cache_salt" and _PATH.match(text):  # a salt stands for no file: whatever it says, it only narrows
         raise KeyInputError(
-            f"{name}={text!r} looks like a local path, and other weights can be put under one path; "
-            f"pass {name}=mmcache.identity.{remedy}, or a repository name with its revision"
+            f"{name}={text[:200]!r} looks like a local path, and other files can be put under one path; pass "
+            f"{name}=mmcache.identity.directory_digest(path) for a folder, file_digest(path) for a file, or a "
+            "repository name with its revision"
         )
 
 

@@ -35,7 +35,7 @@ def media_digest(data: bytes | bytearray | memoryview, modality: str) -> bytes:
     try:
         view = memoryview(data)
         content = view.cast("B") if view.nbytes else b""
-    except TypeError as error:
+    except (TypeError, ValueError, BufferError) as error:
         raise KeyInputError(f"data: {error}; pass the encoded file's bytes") from None
     return digest("k1.media", _modality_bytes(modality), content)
 
@@ -53,9 +53,7 @@ def samples_digest(
         found = type(samples).__name__
         raise KeyInputError(f"samples: {found} is no ndarray; convert it with numpy.asarray and say its mode")
     if isinstance(samples, np.ma.MaskedArray):
-        raise KeyInputError(
-            "samples: a masked array's mask would be lost; pass samples.filled(value)"
-        )
+        raise KeyInputError("samples: a masked array's mask would be lost; pass samples.filled(value)")
     if samples.dtype.name not in SAMPLE_DTYPES:
         wanted = ", ".join(SAMPLE_DTYPES)
         raise KeyInputError(f"samples: dtype {samples.dtype} is none of {wanted}; convert it, or .view() its bits")
@@ -63,9 +61,7 @@ def samples_digest(
         raise KeyInputError('mode: expected what the samples mean, such as "RGB" or "BGR"; the same bytes differ by it')
     if sample_rate is None and modality == "audio":
         raise KeyInputError("sample_rate is missing: the same samples at another rate are another sound; pass it in Hz")
-    if sample_rate is not None and not (_is_number(sample_rate) and sample_rate > 0):
-        raise KeyInputError(f"sample_rate={sample_rate!r} is no positive number; pass it in Hz")
-    rate = None if sample_rate is None else exact_float(sample_rate, "sample_rate")
+    rate = None if sample_rate is None else _hertz(sample_rate)
     little = np.ascontiguousarray(samples, dtype=samples.dtype.newbyteorder("<"))
     return digest(
         "k1.samples",
@@ -78,8 +74,11 @@ def samples_digest(
     )
 
 
-def _is_number(value: object) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool)
+def _hertz(rate: object) -> float:
+    number = exact_float(rate, "sample_rate") if isinstance(rate, (int, float)) else 0.0
+    if isinstance(rate, bool) or not number > 0:
+        raise KeyInputError(f"sample_rate={rate!r} is no positive number; pass it in Hz")
+    return number
 
 
 def _modality_bytes(modality: object) -> bytes:

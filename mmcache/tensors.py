@@ -37,6 +37,8 @@ class Labelled:
 
 def as_dtype(array: NDArray[Any], dtype: str) -> Labelled:
     """Say that `array`'s words (uint16 for bfloat16, uint8 for float8) are of `dtype`. Raises TensorError."""
+    if not isinstance(array, np.ndarray):
+        raise TensorError(f"{type(array).__name__} is no ndarray of words; convert it with numpy.asarray")
     words = array.dtype
     if dtype not in DTYPES or DTYPES[dtype][1] != words.itemsize or words.hasobject or not words.isnative:
         raise TensorError(f"{words} words cannot be {dtype!r}; use native words of the same size and a known dtype")
@@ -104,7 +106,8 @@ def host_tensor(value: Any, *, writable: bool = False) -> HostTensor:
     """A flat byte view of an ndarray, a torch CPU tensor, a Labelled array or a buffer; copies only to make contiguous.
 
     With `writable` (a destination) nothing is ever copied. A bare buffer (bytes, memoryview, ...) is uint8 of one
-    dimension, and as a destination fits any tensor of its size. Raises TensorError with the remedy.
+    dimension, and as a destination fits any tensor of its size. An array of raw words (uint16, uint8) is a destination
+    for bfloat16 or float8 of its shape. Raises TensorError with the remedy.
     """
     if isinstance(value, np.ndarray):
         return _from_numpy(value, None, writable=writable)
@@ -114,14 +117,12 @@ def host_tensor(value: Any, *, writable: bool = False) -> HostTensor:
         return _from_torch(value, writable=writable)
     try:
         view = memoryview(value)
-        if not view.c_contiguous or (writable and view.readonly):
-            raise TensorError("a buffer must be contiguous, and writable as a destination")
         data = np.frombuffer(view.cast("B") if view.nbytes else b"", np.uint8)
-    except TensorError:
-        raise
     except (TypeError, ValueError, BufferError) as error:
-        found = type(value).__name__
-        raise TensorError(f"{found} is not a tensor ({error}); pass an ndarray, torch tensor or open buffer") from None
+        wanted = "pass an ndarray, torch tensor or contiguous buffer"
+        raise TensorError(f"{type(value).__name__} is not a tensor ({error}); {wanted}") from None
+    if writable and view.readonly:
+        raise TensorError("a buffer must be writable as a destination; pass a bytearray or an ndarray")
     return HostTensor(data, "" if writable else "uint8", data.shape)
 
 

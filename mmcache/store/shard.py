@@ -73,7 +73,7 @@ class Shard:
             raise KeyInputError(
                 "the namespace id is not the digest of these facts; the client must be of another keys version"
             )
-        nbytes = sum(len(name) + len(text) for name, text in facts.items())
+        nbytes = sum(len(name.encode()) + len(text.encode()) for name, text in facts.items())
         with self.lock:
             if (tenant, namespace) in self._namespaces:
                 return

@@ -147,7 +147,7 @@ def test_a_changed_frame_is_refused_and_the_file_left_alone(tmp_path: Path) -> N
     result = run_tool(file, "--write")
     assert result.returncode == 1
     assert "differ from byte" in result.stderr
-    assert "make frame version 2" in result.stderr
+    assert "mend the code" in result.stderr
     assert file.read_bytes() == before
 
 

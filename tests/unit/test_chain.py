@@ -76,6 +76,13 @@ def test_what_is_no_token_id_is_refused(tokens: Any) -> None:
         kv().block_keys(tokens)
 
 
+def test_a_mask_over_tokens_is_not_dropped() -> None:
+    masked = np.ma.masked_array([5, 6, 7, 8], mask=[False, False, False, True])
+    with pytest.raises(KeyInputError, match=r"mask would be lost; pass \.compressed"):
+        kv().block_keys(masked)
+    assert kv().block_keys(masked.filled(0)) == kv().block_keys([5, 6, 7, 0])
+
+
 def test_only_full_blocks_have_keys() -> None:
     assert [len(kv().block_keys(range(count))) for count in (0, 3, 4, 7, 8)] == [0, 0, 1, 1, 2]
     assert kv().block_keys(range(7)) == kv().block_keys(range(4))
@@ -180,9 +187,11 @@ def test_a_span_declared_after_its_first_token_was_hashed_is_refused() -> None:
         ([PlaceholderSpan(6, 3, ITEM)], "reaches beyond the 8 tokens"),
         ([PlaceholderSpan(8, 1, ITEM)], "reaches beyond the 8 tokens"),
         ([(0, 3, ITEM)], "object of type tuple is no PlaceholderSpan"),
+        (None, "object of type NoneType is no sequence of spans"),
+        (PlaceholderSpan(0, 3, ITEM), "object of type PlaceholderSpan is no sequence of spans"),
     ],
 )
-def test_impossible_spans_are_refused(spans: list[Any], complaint: str) -> None:
+def test_impossible_spans_are_refused(spans: Any, complaint: str) -> None:
     with pytest.raises(KeyInputError, match=complaint):
         kv().block_keys(range(8), spans)
 

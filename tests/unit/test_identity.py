@@ -60,16 +60,17 @@ def test_a_cache_made_of_links_is_the_model_it_links_to(model: Path, tmp_path: P
 SUFFIXES = ("", ".json", ".safetensors", ".bin", ".gguf", ".npy", ".distcp", ".pkl", ".nemo", ".engine", ".py", ".txt")
 
 
+@pytest.mark.parametrize("stem", ["extra", "license-weights", "readme.v2"])
 @pytest.mark.parametrize("suffix", SUFFIXES)
-def test_every_model_file_counts(model: Path, suffix: str) -> None:
+def test_every_model_file_counts(model: Path, stem: str, suffix: str) -> None:
     seen = {directory_digest(model)}
-    file = model / f"extra{suffix}"
+    file = model / f"{stem}{suffix}"
     for content in (b"", b"1", b"2"):
         file.write_bytes(content)
         seen.add(directory_digest(model))
     file.rename(model / f"renamed{suffix}")
     seen.add(directory_digest(model))
-    (model / f"renamed{suffix}").rename(model / "text_encoder" / f"extra{suffix}")
+    (model / f"renamed{suffix}").rename(model / "text_encoder" / f"{stem}{suffix}")
     seen.add(directory_digest(model))
     assert len(seen) == 6
 
@@ -86,10 +87,18 @@ def test_what_is_no_part_of_the_model_does_not_count(model: Path) -> None:
         "picture.png",
     ):
         (model / name).write_text("x")
-    (model / ".cache").mkdir()
-    (model / ".cache" / "config.json").write_text("x")
+    for folder, name in ((".cache", "config.json"), ("__pycache__", "modeling.cpython-311.pyc")):
+        (model / folder).mkdir()
+        (model / folder / name).write_text("x")
     (model / "empty").mkdir()
     assert directory_digest(model) == wanted
+
+
+@pytest.mark.parametrize("name", ["license.safetensors", "notice.bin", "copying.py", "readme.json", "changelog.npy"])
+def test_a_weight_file_named_like_a_document_counts(model: Path, name: str) -> None:
+    wanted = directory_digest(model)
+    (model / name).write_text("x")
+    assert directory_digest(model) != wanted
 
 
 def test_contents_swapped_between_two_names_are_another_model(model: Path) -> None:

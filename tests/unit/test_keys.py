@@ -103,6 +103,8 @@ def test_each_kind_of_key_wants_its_kind_of_namespace() -> None:
         ({"grid": np.zeros((2, 2))}, r"grid\[0\]: expected an integer, got object of type ndarray"),
         ({"timestamps": ["1"]}, "timestamps: object of type str is no number"),
         ({"timestamps": [[0.0], [1.0]]}, "timestamps: object of type list is no number"),
+        ({"timestamps": [10**5000]}, "timestamps: the number does not fit a 64-bit float"),
+        ({"timestamps": np.array([(1 << 53) + 1])}, "timestamps: the number does not fit a 64-bit float"),
         ({"timestamps": [float("nan")]}, r"timestamps\[0\]: nan is not finite"),
         ({"is_embed": [1, 0]}, "is_embed: expected a flat sequence of bool"),
         ({"processor_kwargs": {"size": {"x": Foo()}}}, "processor_kwargs.size.x: object of type Foo"),

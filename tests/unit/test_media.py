@@ -37,11 +37,18 @@ def test_any_buffer_of_the_same_bytes_is_the_same_file(tmp_path: Path) -> None:
     assert media_digest(memoryview(bytearray()), "audio") == media_digest(b"", "audio")
 
 
+def released() -> memoryview:
+    view = memoryview(b"x")
+    view.release()
+    return view
+
+
 @pytest.mark.parametrize(
     ("data", "modality", "complaint"),
     [
         ("photo.jpg", "image", r"str is not the bytes of an encoded file; use open"),
         (PICTURE, "image", "ndarray is not the bytes of an encoded file; use samples_digest"),
+        (released(), "image", "data: .*released.*pass the encoded file's bytes"),
         (None, "image", "data: .*pass the encoded file's bytes"),
         (memoryview(b"abcdef")[::2], "image", "data: .*pass the encoded file's bytes"),
         (b"x", "Image", "modality='Image' is no lower-case word"),
@@ -120,6 +127,7 @@ def test_samples_of_any_shape_have_a_digest(shape: tuple[int, ...]) -> None:
         (np.zeros(2), "mono", 0, "sample_rate=0 is no positive number"),
         (np.zeros(2), "mono", True, "sample_rate=True"),
         (np.zeros(2), "mono", "16000", "sample_rate='16000'"),
+        (np.zeros(2), "mono", -(10**400), "sample_rate: the number does not fit a 64-bit float"),
         (np.zeros(2), "mono", float("inf"), "sample_rate: inf is not finite"),
         (np.zeros(2), "mono", float("nan"), "sample_rate=nan"),
     ],

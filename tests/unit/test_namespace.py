@@ -94,6 +94,26 @@ def test_a_local_path_is_no_model(path: str) -> None:
         kv(adapter=path)
 
 
+@pytest.mark.parametrize("path", ["FILE:///x", "c:/x", ".\\x", "..\\x", "~user/x"])
+def test_a_path_of_any_spelling_is_no_fact(path: str) -> None:
+    with pytest.raises(KeyInputError, match=r"processor=.*looks like a local path"):
+        kv(processor=path)
+    assert kv(processor=[path]).facts["processor"].startswith("b3:")
+
+
+def test_declared_facts_are_held_to_the_limits_of_a_namespace() -> None:
+    for facts, complaint in (
+        ({"text": "x" * 70_000}, "text: text of more than"),
+        ({"text": "é" * 40_000}, "text: text of more than"),  # 80 000 bytes
+        ({f"fact{number}": "é" * 30_000 for number in range(5)}, "bytes together; pass one structure"),
+        ({f"{number:0>300}": "" for number in range(1000)}, "bytes together; pass one structure"),
+        ({str(number): "" for number in range(1025)}, "1025 facts are more than 1024"),
+    ):
+        with pytest.raises(KeyInputError, match=complaint):
+            namespace_id("kv", facts)
+    assert len(namespace_id("kv", {f"fact{number}": "é" * 20_000 for number in range(5)})) == 32
+
+
 @pytest.mark.parametrize(
     ("facts", "complaint"),
     [
@@ -106,6 +126,8 @@ def test_a_local_path_is_no_model(path: str) -> None:
         ({"block_size": 0}, "block_size: 0 is outside"),
         ({"block_size": True}, "block_size: expected an integer"),
         ({"block_size": 16.0}, "block_size: expected an integer, got object of type float"),
+        ({"block_size": 10**5000}, "block_size: an integer of 16610 bits is outside"),
+        ({"kind": ["kv"]}, r"kind=\['kv'\] is unknown"),
         ({"kind": "kvs"}, "kind='kvs' is unknown; pass one of kv, embedding, prompt, latent"),
     ],
 )

@@ -128,10 +128,11 @@ def test_labelled_words_bit_for_bit(dtype: str, shape: tuple[int, ...]) -> None:
         (np.zeros(2, np.uint16), "bf16"),
         (np.zeros(2, ">u2"), "bfloat16"),
         (np.zeros(2, object), "int64"),
+        ([1, 2], "bfloat16"),
     ],
 )
 def test_words_that_are_not_of_the_type_are_refused(words: Any, dtype: str) -> None:
-    with pytest.raises(TensorError, match="native words of the same size"):
+    with pytest.raises(TensorError, match=r"native words of the same size|list is no ndarray of words"):
         as_dtype(words, dtype)
 
 
@@ -256,6 +257,24 @@ def test_raw_words_are_filled_where_they_are_labelled(dtype: str) -> None:
     assert words.all()
     other = {"bfloat16": "float16"}.get(dtype, "int8")
     assert isinstance(fit(header_of(**{"0": (other, (2, 3))}), Labelled(words, dtype)), str)
+
+
+def test_plain_words_take_what_numpy_has_no_type_for() -> None:
+    for dtype in RAW:
+        words = np.zeros((2, 3), WORDS[DTYPES[dtype][1]])
+        (found,) = fit(header_of(**{"0": (dtype, (2, 3))}), words)
+        found[:] = 255
+        assert words.all()
+        assert isinstance(fit(header_of(**{"0": (dtype, (3, 2))}), words), str)
+    for dtype in ("float16", "int16"):
+        assert isinstance(fit(header_of(**{"0": (dtype, (2, 3))}), np.zeros((2, 3), np.uint16)), str)
+
+
+def test_masks_inside_labels_and_lists_are_not_dropped() -> None:
+    masked = np.ma.masked_array(np.zeros(2, np.uint16), mask=[True, False])
+    for value in (as_dtype(masked, "bfloat16"), [masked], {"x": masked}):
+        with pytest.raises(TensorError, match=r"mask would be lost; pass array\.filled"):
+            named_tensors(value)
 
 
 # ------------------------------------------------------------------------------------------ torch
