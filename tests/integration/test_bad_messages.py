@@ -167,7 +167,7 @@ REFUSED = [
     (Op.DELETE, pb.DeleteRequest(keys=ANY_KEY * (BATCH_KEYS + 1)), f"limit is {BATCH_KEYS}"),
     (Op.RECHECK, pb.RecheckRequest(keys=ANY_KEY * (BATCH_KEYS + 1)), f"limit is {BATCH_KEYS}"),
     (Op.DECLARE, pb.DeclareRequest(namespace=ANY_KEY, kind="kv", facts={"model": "m"}), "not the digest"),
-    (Op.DECLARE, pb.DeclareRequest(namespace=b"", kind="no such kind"), "not the digest"),
+    (Op.DECLARE, pb.DeclareRequest(namespace=b"", kind="no such kind"), "is unknown"),
     (Op.JOIN, pb.JoinRequest(protocol=1, ring_slots=4, ring_slot_nbytes=1 << 17), "file descriptor"),
     (Op.PUT_DONE, pb.PutReply(status=b"\1"), "not a request"),
     (Op.ERROR, pb.ErrorReply(message="no, you"), "not a request"),

@@ -83,7 +83,7 @@ def test_memory_leased_by_a_killed_client_is_usable_when_its_lease_ends(server: 
     assert fill(cache, "late", 7) == ["stored"] * 7
     assert fill(cache, "later", 7) == ["stored"] * 7
     counters = cache.stat()["counters"]
-    assert counters["expired_leases"] == 1
+    assert counters["expired_leases"] == 2  # one request pins a quarter of the memory at most
     assert counters["held_bytes"] == 0
     assert still_right(cache, "held", HELD)
 
