@@ -6,11 +6,13 @@ raise only UsageError, for arguments that can never work; whatever happens to th
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from numbers import Real
 from types import TracebackType
 from typing import Any, Self, TypeVar
 
@@ -45,9 +47,9 @@ class Client:
     def __init__(self, config: ClientConfig, attach: Callable[[], Channel] | None = None) -> None:
         self.config = config
         self.counters: Counter[str] = Counter()
-        self._counting = threading.Lock()
         self._breaker = Breaker()
-        self._pool = Pool(Dialer(config, attach), config.max_connections)
+        self._renew_lock()
+        self._pool = Pool(Dialer(config, attach), config.max_connections, self._renew_lock)
         self._copier = Copier(config.copy_threads)
 
     def __repr__(self) -> str:
@@ -96,6 +98,7 @@ class Client:
         targets = [named_tensors(buffer, writable=True) for buffer in buffers]
         check = self.config.verify if verify is None else verify
         results = [MISS] * len(rows)
+        started = time.monotonic()
 
         def ask(link: Link, deadline: float) -> None:
             results[:] = [MISS] * len(rows)  # a second try writes the destinations anew
@@ -115,7 +118,7 @@ class Client:
         self._count_reads(targets, results)
         corrupt = [key for key, result in zip(rows.digests, results, strict=True) if result[0] is Outcome.CORRUPT]
         if corrupt:
-            self._recheck(list(dict.fromkeys(corrupt)))
+            self._recheck(list(dict.fromkeys(corrupt)), started + self.config.deadline_s)
         return results
 
     def put(self, keys: AnyKeys, tensors: Sequence[Any], *, ttl_s: float | None = None) -> list[Result]:
@@ -124,7 +127,7 @@ class Client:
         A value is a tensor or buffer, or a mapping or list of them. It must not change during the call.
         Raises TensorError for values that cannot be stored, UsageError for a `ttl_s` that is not above 0.
         """
-        if ttl_s is not None and not (isinstance(ttl_s, (int, float)) and 0 < ttl_s < LONGEST_TTL_S):
+        if ttl_s is not None and not (isinstance(ttl_s, Real) and 0 < ttl_s < LONGEST_TTL_S):
             raise UsageError(f"ttl_s is {ttl_s!r}; give seconds, above 0 and below {LONGEST_TTL_S:g}, or None")
         rows = Keys.of(keys)
         check_count(rows, tensors, "tensors")
@@ -218,11 +221,10 @@ class Client:
     def close(self) -> None:
         """Close every link of this process. Leases still held end by themselves."""
         self._pool.close()
-        self._copier.close()
 
-    def _demand(self, ask: Callable[[Link, float], T]) -> T:
+    def _demand(self, ask: Callable[[Link, float], T], deadline: float | None = None) -> T:
         """Run `ask` on a link; one more try on a fresh link if a kept one turns out to be dead."""
-        deadline = time.monotonic() + self.config.deadline_s
+        deadline = time.monotonic() + self.config.deadline_s if deadline is None else deadline
         pool = self._pool
         while True:
             link = pool.borrow(deadline)
@@ -248,7 +250,7 @@ class Client:
 
     def _attempt(self, ask: Callable[[Link, float], T], fail: Callable[[str], T]) -> T:
         """As `_demand`, but a failure becomes `fail(reason)`; a server that just failed is left alone for a while."""
-        if not self._breaker.allows(time.monotonic()):
+        if not self._pool.closed and not self._breaker.allows(time.monotonic()):
             self._count(skipped=1)
             return fail("the server did not answer a moment ago; it is asked again shortly")
         try:
@@ -266,26 +268,33 @@ class Client:
         self._breaker.succeeded()
         return result
 
-    def _release(self, lease_id: int) -> bool:
-        """Give a lease back on any link; True if it was held until now. A failure counts as lost."""
+    def _release(self, lease_ids: Sequence[int]) -> bool:
+        """Give leases back, all within one deadline; True if they were held until now. A failure counts as lost."""
 
         def ask(link: Link, deadline: float) -> bool:
-            request = pb.FinishRequest(lease_id=lease_id)
-            return link.run(link.conversation.call(Op.FINISH, request, pb.FinishReply()), deadline).held
+            requests = (pb.FinishRequest(lease_id=lease_id) for lease_id in lease_ids)
+            finish = link.conversation.call
+            held = [link.run(finish(Op.FINISH, request, pb.FinishReply()), deadline).held for request in requests]
+            return all(held)
 
         try:
             return self._demand(ask)
         except (MMCacheError, OSError):
             return False
 
-    def _recheck(self, digests: Sequence[bytes]) -> None:
+    def _recheck(self, digests: Sequence[bytes], deadline: float) -> None:
         """Have the server look at entries that read as corrupt. The reads are done: nothing depends on the answer."""
 
         def ask(link: Link, deadline: float) -> None:
             request = pb.RecheckRequest(keys=b"".join(digests[:RECHECK_KEYS]))
             link.run(link.conversation.call(Op.RECHECK, request, pb.RecheckReply()), deadline)
 
-        self._attempt(ask, lambda reason: None)
+        with contextlib.suppress(MMCacheError, OSError):
+            self._demand(ask, deadline)
+
+    def _renew_lock(self) -> None:
+        """Also in a forked child, where another thread may have held the old one."""
+        self._counting = threading.Lock()
 
     def _count(self, **amounts: int) -> None:
         with self._counting:

@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from types import TracebackType
 
 from mmcache.client.link import Link
-from mmcache.errors import FrameError, LeaseLost
+from mmcache.errors import FrameError, LeaseLost, RequestRefused
 from mmcache.frame import check_expected, parse_header
 from mmcache.frame_view import Frame
 from mmcache.transport.base import Found
@@ -24,19 +24,19 @@ class LeasedFrames:
         self,
         frames: Sequence[Frame | None],
         lease_ids: Sequence[int] = (),
-        release: Callable[[int], bool] | None = None,
+        release: Callable[[Sequence[int]], bool] | None = None,
     ) -> None:
         self.frames = list(frames)
         self._lease_ids, self._release = list(lease_ids), release
 
     @classmethod
     def take(
-        cls, link: Link, digests: Sequence[bytes], deadline: float, release: Callable[[int], bool]
+        cls, link: Link, digests: Sequence[bytes], deadline: float, release: Callable[[Sequence[int]], bool]
     ) -> LeasedFrames:
         """Acquire over `link`, in as many batches as the server's limits ask for.
 
         A frame whose header does not verify, or that is another key's, counts as a miss; so does an entry that the
-        server cannot lease now because too much memory is leased.
+        server cannot lease now because too much memory is leased. If the link breaks, what was leased expires.
         """
         frames: list[Frame | None] = []
         lease_ids: list[int] = []
@@ -54,9 +54,9 @@ class LeasedFrames:
                     break
                 for key, found in zip(wanted[:count], acquired.entries, strict=False):
                     frames.append(_received(link, found, key, deadline) if found else None)
-        except BaseException:
+        except RequestRefused:
             for lease_id in lease_ids:
-                release(lease_id)
+                link.run(link.conversation.release_quietly(lease_id), deadline)
             raise
         return cls(frames + [None] * (len(digests) - len(frames)), lease_ids, release)
 
@@ -74,8 +74,7 @@ class LeasedFrames:
         """Give the lease back; True if everything seen under it was right until now. Safe to call twice."""
         lease_ids, self._lease_ids = self._lease_ids, []
         self.frames = [None] * len(self.frames)
-        held = [self._release(lease_id) for lease_id in lease_ids] if self._release else []
-        return all(held)
+        return self._release(lease_ids) if lease_ids and self._release else True
 
 
 def _received(link: Link, found: Found, key: bytes, deadline: float) -> Frame | None:

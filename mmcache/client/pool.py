@@ -8,6 +8,7 @@ import threading
 import time
 import weakref
 from collections import deque
+from collections.abc import Callable
 
 from mmcache.client.link import Dialer, Link
 from mmcache.errors import TransportError, UsageError
@@ -20,16 +21,18 @@ class PoolBusy(TransportError):
 class Pool:
     """At most `max_links` links. Thread-safe; taking an idle link and giving it back needs no lock."""
 
-    def __init__(self, dialer: Dialer, max_links: int) -> None:
-        self._dialer, self._max_links = dialer, max_links
+    def __init__(self, dialer: Dialer, max_links: int, after_fork: Callable[[], None]) -> None:
+        self._dialer, self._max_links, self.after_fork = dialer, max_links, after_fork
         self._idle: deque[Link] = deque()
+        self._lent: set[Link] = set()
         self.closed = False
         self.restart()
         _POOLS.add(self)
 
     def restart(self) -> None:
         """Begin without links. A forked child does: its parent's connections are not its to speak on, or to hold."""
-        inherited, self._idle = self._idle, deque()
+        inherited = [*self._idle, *self._lent]
+        self._idle, self._lent = deque(), set()
         self._links = self._waiting = 0
         self._changed = threading.Condition(threading.Lock())
         for link in inherited:
@@ -40,7 +43,7 @@ class Pool:
         if self.closed:
             raise UsageError("this client is closed; connect again")
         try:
-            return self._idle.pop()
+            link: Link | None = self._idle.pop()
         except IndexError:
             link = self._wait(deadline)
         if link is None:
@@ -49,6 +52,7 @@ class Pool:
             except BaseException:
                 self.drop(None)
                 raise
+        self._lent.add(link)
         return link
 
     def _wait(self, deadline: float) -> Link | None:
@@ -57,8 +61,10 @@ class Pool:
             self._waiting += 1
             try:
                 while not self._idle and self._links >= self._max_links:
-                    if not self._changed.wait(max(0.0, deadline - time.monotonic())):
+                    left_s = deadline - time.monotonic()
+                    if left_s <= 0:
                         raise PoolBusy(f"all {self._max_links} connections are busy; raise max_connections")
+                    self._changed.wait(left_s)
                 with contextlib.suppress(IndexError):
                     return self._idle.pop()
                 self._links += 1
@@ -68,6 +74,7 @@ class Pool:
 
     def give_back(self, link: Link) -> None:
         """Return a link that is still in step with its server."""
+        self._lent.discard(link)
         self._idle.append(link)
         if self.closed:
             self.forget()
@@ -78,6 +85,7 @@ class Pool:
     def drop(self, link: Link | None) -> None:
         """Close a link that was borrowed (None: it was never opened) and make room for another."""
         if link is not None:
+            self._lent.discard(link)
             link.close()
         with self._changed:
             self._links -= 1
@@ -104,6 +112,7 @@ _POOLS: weakref.WeakSet[Pool] = weakref.WeakSet()
 def _restart_in_child() -> None:
     for pool in list(_POOLS):
         pool.restart()
+        pool.after_fork()
 
 
 os.register_at_fork(after_in_child=_restart_in_child)

@@ -83,10 +83,13 @@ class Server:
         listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
         old_mask = os.umask(0o177)
         try:
-            listener.bind(path)
+            listener.bind(f"{path}.new")
             listener.listen(BACKLOG)
+            os.rename(f"{path}.new", path)  # at `path` itself nobody ever sees a socket that does not answer yet
         except OSError as error:
             listener.close()
+            with contextlib.suppress(OSError):
+                os.unlink(f"{path}.new")
             raise TransportError(f"cannot listen on unix socket {path}: {error}; choose another --unix") from error
         finally:
             os.umask(old_mask)

@@ -7,11 +7,12 @@ can be hit by SIGBUS when a peer truncates its file.
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import mmap
 import os
+import threading
 from collections.abc import Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor, wait
 from typing import Final, NamedTuple
 
 import numpy as np
@@ -57,10 +58,17 @@ class Ring:
 
     def __init__(self, slots: int = RING_SLOTS, slot_nbytes: int = SLICE_NBYTES) -> None:
         self.slots, self.slot_nbytes = slots, slot_nbytes
-        self.fd = os.memfd_create("mmcache-ring", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
-        os.ftruncate(self.fd, slots * slot_nbytes)
-        fcntl.fcntl(self.fd, fcntl.F_ADD_SEALS, _SIZE_SEALS | fcntl.F_SEAL_SEAL)
-        self._map = mmap.mmap(self.fd, slots * slot_nbytes, flags=mmap.MAP_SHARED | mmap.MAP_POPULATE)
+        try:
+            self.fd = os.memfd_create("mmcache-ring", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
+        except OSError as error:
+            raise TransportError(f"no memory for a write ring: {error}; use transport=tcp") from error
+        try:
+            os.ftruncate(self.fd, slots * slot_nbytes)
+            fcntl.fcntl(self.fd, fcntl.F_ADD_SEALS, _SIZE_SEALS | fcntl.F_SEAL_SEAL)
+            self._map = mmap.mmap(self.fd, slots * slot_nbytes, flags=mmap.MAP_SHARED | mmap.MAP_POPULATE)
+        except OSError as error:
+            os.close(self.fd)
+            raise TransportError(f"no memory for a write ring: {error}; use transport=tcp") from error
         self.data: Bytes = np.frombuffer(self._map, np.uint8)
 
     def slot(self, number: int) -> Bytes:
@@ -170,42 +178,65 @@ def copy_frame(planned: Planned, verify: bool) -> Result:
 class Copier:
     """Copies planned frames, large batches on several threads: one CPU alone cannot use the memory's bandwidth.
 
-    The copies run outside the GIL. Threads start with the first large batch; a forked child starts its own.
+    The copies run outside the GIL. The threads last as long as the call, which ends only after them, whatever ends it:
+    no destination is written afterwards.
     """
 
     def __init__(self, threads: int) -> None:
         self._threads = min(threads, os.cpu_count() or 1)
-        self._start()
-
-    def _start(self) -> None:
-        self._pool = ThreadPoolExecutor(max(1, self._threads - 1), thread_name_prefix="mmcache-copy")
-        self._pid = os.getpid()
 
     def copy(self, plans: Sequence[Planned | Result], verify: bool) -> list[Result]:
         """One Result per plan; a plan that already is one stays as it is."""
         nbytes = [0 if isinstance(plan, Result) else sum(move.source.nbytes for move in plan.moves) for plan in plans]
         if self._threads < 2 or sum(nbytes) < PARALLEL_NBYTES:
             return _copy_frames(plans, verify)
-        if os.getpid() != self._pid:
-            self._start()
         share, taken, cuts = sum(nbytes) / self._threads, 0.0, [0]
         for position, size in enumerate(nbytes):
             if taken >= share * len(cuts):
                 cuts.append(position)
             taken += size
         parts = [plans[start:stop] for start, stop in zip(cuts, [*cuts[1:], len(plans)], strict=True)]
-        others = [self._pool.submit(_copy_frames, part, verify) for part in parts[1:]]
+        helpers = [_CopyThread(part, verify) for part in parts[1:]]
         try:
+            for helper in helpers:
+                with contextlib.suppress(RuntimeError):  # no thread to be had: its part is copied here
+                    helper.start()
             results = _copy_frames(parts[0], verify)
         finally:
-            wait(others)  # whatever ends this call: no destination may be written after it
-        for other in others:
-            results += other.result()
+            _join(helpers)
+        for helper in helpers:
+            results += helper.outcome()
         return results
 
-    def close(self) -> None:
-        """End the threads."""
-        self._pool.shutdown()
+
+class _CopyThread(threading.Thread):
+    """Copies one part of a batch."""
+
+    def __init__(self, part: Sequence[Planned | Result], verify: bool) -> None:
+        super().__init__(name="mmcache-copy", daemon=True)
+        self._part, self._verify = part, verify
+        self._results: list[Result] | None = None
+
+    def run(self) -> None:
+        with contextlib.suppress(Exception):  # outcome() does it again, and so raises it in the caller
+            self._results = _copy_frames(self._part, self._verify)
+
+    def outcome(self) -> list[Result]:
+        """The results; copies here what the thread did not."""
+        return self._results if self._results is not None else _copy_frames(self._part, self._verify)
+
+
+def _join(threads: Sequence[threading.Thread]) -> None:
+    """Wait for all that were started, also through signals that raise; the last such exception is raised at the end."""
+    interruption: BaseException | None = None
+    for thread in threads:
+        while thread.ident is not None and thread.is_alive():
+            try:
+                thread.join()
+            except BaseException as error:
+                interruption = error
+    if interruption is not None:
+        raise interruption
 
 
 def _copy_frames(plans: Sequence[Planned | Result], verify: bool) -> list[Result]:

@@ -46,6 +46,7 @@ class Channel:
     __slots__ = (
         "_ahead",
         "_end",
+        "_poll",
         "_recv_timeout_s",
         "_rest_s",
         "_send_timeout_s",
@@ -63,6 +64,8 @@ class Channel:
         self._recv_timeout_s = self._send_timeout_s = 0.0
         self._ahead = memoryview(bytearray(READ_AHEAD_NBYTES))
         self._start = self._end = 0
+        self._poll = select.poll()
+        self._poll.register(sock)
         self.spin_s = SPIN_S
         self._spin_from = self._rest_s = 0.0
 
@@ -108,6 +111,7 @@ class Channel:
         sent = 0
         while sent < len(data):
             self._send_timeout_s = self._arm(socket.SO_SNDTIMEO, self._send_timeout_s, deadline)
+            self._wait_for(select.POLLOUT, deadline)
             try:
                 sent += self.sock.send(memoryview(data)[sent:] if sent else data)
             except BlockingIOError:
@@ -138,10 +142,11 @@ class Channel:
         if self._start == self._end:
             self._start, self._end = 0, self._spin(self._ahead)
         while self._start == self._end:
+            self._recv_timeout_s = self._arm(socket.SO_RCVTIMEO, self._recv_timeout_s, None)
             try:
                 count = self.sock.recv_into(self._ahead)
             except BlockingIOError:
-                continue  # a timeout armed for an earlier call
+                continue
             except OSError as error:
                 raise _as_transport_error(error) from error
             if count == 0:
@@ -164,13 +169,18 @@ class Channel:
 
     def wait_readable(self, deadline: float) -> None:
         """Wait until there is something to receive. Raises DeadlineExceeded."""
-        if self._start < self._end:
+        if self._start == self._end:
+            self._wait_for(select.POLLIN, deadline)
+
+    def _wait_for(self, event: int, deadline: float | None) -> None:
+        """Wait until the socket is ready. The kernel's own timeouts bound the call that follows, but begin anew after
+        every signal; this one goes on counting, and afterwards each call gets somewhere."""
+        if deadline is None:
             return
-        poll = select.poll()
-        poll.register(self.sock, select.POLLIN)
-        left_ms = (deadline - time.monotonic()) * 1000
-        if left_ms <= 0 or not poll.poll(left_ms):
-            raise DeadlineExceeded("the peer sent nothing in time")
+        self._poll.modify(self.sock, event)
+        left_s = deadline - time.monotonic()
+        if left_s <= 0 or not self._poll.poll(left_s * 1000):
+            raise DeadlineExceeded("the peer was silent, or took nothing, until the deadline")
 
     def _spin(self, view: memoryview) -> int:
         """Ask a few times for what is about to arrive before going to sleep; how many bytes came.
@@ -207,6 +217,7 @@ class Channel:
     def _recv_some(self, view: memoryview, deadline: float | None, flags: int = 0) -> int:
         while True:
             self._recv_timeout_s = self._arm(socket.SO_RCVTIMEO, self._recv_timeout_s, deadline)
+            self._wait_for(select.POLLIN, deadline)
             try:
                 count = self.sock.recv_into(view, 0, flags)
             except BlockingIOError:
@@ -254,6 +265,7 @@ class Channel:
         space = socket.CMSG_SPACE(_MAX_FDS * 4)
         while True:
             self._recv_timeout_s = self._arm(socket.SO_RCVTIMEO, self._recv_timeout_s, deadline)
+            self._wait_for(select.POLLIN, deadline)
             try:
                 data, ancillary, _, _ = self.sock.recvmsg(nbytes, space, socket.MSG_CMSG_CLOEXEC)
                 break
@@ -323,7 +335,7 @@ def resolve(host: str, port: int, deadline: float) -> list[tuple[int, tuple[Any,
     def ask() -> None:
         try:
             answer.put(socket.getaddrinfo(host, port, type=socket.SOCK_STREAM))
-        except OSError as error:
+        except Exception as error:  # a name that is none is a UnicodeError
             answer.put(error)
 
     threading.Thread(target=ask, name="mmcache-resolve", daemon=True).start()
@@ -331,7 +343,7 @@ def resolve(host: str, port: int, deadline: float) -> list[tuple[int, tuple[Any,
         found = answer.get(timeout=max(0.0, deadline - time.monotonic()))
     except queue.Empty:
         raise DeadlineExceeded(f"the name {host} was not resolved in time; use an IP address") from None
-    if isinstance(found, OSError):
+    if isinstance(found, Exception):
         raise TransportError(f"{host} cannot be resolved: {found}; check the host in the URL") from found
     return [(int(family), address) for family, _, _, _, address in found]
 
@@ -343,26 +355,29 @@ def connect_tcp(addresses: Sequence[tuple[int, tuple[Any, ...]]], timeout_s: flo
         left_s = min(timeout_s, deadline - time.monotonic())
         if left_s <= 0:
             raise DeadlineExceeded(f"connecting took too long ({trouble}); raise deadline_s")
-        sock = socket.socket(family, socket.SOCK_STREAM)
         try:
-            sock.settimeout(left_s)
-            sock.connect(address)
-            return Channel(sock)
+            return Channel(_connected(family, address, left_s))
         except OSError as error:
-            sock.close()
             trouble = f"no answer from {address[0]}:{address[1]}: {error}"
     raise TransportError(f"{trouble}; is `mmcache serve` running there?")
 
 
 def connect_unix(path: str, timeout_s: float, deadline: float) -> Channel:
     """A channel to a unix socket. Raises TransportError."""
-    sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
     try:
-        sock.settimeout(max(0.001, min(timeout_s, deadline - time.monotonic())))
-        sock.connect(path)
+        return Channel(_connected(socket.AF_UNIX, path, max(0.001, min(timeout_s, deadline - time.monotonic()))))
     except OSError as error:
-        sock.close()
         raise TransportError(
             f"no answer from unix socket {path}: {error}; is `mmcache serve` running there?"
         ) from error
-    return Channel(sock)
+
+
+def _connected(family: int, address: Any, timeout_s: float) -> socket.socket:
+    sock = socket.socket(family, socket.SOCK_STREAM)
+    try:
+        sock.settimeout(timeout_s)
+        sock.connect(address)
+    except BaseException:
+        sock.close()
+        raise
+    return sock

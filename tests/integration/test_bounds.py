@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import socket
 import threading
 import time
@@ -68,6 +69,46 @@ def test_a_resolver_that_hangs_does_not_hang_the_caller(monkeypatch: pytest.Monk
     with pytest.raises(DeadlineExceeded, match="not resolved in time"):
         resolve("cache.example", 7600, time.monotonic() + 0.2)
     release.set()
+
+
+def test_signals_do_not_put_a_deadline_off() -> None:
+    ours, theirs = socket.socketpair()
+    before = signal.signal(signal.SIGALRM, lambda number, frame: None)
+    signal.setitimer(signal.ITIMER_REAL, 0.05, 0.05)
+    try:
+        with ours, theirs:
+            channel = Channel(ours)
+            assert took_s(channel.recv, 10, time.monotonic() + 0.4) < 0.6
+            assert took_s(channel.send, [bytes(64 * MiB)], time.monotonic() + 0.4) < 0.6
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
+
+
+def test_an_address_of_a_family_this_host_lacks_is_passed_over() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        addresses = [(9999, ("nowhere", 1)), (socket.AF_INET, listener.getsockname())]
+        connect_tcp(addresses, 1.0, time.monotonic() + 1).close()
+
+
+def test_a_name_that_cannot_be_one_is_said_at_once() -> None:
+    with pytest.raises(TransportError, match="cannot be resolved"):
+        resolve("x" * 70 + ".example", 7600, time.monotonic() + 5)
+
+
+def test_many_leases_are_given_back_within_one_deadline() -> None:
+    with ServerProcess("64MiB") as stopped, mmcache.connect(stopped.url + "?deadline_s=1") as cache:
+        keys = keys_of(60, "many leases")
+        assert all(cache.put(keys, values_of(keys, MiB // 2)))
+        leased = cache.acquire(keys)
+        assert len(leased._lease_ids) > 1
+        os.kill(stopped.pid, signal.SIGSTOP)
+        try:
+            start = time.monotonic()
+            assert not leased.release()
+            assert time.monotonic() - start < 1.5
+        finally:
+            os.kill(stopped.pid, signal.SIGCONT)
 
 
 # ------------------------------------------------------------------------------------------- memory
@@ -197,6 +238,25 @@ def test_a_child_that_never_uses_the_client_does_not_hold_its_connections(server
         finally:
             os.kill(pid, 9)
             os.waitpid(pid, 0)
+
+
+def test_a_child_may_count_though_the_counting_lock_was_taken_at_the_fork(server: ServerProcess) -> None:
+    with mmcache.connect(server.url) as cache, cache._counting:
+        assert in_child(lambda: cache.get_into(keys_of(1, "nothing"), blanks(1, 8))) == 0
+
+
+def test_a_link_in_use_at_a_fork_is_closed_in_the_child(server: ServerProcess) -> None:
+    with mmcache.connect(server.url) as cache:
+        link = cache._pool.borrow(time.monotonic() + 5)
+        fd = link.channel.sock.fileno()
+        assert fd >= 0
+
+        def closed() -> None:
+            assert link.channel.sock.fileno() == -1
+
+        assert in_child(closed) == 0
+        assert link.channel.sock.fileno() == fd
+        cache._pool.give_back(link)
 
 
 def test_a_child_copies_large_batches_too(server: ServerProcess) -> None:

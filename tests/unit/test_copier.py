@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
+import signal
+import threading
+import time
+
 import numpy as np
 import pytest
 import xxhash
@@ -61,3 +66,34 @@ def test_no_destination_is_written_after_an_interrupted_copy_returned() -> None:
         Copier(2).copy(plans, verify=True)
     second_half = plans[13:]
     assert all(np.array_equal(move.source, move.target) for plan in second_half for move in plan.moves)
+
+
+def test_a_signal_that_raises_does_not_end_the_call_before_its_threads() -> None:
+    def interrupt(number: int, frame: object) -> None:
+        raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGALRM, interrupt)
+    try:
+        for delay_s in (0.001, 0.003, 0.006, 0.01):
+            plans = frames(48, 1 << 20)
+            signal.setitimer(signal.ITIMER_REAL, delay_s)
+            with contextlib.suppress(KeyboardInterrupt):
+                Copier(2).copy(plans, verify=True)
+                time.sleep(0.1)
+            for plan in plans:
+                plan.moves[0].target[:] = 0x77  # the caller's again
+            time.sleep(0.05)
+            assert all((plan.moves[0].target == 0x77).all() for plan in plans)
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
+
+
+def test_without_threads_the_caller_copies_everything(monkeypatch: pytest.MonkeyPatch) -> None:
+    def no_thread(self: threading.Thread) -> None:
+        raise RuntimeError("can't start new thread")
+
+    monkeypatch.setattr(threading.Thread, "start", no_thread)
+    plans = frames(12, 1 << 20)
+    assert Copier(2).copy(plans, verify=True) == [HIT] * 12
+    assert all(np.array_equal(move.source, move.target) for plan in plans for move in plan.moves)
