@@ -203,36 +203,54 @@ class Copier:
                     helper.start()
             results = _copy_frames(parts[0], verify)
         finally:
-            _join(helpers)
+            _settle(helpers)
         for helper in helpers:
             results += helper.outcome()
         return results
 
 
 class _CopyThread(threading.Thread):
-    """Copies one part of a batch."""
+    """Copies one part of a batch, unless it is told not to before it has begun."""
 
     def __init__(self, part: Sequence[Planned | Result], verify: bool) -> None:
         super().__init__(name="mmcache-copy", daemon=True)
         self._part, self._verify = part, verify
         self._results: list[Result] | None = None
+        self._turn = threading.Lock()
+        self._begun = self._too_late = False
+        self._ended = threading.Event()
 
     def run(self) -> None:
-        with contextlib.suppress(Exception):  # outcome() does it again, and so raises it in the caller
-            self._results = _copy_frames(self._part, self._verify)
+        with self._turn:
+            if self._too_late:
+                return
+            self._begun = True
+        try:
+            with contextlib.suppress(Exception):  # outcome() does it again, and so raises it in the caller
+                self._results = _copy_frames(self._part, self._verify)
+        finally:
+            self._ended.set()
+
+    def settle(self) -> None:
+        """See to it that nothing is written after this: wait for the end, or, if it has not begun, it never will."""
+        with self._turn:
+            self._too_late = True
+        if self._begun:
+            self._ended.wait()
 
     def outcome(self) -> list[Result]:
         """The results; copies here what the thread did not."""
         return self._results if self._results is not None else _copy_frames(self._part, self._verify)
 
 
-def _join(threads: Sequence[threading.Thread]) -> None:
-    """Wait for all that were started, also through signals that raise; the last such exception is raised at the end."""
+def _settle(threads: Sequence[_CopyThread]) -> None:
+    """Settle all, also through signals that raise; the last such exception is raised at the end."""
     interruption: BaseException | None = None
     for thread in threads:
-        while thread.ident is not None and thread.is_alive():
+        while True:
             try:
-                thread.join()
+                thread.settle()
+                break
             except BaseException as error:
                 interruption = error
     if interruption is not None:
