@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import signal
 import socket
 import subprocess
 import sys
@@ -64,6 +65,17 @@ def eventually(holds: Callable[[], Any], what: str, patience_s: float = PATIENCE
             pytest.fail(f"never happened: {what}")
         time.sleep(0.02)
     return answer
+
+
+def suspend(pid: int) -> None:
+    """SIGSTOP a process, and wait until every thread of it has stopped: the signal alone only asks for it."""
+    os.kill(pid, signal.SIGSTOP)
+
+    def all_stopped() -> bool:
+        stats = [path.read_text() for path in Path(f"/proc/{pid}/task").glob("*/stat")]
+        return {stat.rpartition(")")[2].split()[0] for stat in stats} == {"T"}
+
+    eventually(all_stopped, f"process {pid} stopped")
 
 
 def segments_of(keys: Keys, value: Any, position: int = 0, alignment: int = 64) -> list[bytes | memoryview]:

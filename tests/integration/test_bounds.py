@@ -23,7 +23,7 @@ from mmcache.store.shard import Shard
 from mmcache.testing.process import ServerProcess
 from mmcache.transport.base import PLACE, PRELUDE_NBYTES, Op, pack_prelude, parse_prelude
 from mmcache.transport.tcp import Channel, connect_tcp, resolve
-from tests.integration.support import MiB, Raw, blanks, eventually, keys_of, values_of
+from tests.integration.support import MiB, Raw, blanks, eventually, keys_of, suspend, values_of
 
 
 @pytest.fixture(scope="module")
@@ -99,11 +99,6 @@ def test_a_name_that_cannot_be_one_is_said_at_once() -> None:
         resolve("x" * 70 + ".example", 7600, time.monotonic() + 5)
 
 
-def all_threads_are_stopped(pid: int) -> bool:
-    states = [path.read_text().rpartition(")")[2].split()[0] for path in Path(f"/proc/{pid}/task").glob("*/stat")]
-    return set(states) == {"T"}
-
-
 def test_many_leases_are_given_back_within_one_deadline() -> None:
     environment = {"MMCACHE_MAX_INLINE_NBYTES": "2MiB"}
     with (
@@ -114,8 +109,7 @@ def test_many_leases_are_given_back_within_one_deadline() -> None:
         assert all(cache.put(keys, values_of(keys, MiB // 2)))
         leased = cache.acquire(keys)
         assert len(leased._lease_ids) > 10
-        os.kill(stopped.pid, signal.SIGSTOP)
-        eventually(lambda: all_threads_are_stopped(stopped.pid), "the server stopped")
+        suspend(stopped.pid)
         try:
             start = time.monotonic()
             assert not leased.release()

@@ -16,7 +16,7 @@ from mmcache.client.blocking import Client
 from mmcache.keyset import Keys
 from mmcache.testing.process import ServerProcess
 from mmcache.transport.base import Outcome
-from tests.integration.support import Bytes, MiB, blanks, child, eventually, keys_of, value_of, values_of
+from tests.integration.support import Bytes, MiB, blanks, child, eventually, keys_of, suspend, value_of, values_of
 
 LEASE_S = 1.0
 MEMORY_NBYTES = 64 * MiB
@@ -146,7 +146,7 @@ def test_a_stopped_server_costs_a_call_its_deadline_and_no_more(server: ServerPr
     ):
         assert all(known.put(keys, values))
         assert server.process is not None
-        server.process.send_signal(signal.SIGSTOP)
+        suspend(server.pid)
         for client in (known, unknown):
             began = time.monotonic()
             assert not any(client.get_into(keys, blanks(2, 1000)))
