@@ -1,7 +1,7 @@
 """A framed stream socket, unix or TCP, with a deadline on every call. Blocking; used by both ends.
 
-The kernel's own timeouts (SO_RCVTIMEO, SO_SNDTIMEO) bound each call, so a large receive is one system call into the
-destination instead of a poll before every piece.
+Each wait is a poll with what is left of the deadline. The call that follows may wait for more (a large receive is one
+system call into the destination), so the kernel's own timeouts (SO_RCVTIMEO, SO_SNDTIMEO) bound it too.
 """
 
 from __future__ import annotations
