@@ -19,6 +19,7 @@ from typing import Any, Self, TypeVar
 from mmcache.client.batch import PutBatch, described, get_run
 from mmcache.client.lease import LeasedFrames
 from mmcache.client.link import Dialer, Link
+from mmcache.client.pin import Pinned, count_prefix, pin_prefix
 from mmcache.client.plan import Breaker, batches, put_batches
 from mmcache.client.pool import Pool, PoolBusy
 from mmcache.config import ClientConfig
@@ -72,19 +73,37 @@ class Client:
         rows = Keys.of(keys)
 
         def ask(link: Link, deadline: float) -> int:
-            matched = 0
-            for run in batches(len(rows), link.joined.limits.batch_keys):
-                column = b"".join(rows.digests[run.start : run.stop])
-                request = pb.ContainsRequest(keys=column, prefix=True)
-                reply = link.run(link.conversation.call(Op.CONTAINS, request, pb.ContainsReply()), deadline)
-                present = reply.present[: len(run)]
-                absent = present.find(0)
-                matched += len(present) if absent < 0 else absent
-                if matched < run.stop:
-                    break
-            return matched
+            return count_prefix(link, rows.digests, deadline)
 
         return self._attempt(ask, lambda reason: 0) if len(rows) else 0
+
+    def pin_prefix(self, keys: AnyKeys) -> Pinned:
+        """As `match_prefix`, but the entries are kept from eviction until `release`, or the server's lease time passes.
+
+        For a scheduler that promises entries which another process then reads. No bytes are moved. Where no more may
+        be pinned the count goes on without: the promise is then as good as `match_prefix`'s.
+        """
+        rows = Keys.of(keys)
+
+        def ask(link: Link, deadline: float) -> Pinned:
+            return pin_prefix(link, rows.digests, deadline, self._release)
+
+        return self._attempt(ask, lambda reason: Pinned(0)) if len(rows) else Pinned(0)
+
+    def contains(self, keys: AnyKeys) -> list[bool]:
+        """Per key, whether it is stored. All False when the server cannot be asked. Nothing is pinned."""
+        rows = Keys.of(keys)
+
+        def ask(link: Link, deadline: float) -> list[bool]:
+            present = bytearray()
+            for run in batches(len(rows), link.joined.limits.batch_keys):
+                request = pb.ContainsRequest(keys=b"".join(rows.digests[run.start : run.stop]))
+                present += link.run(link.conversation.call(Op.CONTAINS, request, pb.ContainsReply()), deadline).present
+            if len(present) != len(rows):
+                raise ProtocolError(f"the server answered {len(present)} of {len(rows)} keys")
+            return [bool(flag) for flag in present]
+
+        return self._attempt(ask, lambda reason: [False] * len(rows)) if len(rows) else []
 
     def get_into(self, keys: AnyKeys, buffers: Sequence[Any], *, verify: bool | None = None) -> list[Result]:
         """Fill one destination per key; one Result per key, true for a hit.
@@ -263,9 +282,16 @@ class Client:
                 return fail(str(error))
             if not isinstance(error, (MMCacheError, OSError)):
                 log.exception("an operation failed inside the client; it counts as a miss")
-            self._breaker.failed(time.monotonic())
+            with self._counting:
+                first = self._breaker.failed(time.monotonic())
+            if first:
+                log.warning("%r does not answer: everything is a miss until it does (%s)", self, error)
             return fail(str(error))
-        self._breaker.succeeded()
+        if self._breaker.pause_s:
+            with self._counting:
+                first = self._breaker.succeeded()
+            if first:
+                log.warning("%r answers again", self)
         return result
 
     def _release(self, lease_ids: Sequence[int]) -> bool:

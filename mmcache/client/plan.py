@@ -42,11 +42,15 @@ class Breaker:
         """True if a call may go out at monotonic time `now`."""
         return now >= self.retry_at
 
-    def failed(self, now: float) -> None:
-        """Note a failure."""
+    def failed(self, now: float) -> bool:
+        """Note a failure; True if it is the first after a success."""
+        first = not self.pause_s
         self.pause_s = min(LONGEST_PAUSE_S, max(FIRST_PAUSE_S, 2 * self.pause_s))
         self.retry_at = now + self.pause_s
+        return first
 
-    def succeeded(self) -> None:
-        """Note a success."""
+    def succeeded(self) -> bool:
+        """Note a success; True if it is the first after a failure."""
+        first = self.pause_s > 0.0
         self.pause_s = self.retry_at = 0.0
+        return first

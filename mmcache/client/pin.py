@@ -1,0 +1,64 @@
+"""Pinning without looking: what a scheduler does so that a worker finds, a moment later, what was promised to it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+from mmcache.client.link import Link
+from mmcache.client.plan import batches
+from mmcache.pb import cache_pb2 as pb
+from mmcache.transport.base import Op
+
+
+class Pinned:
+    """`count` leading keys are stored; the first of them, as many as the server may pin at once, stay until `release`.
+
+    The lease ends by itself after the server's lease time, so a Pinned that is forgotten costs memory for that long
+    and nothing else. Whoever reads the entries need not be who pinned them.
+    """
+
+    __slots__ = ("_lease_ids", "_release", "count")
+
+    def __init__(
+        self, count: int, lease_ids: Sequence[int] = (), release: Callable[[Sequence[int]], bool] | None = None
+    ) -> None:
+        self.count = count
+        self._lease_ids, self._release = list(lease_ids), release
+
+    def release(self) -> bool:
+        """Give the lease back; True if it was held until now, or nothing was pinned. Safe to call twice."""
+        lease_ids, self._lease_ids = self._lease_ids, []
+        return self._release(lease_ids) if lease_ids and self._release else True
+
+
+def pin_prefix(link: Link, digests: Sequence[bytes], deadline: float, release: Callable[[Sequence[int]], bool]) -> Pinned:
+    """Pin leading stored entries over `link`; where no more may be pinned, only count. A broken link raises."""
+    limits = link.joined.limits
+    lease_ids: list[int] = []
+    count = 0
+    for run in batches(len(digests), limits.batch_keys):
+        wanted = b"".join(digests[run.start : run.stop])
+        acquired = link.run(link.conversation.acquire(wanted, prefix=True, max_nbytes=limits.inline_nbytes), deadline)
+        if acquired.lease_id:
+            lease_ids.append(acquired.lease_id)
+        found = next((row for row, entry in enumerate(acquired.entries) if entry is None), len(acquired.entries))
+        count += found
+        if acquired.later_from is not None and acquired.later_from == found:
+            return Pinned(count + count_prefix(link, digests[count:], deadline), lease_ids, release)
+        if count < run.stop:
+            break
+    return Pinned(count, lease_ids, release)
+
+
+def count_prefix(link: Link, digests: Sequence[bytes], deadline: float) -> int:
+    """How many leading keys are stored; nothing is pinned."""
+    matched = 0
+    for run in batches(len(digests), link.joined.limits.batch_keys):
+        request = pb.ContainsRequest(keys=b"".join(digests[run.start : run.stop]), prefix=True)
+        reply = link.run(link.conversation.call(Op.CONTAINS, request, pb.ContainsReply()), deadline)
+        present = reply.present[: len(run)]
+        absent = present.find(0)
+        matched += len(present) if absent < 0 else absent
+        if matched < run.stop:
+            break
+    return matched
