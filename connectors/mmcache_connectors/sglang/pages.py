@@ -1,0 +1,97 @@
+"""From SGLang's page hashes to mmcache keys. PURE.
+
+SGLang names a page of tokens by the SHA-256 chain of its prompt up to and with that page, in hex; a cache salt or an
+adapter seeds the chain. Nothing of the model or the memory layout is in it: the namespace holds that, the part which
+layers and heads. So a page's chain key is `opaque_key(namespace, bytes.fromhex(hash))`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TypeVar
+
+from mmcache.encoding import digest
+from mmcache.keys import NO_PARENT, Keys, Namespace, Part, run_bounds
+from mmcache.keyset import stored_keys
+
+T = TypeVar("T")
+
+
+def page_keys(namespace: Namespace, part: Part, hashes: Sequence[str], prefix: Sequence[str] | None) -> Keys:
+    """The keys of consecutive pages. `prefix`: hashes of all pages before them, None if unknown.
+
+    With it, a page's parent is the page before it, its home the first page of its run, its index its place in the
+    prompt. Without, each page stands alone, its own home: the same key, but placed and evicted by itself. Raises
+    ValueError for a hash that is not 64 hexadecimal digits.
+    """
+    chains = [_chain(namespace, page) for page in hashes]
+    digests = stored_keys(chains, part)
+    namespaces: list[bytes] = [namespace.id] * len(chains)
+    orphans = [NO_PARENT] * len(chains)
+    if prefix is None or not chains:
+        return Keys(digests, chains, list(chains), namespaces, orphans, [0] * len(chains), orphans)
+    above = _chain(namespace, prefix[-1]) if prefix else NO_PARENT
+    parent = stored_keys([above], part)[0] if prefix else NO_PARENT
+    first = len(prefix)
+    return Keys(
+        digests,
+        chains,
+        _homes(namespace, chains, prefix),
+        namespaces,
+        [parent, *digests[:-1]],
+        range(first, first + len(chains)),
+        [above, *chains[:-1]],
+    )
+
+
+def _chain(namespace: Namespace, page: str) -> bytes:
+    data = bytes.fromhex(page)
+    if len(data) != 32:
+        raise ValueError(f"{page!r} is no SHA-256 in hex; this SGLang names its pages in a way mmcache does not know")
+    return digest("k1.opaque", namespace.id, data)
+
+
+def _homes(namespace: Namespace, chains: list[bytes], prefix: Sequence[str]) -> list[bytes]:
+    size = namespace.block_size
+    assert size is not None
+    homes: list[bytes] = []
+    first = len(prefix)
+    while len(homes) < len(chains):
+        page = first + len(homes)
+        start, end = run_bounds(page * size)
+        home = -(-start // size)  # the first page that begins in the run
+        in_run = -(-end // size) - page
+        chain = chains[home - first] if home >= first else _chain(namespace, prefix[home])
+        homes += [chain] * min(in_run, len(chains) - len(homes))
+    return homes
+
+
+def rank_part(
+    layers: tuple[int, int], layers_total: int, heads: int, heads_total: int, rank: int, ranks: int
+) -> Part | None:
+    """Which part of a page one rank's memory holds; None if that cannot be said in ranges.
+
+    `layers` is (start, stop) of `layers_total`; `heads` kv heads of `heads_total` on each of `ranks` tensor-parallel
+    ranks, either divided among them or, with fewer heads than ranks, each on several. `heads_total` 0: the value has no
+    head axis (MLA), every rank holds the same.
+    """
+    start, stop = layers
+    if not 0 <= start < stop <= layers_total:
+        return None
+    held: tuple[int, int, int] | None = None
+    if heads_total:
+        if heads * ranks == heads_total:
+            held = (rank * heads, (rank + 1) * heads, heads_total)
+        elif heads == 1 and ranks % heads_total == 0:
+            held = (rank * heads_total // ranks, rank * heads_total // ranks + 1, heads_total)
+        else:
+            return None
+    return Part(layers=(start, stop, layers_total), kv_heads=held)
+
+
+def by_page(buffers: Sequence[T], pages: int) -> list[list[T]]:
+    """Group a pool's buffers, which come page after page, by page. Raises ValueError if they do not divide."""
+    each, rest = divmod(len(buffers), pages)
+    if rest or not each:
+        raise ValueError(f"{len(buffers)} buffers are no whole number for each of {pages} pages")
+    return [list(buffers[place : place + each]) for place in range(0, len(buffers), each)]

@@ -1,0 +1,265 @@
+"""MMCacheKVConnector: what vLLM calls. Every method hands on to the scheduler's or the worker's side.
+
+vLLM lets an exception from a connector end the engine, so none leaves here once the engine has started: it is logged,
+and the answer is the one of an empty cache. What is wrong with the settings or the model is an error at start.
+"""
+
+from __future__ import annotations
+
+import atexit
+import functools
+import logging
+from collections.abc import Callable, Sequence
+from typing import Any, Final, ParamSpec, TypeVar
+
+import torch
+from vllm.distributed.kv_transfer.kv_connector.v1.base import (
+    KVConnectorBase_V1,
+    KVConnectorRole,
+    KVConnectorTransferResults,
+    SupportsHMA,
+)
+from vllm.distributed.parallel_state import get_pp_group, get_tp_group
+
+import mmcache
+from mmcache_connectors.paged import PagedGroup
+from mmcache_connectors.vllm.engine import Engine, EngineFacts
+from mmcache_connectors.vllm.facts import worker_facts
+from mmcache_connectors.vllm.lookup import Namespaces
+from mmcache_connectors.vllm.messages import CacheStats, StatsReporter, StepJobs, WorkerFacts
+from mmcache_connectors.vllm.scheduler import SchedulerSide
+from mmcache_connectors.vllm.settings import Settings, parse_settings
+from mmcache_connectors.vllm.worker import GroupMemory, WorkerSide
+
+log = logging.getLogger("mmcache.vllm")
+P = ParamSpec("P")
+R = TypeVar("R")
+FLUSH_S: Final = 10.0  # at shutdown, for blocks that wait to be stored
+
+
+def _never_raises(default: Callable[[], Any]) -> Callable[[Callable[P, R]], Callable[P, R]]:
+    """An exception becomes `default()`, and a line in the log."""
+
+    def wrap(method: Callable[P, R]) -> Callable[P, R]:
+        @functools.wraps(method)
+        def guarded(*args: P.args, **kwargs: P.kwargs) -> R:
+            try:
+                return method(*args, **kwargs)
+            except Exception:
+                log.exception("mmcache: %s failed; the engine goes on as if nothing were cached", method.__name__)
+                return default()  # type: ignore[no-any-return]
+
+        return guarded
+
+    return wrap
+
+
+class MMCacheKVConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc]
+    """KV blocks by content, shared by every engine that reaches the same cache. Settings: settings.py."""
+
+    def __init__(self, vllm_config: Any, role: KVConnectorRole, kv_cache_config: Any) -> None:
+        super().__init__(vllm_config, role, kv_cache_config)
+        _log_as_vllm_does()
+        settings = parse_settings(self._kv_transfer_config.kv_connector_extra_config)
+        self._engine = Engine(vllm_config, kv_cache_config)
+        self._load_async = _load_async(settings, self._engine)
+        self._settings = settings
+        self._stats = StatsReporter()
+        self._scheduler: SchedulerSide | None = None
+        self._worker: WorkerSide | None = None
+        self._worker_facts: dict[str, str] | None = None
+        deadline_s = settings.lookup_s if role == KVConnectorRole.SCHEDULER else settings.load_s
+        self._client = mmcache.connect(settings.url, deadline_s=deadline_s, lazy=True)
+        if role == KVConnectorRole.SCHEDULER:
+            self._start_scheduler(vllm_config)
+
+    def _start_scheduler(self, vllm_config: Any) -> None:
+        config = self._kv_transfer_config
+        if config.kv_load_failure_policy != "recompute":
+            config.kv_load_failure_policy = "recompute"  # read by the scheduler after this: a failure is a miss
+        self._facts = EngineFacts(vllm_config, self._engine, self._settings)
+        self._scheduler = SchedulerSide(
+            self._settings,
+            self._engine.parts(),
+            Namespaces(self._facts.get, self._engine.block_tokens),
+            self._client,
+            block_tokens=self._engine.block_tokens,
+            reads=config.is_kv_consumer,
+            writes=config.is_kv_producer,
+            load_async=self._load_async,
+        )
+
+    @property
+    def requires_kv_delivery(self) -> bool:
+        """False: a block that is not saved is a miss some day, nothing more."""
+        return False
+
+    @classmethod
+    def get_required_kvcache_layout(cls, vllm_config: Any) -> str | None:
+        """Each layer's block in one piece, where the attention backend leaves the choice; any other is served too."""
+        return "LBHNC"
+
+    @classmethod
+    def build_kv_connector_stats(cls, data: dict[str, Any] | None = None) -> CacheStats:
+        """The form in which vLLM's log and metrics take the counts."""
+        return CacheStats(data=data or {})
+
+    def counters(self) -> dict[str, int]:
+        """What this side has counted since the start, with the client's own counts."""
+        side = self._scheduler.counters if self._scheduler else self._worker.snapshot() if self._worker else {}
+        return {**{f"client_{name}": count for name, count in dict(self._client.counters).items()}, **dict(side)}
+
+    @_never_raises(lambda: None)
+    def get_kv_connector_stats(self) -> CacheStats | None:
+        """Counts since the last step."""
+        return self._stats.report(self.counters())
+
+    # ------------------------------------------------------------------ scheduler side
+    @_never_raises(lambda: None)
+    def on_new_request(self, request: Any) -> None:
+        """Begin to identify the request's content."""
+        assert self._scheduler is not None
+        self._scheduler.new_request(request)
+
+    @_never_raises(lambda: (0, False))
+    def get_num_new_matched_tokens(self, request: Any, num_computed_tokens: int) -> tuple[int | None, bool]:
+        """Tokens that can be loaded beyond those computed; None: ask again in the next step."""
+        assert self._scheduler is not None
+        return self._scheduler.matched(request, num_computed_tokens)
+
+    @_never_raises(lambda: None)
+    def update_state_after_alloc(self, request: Any, blocks: Any, num_external_tokens: int) -> None:
+        """Plan the load for which the engine has made room."""
+        assert self._scheduler is not None
+        self._scheduler.allocated(request, blocks.get_block_ids(), num_external_tokens)
+
+    @_never_raises(StepJobs)
+    def build_connector_meta(self, scheduler_output: Any) -> StepJobs:
+        """This step's loads, and saves of the blocks it completes."""
+        assert self._scheduler is not None
+        scheduled, cached = scheduler_output.num_scheduled_tokens, scheduler_output.scheduled_cached_reqs
+        before = {one.req_id: one.num_computed_tokens for one in scheduler_output.scheduled_new_reqs}
+        before |= dict(zip(cached.req_ids, cached.num_computed_tokens, strict=True))
+        after = [(req_id, computed + scheduled[req_id]) for req_id, computed in before.items() if req_id in scheduled]
+        return StepJobs(*self._scheduler.plan_step(after, self._block_ids))
+
+    @_never_raises(lambda: None)
+    def update_connector_output(self, connector_output: Any) -> None:
+        """Note which loads have ended and which failed."""
+        assert self._scheduler is not None
+        self._scheduler.worker_output(
+            connector_output.finished_recving or (),
+            connector_output.failed_recving or (),
+            connector_output.invalid_block_ids or set(),
+            self._block_ids,
+        )
+
+    @_never_raises(lambda: (False, None))
+    def request_finished_all_groups(
+        self, request: Any, block_ids: tuple[list[int], ...]
+    ) -> tuple[bool, dict[str, Any] | None]:
+        """The request's blocks may be freed at once: what is saved of them has been copied."""
+        assert self._scheduler is not None
+        self._scheduler.finished(request.request_id)
+        return False, None
+
+    @_never_raises(lambda: (False, None))
+    def request_finished(self, request: Any, block_ids: list[int]) -> tuple[bool, dict[str, Any] | None]:
+        """As `request_finished_all_groups`, for an engine without the hybrid manager."""
+        assert self._scheduler is not None
+        self._scheduler.finished(request.request_id)
+        return False, None
+
+    @_never_raises(lambda: None)
+    def set_xfer_handshake_metadata_pp_aware(self, metadata: dict[tuple[int, int], WorkerFacts]) -> None:
+        """Every worker's facts."""
+        self._facts.set_worker_facts([report.facts for report in metadata.values()])
+
+    @_never_raises(lambda: False)
+    def reset_cache(self) -> bool:
+        """Weights were changed in place: what was stored before is not found again, by this engine."""
+        if self._scheduler is not None:
+            self._facts.new_epoch()
+            self._scheduler.reset()
+        return True
+
+    def _block_ids(self, request_id: str) -> Sequence[Sequence[int]]:
+        assert self._kv_cache_manager is not None
+        return self._kv_cache_manager.get_block_ids(request_id)  # type: ignore[no-any-return]
+
+    # ------------------------------------------------------------------ worker side
+    def register_kv_caches(self, kv_caches: dict[str, torch.Tensor]) -> None:
+        """At start: take hold of the paged memory. Raises for a memory layout that cannot be served."""
+        tp_rank, pp_rank = get_tp_group().rank_in_group, get_pp_group().rank_in_group
+        memory = []
+        for group in self._engine.groups:
+            layers = [kv_caches[name] for name in group.layer_names if name in kv_caches]
+            paged = PagedGroup(layers, num_blocks=self._engine.num_blocks, block_tokens=self._engine.block_tokens)
+            memory.append(GroupMemory(paged, *self._engine.part_of(group, tp_rank, pp_rank)))
+        self._worker = WorkerSide(self._settings, self._client, memory)
+        self._worker_facts = worker_facts(self._vllm_config, list(kv_caches))
+        atexit.register(self.shutdown)
+
+    def get_handshake_metadata(self) -> WorkerFacts | None:
+        """What this worker computes blocks with, for the namespace."""
+        return None if self._worker_facts is None else WorkerFacts(self._worker_facts)
+
+    @_never_raises(lambda: None)
+    def start_load_kv(self, forward_context: Any, **kwargs: Any) -> None:
+        """Start this step's loads; synchronous ones are done on return."""
+        if self._worker is not None and self.has_connector_metadata():
+            self._worker.start_loads(self._get_connector_metadata().loads, asynchronous=self._load_async)
+
+    def wait_for_layer_load(self, layer_name: str) -> None:
+        """Nothing to wait for: loads end between steps, or before the forward pass."""
+
+    def save_kv_layer(self, layer_name: str, kv_layer: torch.Tensor, attn_metadata: Any, **kwargs: Any) -> None:
+        """Nothing: whole blocks of all layers are copied once the step is computed."""
+
+    @_never_raises(lambda: None)
+    def wait_for_save(self) -> None:
+        """Copy the blocks this step completed out of the paged memory; they are stored in the background."""
+        if self._worker is not None and self.has_connector_metadata():
+            self._worker.save(self._get_connector_metadata().saves)
+
+    @_never_raises(KVConnectorTransferResults)
+    def get_transfer_results(self, finished_req_ids: set[str]) -> KVConnectorTransferResults:
+        """Loads that have ended since the last step."""
+        if self._worker is None:
+            return KVConnectorTransferResults()
+        received, failed = self._worker.take_results()
+        return KVConnectorTransferResults(finished_recving=received, failed_recving=failed)
+
+    @_never_raises(set)
+    def get_block_ids_with_load_errors(self) -> set[int]:
+        """Blocks that hold nothing valid."""
+        return self._worker.take_invalid() if self._worker is not None else set()
+
+    @_never_raises(lambda: None)
+    def shutdown(self) -> None:
+        """Store what waits to be stored, for a few seconds at most, and close."""
+        atexit.unregister(self.shutdown)
+        if self._worker is not None and not self._worker.flush(FLUSH_S):
+            log.warning("mmcache: some blocks could not be stored within %.0f s of shutdown", FLUSH_S)
+        self._client.close()
+
+
+def _load_async(settings: Settings, engine: Engine) -> bool:
+    """Synchronous loads are safe only where the one worker that sees a failure is the one that would save its results,
+    and where the failure is known before the next step begins; elsewhere loads are asynchronous."""
+    if settings.load_mode == "async":
+        return True
+    if engine.workers == 1 and len(engine.groups) == 1 and engine.one_step_at_a_time:
+        return False
+    log.warning(
+        "mmcache: load_mode=sync needs one worker, one KV group and --no-async-scheduling; loads are asynchronous here"
+    )
+    return True
+
+
+def _log_as_vllm_does() -> None:
+    ours, theirs = logging.getLogger("mmcache"), logging.getLogger("vllm")
+    if not ours.handlers and theirs.handlers:
+        for handler in theirs.handlers:
+            ours.addHandler(handler)
+        ours.propagate = False

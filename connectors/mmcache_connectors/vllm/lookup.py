@@ -1,0 +1,146 @@
+"""Off the scheduler's thread: what a request's blocks are called, and which of them the cache holds."""
+
+from __future__ import annotations
+
+import threading
+from collections import OrderedDict
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Final
+
+from mmcache.chain import ChainHasher
+from mmcache.client.blocking import Client
+from mmcache.client.pin import Pinned
+from mmcache.keys import Namespace
+from mmcache.keyset import Keys
+from mmcache_connectors.vllm.adapters import AdapterIdentities
+from mmcache_connectors.vllm.groups import FULL, Parts, longest_hit
+from mmcache_connectors.vllm.items import ItemIdentities, embed_spans
+
+NO_LIMIT: Final = 1 << 62
+MAX_NAMESPACES: Final = 4096
+STORED_LAYOUT: Final = "LHNC"  # layers, heads, tokens, K then V: what paged.py makes of every physical layout
+
+
+@dataclass(slots=True)
+class Chain:
+    """A request's block keys so far. `given` tokens are hashed or waiting in the hasher; blocks at or past
+    `limit_blocks` touch a media item of unknown identity and must not be looked up or stored."""
+
+    hasher: ChainHasher
+    keys: Keys
+    given: int
+    limit_blocks: int
+
+    def extend(self, token_ids: Sequence[int]) -> None:
+        """Hash what the request grew by: `token_ids` is the whole sequence."""
+        new = token_ids[self.given :]
+        if new:
+            added = self.hasher.extend(list(new))
+            self.given += len(new)
+            if len(added):
+                self.keys = self.keys + added
+
+
+class Namespaces:
+    """The engine's namespaces: one per adapter and cache_salt, all from the same facts. Thread-safe.
+
+    `facts` gives the engine's facts, or None while the weights or the workers are not known yet.
+    """
+
+    def __init__(self, facts: Callable[[], Mapping[str, object] | None], block_tokens: int) -> None:
+        self._facts, self._block_tokens = facts, block_tokens
+        self._made: OrderedDict[tuple[str, str], Namespace] = OrderedDict()
+        self._lock = threading.Lock()
+        self._generation = 0
+
+    def get(self, adapter: str, salt: str) -> Namespace | None:
+        """The namespace for an adapter's identity and a salt ('' for none); None while it cannot be known."""
+        with self._lock:
+            found = self._made.get((adapter, salt))
+            if found is not None:
+                self._made.move_to_end((adapter, salt))
+                return found
+            generation = self._generation
+        facts = self._facts()
+        if facts is None:
+            return None
+        narrow = {name: text for name, text in (("adapter", adapter), ("cache_salt", salt)) if text}
+        made = Namespace(kind="kv", layout=STORED_LAYOUT, block_size=self._block_tokens, **{**facts, **narrow})
+        with self._lock:
+            if generation != self._generation:
+                return None
+            self._made[(adapter, salt)] = made
+            if len(self._made) > MAX_NAMESPACES:
+                self._made.popitem(last=False)
+        return made
+
+    def forget(self) -> None:
+        """The facts changed: weights were updated."""
+        with self._lock:
+            self._generation += 1
+            self._made.clear()
+
+
+class Identifier:
+    """From a vLLM request to its Chain."""
+
+    def __init__(self, namespaces: Namespaces, block_tokens: int, trust_media_uuids: bool) -> None:
+        self._namespaces, self._block_tokens = namespaces, block_tokens
+        self._items = ItemIdentities(trust_uuids=trust_media_uuids)
+        self._adapters = AdapterIdentities()
+
+    def chain(self, request: Any) -> Chain | None:
+        """The chain over the tokens the request has now; None if it must not be cached."""
+        adapter = ""
+        if request.lora_request is not None:
+            identity = self._adapters.identity(request.lora_request.lora_int_id, request.lora_request.lora_path)
+            if identity is None:
+                return None
+            adapter = identity
+        namespace = self._namespaces.get(adapter, request.cache_salt or "")
+        if namespace is None:
+            return None
+        spans, limit_tokens = self._items.spans(request.mm_features)
+        if request.prompt_embeds is not None:
+            spans += embed_spans(request.prompt_embeds, request.prompt_is_token_ids, self._block_tokens)
+        token_ids = list(request.all_token_ids)
+        hasher = namespace.hasher()
+        keys = hasher.extend(token_ids, spans)
+        return Chain(hasher, keys, len(token_ids), self._limit_blocks(limit_tokens))
+
+    def limit_blocks(self, request: Any) -> int:
+        """As the chain's, now: what an identifier stands for may have become doubtful since."""
+        return self._limit_blocks(self._items.spans(request.mm_features)[1]) if request.mm_features else NO_LIMIT
+
+    def skip(self, request: Any) -> None:
+        """A request runs that is not cached: what its identifiers stand for in this engine is not known to us."""
+        self._items.distrust(request.mm_features)
+
+    def _limit_blocks(self, limit_tokens: int | None) -> int:
+        return NO_LIMIT if limit_tokens is None else limit_tokens // self._block_tokens
+
+
+def query(client: Client, parts: Parts, keys: Keys, block_tokens: int) -> tuple[int, Pinned]:
+    """(how many leading blocks of `keys` are a hit in every group, what is pinned for it).
+
+    Blocks under full attention are pinned as far as the server allows. Others may leave in between: a failed load.
+    """
+    full = [group.index for group in parts.groups if group.kind == FULL]
+    columns = [keys.for_part(part).digests for index in full for part in parts.of_group[index]]
+    pinned, limit = Pinned(0), len(keys)
+    if columns:
+        rows = [digest for block in zip(*columns, strict=True) for digest in block]
+        pinned = client.pin_prefix(_bare(rows))
+        limit = pinned.count // len(columns)
+    present = [[True] * limit for _ in parts.groups]
+    for group in parts.groups:
+        if group.kind != FULL and limit:
+            flags = [client.contains(keys[:limit].for_part(part)) for part in parts.of_group[group.index]]
+            present[group.index] = [all(row) for row in zip(*flags, strict=True)]
+    return longest_hit(parts.groups, present, limit, block_tokens), pinned
+
+
+def _bare(digests: list[bytes]) -> Keys:
+    """Keys of which only the digests are asked for."""
+    return Keys(digests, digests, digests, digests, digests, range(len(digests)), digests)

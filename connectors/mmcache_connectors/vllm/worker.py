@@ -1,0 +1,228 @@
+"""A worker's side: moves blocks between the engine's paged memory and the cache, on threads of its own.
+
+Loads fill blocks that the engine does not read yet; saves are copied out of the paged memory before the step ends, so
+that the engine may reuse a block at once, and are stored afterwards. Memory for both is bounded: what does not fit is
+not saved, and counted. A load that fails, or takes too long, names the blocks that hold nothing valid. Nothing of vLLM
+is imported.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Final
+
+import torch
+
+from mmcache.client.blocking import Client
+from mmcache.errors import MMCacheError
+from mmcache.keyset import Keys, Part
+from mmcache.transport.base import Outcome, Result
+from mmcache_connectors.paged import PagedGroup
+from mmcache_connectors.vllm.background import Background
+from mmcache_connectors.vllm.buffers import BufferPool
+from mmcache_connectors.vllm.plan import Blocks, Job
+from mmcache_connectors.vllm.settings import Settings
+
+log = logging.getLogger("mmcache.vllm")
+LOAD_THREADS: Final = 2
+LOAD_BUFFER_NBYTES: Final = 32 << 20
+SAVE_BUFFER_NBYTES: Final = 4 << 20
+LEAST_LOAD_RATE: Final = 200e6  # bytes a second: a cache slower than this is not waited for
+
+
+@dataclass(frozen=True, slots=True)
+class GroupMemory:
+    """One KV group in this worker: its paged memory, the part of each block it is, and whether this worker stores it
+    (workers whose heads are copies of another's only read)."""
+
+    paged: PagedGroup
+    part: Part
+    stores: bool
+
+
+class WorkerSide:
+    """Loads and saves for one worker. Methods are called on the engine's thread; `counters` count since the start."""
+
+    def __init__(self, settings: Settings, client: Client, groups: Sequence[GroupMemory]) -> None:
+        self._settings, self._client, self._groups = settings, client, groups
+        self._several_groups = len(groups) > 1
+        pinned = any(group.paged.device.type == "cuda" for group in groups)
+        largest = max(group.paged.spec().nbytes for group in groups)
+        self._load_buffers = BufferPool(max(largest, LOAD_BUFFER_NBYTES), LOAD_THREADS, pinned)
+        save_nbytes = max(largest, SAVE_BUFFER_NBYTES)
+        self._save_buffers = BufferPool(save_nbytes, max(1, (settings.save_buffer_mib << 20) // save_nbytes), pinned)
+        self._loader = Background("mmcache-load", LOAD_THREADS)
+        self._saver = Background("mmcache-save", 1)
+        self._lock = threading.Lock()
+        self._ended: list[tuple[str, set[int]]] = []  # loads: request, blocks that hold nothing valid
+        self._spoilt = False  # a synchronous load failed: what this step computes is not to be kept
+        self._invalid: set[int] = set()  # to be reported with this step
+        self._dropping = self._corrupt = False
+        self.counters: Counter[str] = Counter()
+
+    # ------------------------------------------------------------------ loading
+    def start_loads(self, jobs: Iterable[Job], *, asynchronous: bool) -> None:
+        """Begin to fill blocks; without `asynchronous` they are filled, or reported invalid, on return."""
+        self._spoilt = False
+        for job in jobs:
+            give_up_s = time.monotonic() + self._settings.load_s
+            if asynchronous:
+                self._loader.submit(lambda job=job, give_up_s=give_up_s: self._load_and_report(job, give_up_s))  # type: ignore[misc]
+            elif invalid := self._load(job, give_up_s):
+                self._spoilt = True
+                self._invalid |= invalid
+
+    def _load_and_report(self, job: Job, give_up_s: float) -> None:
+        invalid = {block_id for blocks in job.blocks for block_id in blocks.block_ids}
+        try:
+            invalid = self._load(job, give_up_s)
+        finally:
+            with self._lock:
+                self._ended.append((job.request_id, invalid))
+
+    def _load(self, job: Job, give_up_s: float) -> set[int]:
+        """Fill the job's blocks; the ids of those that could not be, and of those after them in their group."""
+        started = time.monotonic()
+        invalid: set[int] = set()
+        for blocks in job.blocks:
+            if not invalid or not self._several_groups:
+                done = self._load_group(blocks, give_up_s)
+                invalid |= set(blocks.block_ids[done:])
+        count = sum(len(blocks.block_ids) for blocks in job.blocks)
+        self._count(blocks_loaded=count - len(invalid), load_failures=int(bool(invalid)),
+                    load_us=int((time.monotonic() - started) * 1e6))  # fmt: skip
+        return invalid
+
+    def _load_group(self, blocks: Blocks, give_up_s: float) -> int:
+        """How many leading blocks were filled."""
+        group = self._groups[blocks.group]
+        spec = group.paged.spec()
+        keys = blocks.keys.for_part(group.part)
+        with self._load_buffers.borrow(wait_s=max(0.0, give_up_s - time.monotonic())) as buffer:
+            if buffer is None:
+                return 0
+            size = max(1, buffer.numel() // spec.nbytes)
+            for start in range(0, len(keys), size):
+                if time.monotonic() >= give_up_s:
+                    self._count(load_timeouts=1)
+                    return start
+                ids = blocks.block_ids[start : start + size]
+                staged = _as_blocks(buffer, len(ids), group.paged)
+                results = self._client.get_into(keys[start : start + size], group.paged.rows(staged))
+                good = next((row for row, result in enumerate(results) if not result), len(results))
+                if good:
+                    group.paged.scatter(ids[:good], staged[:good])
+                if good < len(ids):
+                    self._note_failure(keys[start + good : start + len(results)], results[good:])
+                    return start + good
+                give_up_s += len(ids) * spec.nbytes / LEAST_LOAD_RATE
+        return len(keys)
+
+    def _note_failure(self, keys: Keys, results: Sequence[Result]) -> None:
+        """Count; and drop entries of another form than this engine's under its keys, which would fail every time. (The
+        client has the server check, and drop, those whose bytes are bad.)"""
+        outcomes = Counter(str(result.outcome) for result in results)
+        odd = [key for key, result in zip(keys, results, strict=True) if result.outcome is Outcome.MISMATCH]
+        corrupt = outcomes[str(Outcome.CORRUPT)] + len(odd)
+        self._count(verify_failures=corrupt, **{f"load_{name}": count for name, count in outcomes.items()})
+        if corrupt and not self._corrupt:
+            log.warning("mmcache: a stored block failed its checks and was not used (%s)", results[0].reason)
+        self._corrupt = bool(corrupt)
+        if odd:
+            with contextlib.suppress(MMCacheError):
+                self._client.delete(odd)
+
+    def take_results(self) -> tuple[set[str], set[str]]:
+        """(requests whose loads ended, those of them that failed as a whole); invalid blocks are then ready.
+
+        With several groups block ids are ambiguous, so a failed load fails as a whole.
+        """
+        with self._lock:
+            ended, self._ended = self._ended, []
+        failed = {request_id for request_id, invalid in ended if invalid} if self._several_groups else set()
+        if not self._several_groups:
+            for _, invalid in ended:
+                self._invalid |= invalid
+        return {request_id for request_id, _ in ended}, failed
+
+    def take_invalid(self) -> set[int]:
+        """Blocks to be reported as invalid in this step."""
+        invalid, self._invalid = self._invalid, set()
+        return invalid
+
+    # ------------------------------------------------------------------ saving
+    def save(self, jobs: Iterable[Job]) -> None:
+        """Copy finished blocks out of the paged memory and queue them to be stored; what finds no room is dropped."""
+        if self._spoilt:
+            self._count(saves_dropped=sum(len(blocks.keys) for job in jobs for blocks in job.blocks))
+            return
+        for job in jobs:
+            for blocks in job.blocks:
+                if self._groups[blocks.group].stores:
+                    self._save_group(blocks)
+
+    def _save_group(self, blocks: Blocks) -> None:
+        group = self._groups[blocks.group]
+        spec = group.paged.spec()
+        size = max(1, self._save_buffers.nbytes // spec.nbytes)
+        for start in range(0, len(blocks.keys), size):
+            buffer = self._save_buffers.take()
+            self._note_dropping(buffer is None)
+            if buffer is None:
+                self._count(saves_dropped=len(blocks.keys) - start)
+                return
+            keys, ids = blocks.keys[start : start + size], blocks.block_ids[start : start + size]
+            staged = _as_blocks(buffer, len(ids), group.paged)
+            group.paged.gather(ids, staged)
+            self._saver.submit(self._storing(group, keys, staged, buffer))
+
+    def _storing(self, group: GroupMemory, keys: Any, staged: torch.Tensor, buffer: torch.Tensor) -> Callable[[], None]:
+        def store() -> None:
+            try:
+                results = self._client.put(keys.for_part(group.part), group.paged.rows(staged))
+                outcomes = Counter(result.outcome for result in results)
+                stored = outcomes[Outcome.STORED]
+                present = outcomes[Outcome.PRESENT]
+                self._count(blocks_saved=stored, blocks_present=present, saves_refused=len(results) - stored - present)
+            finally:
+                self._save_buffers.give_back(buffer)
+
+        return store
+
+    def _note_dropping(self, dropping: bool) -> None:
+        if dropping != self._dropping:
+            self._dropping = dropping
+            if dropping:
+                log.warning(
+                    "mmcache: %d MiB of blocks wait to be stored; further blocks are dropped until there is room "
+                    "(save_buffer_mib)", self._settings.save_buffer_mib,
+                )  # fmt: skip
+            else:
+                log.warning("mmcache: blocks are stored again")
+
+    # ------------------------------------------------------------------ the rest
+    def flush(self, timeout_s: float) -> bool:
+        """Wait until everything queued is loaded and stored; False if it took longer."""
+        until = time.monotonic() + timeout_s
+        return self._loader.flush(timeout_s) and self._saver.flush(max(0.0, until - time.monotonic()))
+
+    def _count(self, **amounts: int) -> None:
+        with self._lock:
+            for name, amount in amounts.items():
+                self.counters[name] += amount
+
+    def snapshot(self) -> Mapping[str, int]:
+        """A copy of the counters."""
+        with self._lock:
+            return dict(self.counters)
+
+
+def _as_blocks(buffer: torch.Tensor, count: int, paged: PagedGroup) -> torch.Tensor:
+    """The first bytes of a buffer as `count` blocks."""
+    return buffer[: count * paged.spec().nbytes].view(paged.dtype).view(count, *paged.shape)

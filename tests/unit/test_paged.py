@@ -1,0 +1,254 @@
+"""Paged KV memory and stored blocks: every physical order and dtype, exact bytes, untouched neighbours, refusals."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+
+torch: Any = pytest.importorskip("torch")
+
+import mmcache  # noqa: E402
+from mmcache.tensors import host_tensor  # noqa: E402
+from mmcache.testing.process import ServerProcess  # noqa: E402
+from mmcache_connectors.paged import PagedGroup  # noqa: E402
+
+ORDERS = {  # of the five logical dimensions L, B, H, N, C in memory, as vLLM names them
+    "LBHNC": (0, 1, 2, 3, 4),
+    "LBNHC": (0, 1, 3, 2, 4),
+    "LHBNC": (0, 2, 1, 3, 4),
+    "BLHNC": (1, 0, 2, 3, 4),
+    "BLNHC": (1, 0, 3, 2, 4),
+    "BHLNC": (1, 2, 0, 3, 4),
+    "CNHBL": (4, 3, 2, 1, 0),  # nobody's order: content is not innermost
+}
+DTYPES = ["bfloat16", "float16", "float32", "float8_e4m3fn", "float8_e5m2", "int8", "uint8", "float8_e4m3fnuz", "bool"]
+SHAPES = [  # layers, heads, tokens, content, ratio
+    (3, 2, 8, 5, 1),
+    (1, 1, 1, 1, 1),
+    (2, 1, 16, 24, 1),  # MLA: one head
+    (2, 3, 6, 7, 3),
+    (2, 2, 32, 64, 2),
+    (1, 1, 4, 3, 4),
+]
+BLOCKS = 7
+POISON = 0x5A
+
+
+def paged(order: str, dtype: Any, shape: tuple[int, int, int, int, int], seed: int = 0) -> tuple[list[Any], Any]:
+    """Layers in one allocation of that order, filled at random, and the plain truth in bytes.
+
+    The truth is uint8 `[blocks, layers, heads, block_tokens, content * itemsize]`, built without PagedGroup.
+    """
+    count, heads, tokens, content, ratio = shape
+    sizes = (count, BLOCKS * ratio, heads, tokens // ratio, content)
+    itemsize = dtype.itemsize
+    generator = np.random.default_rng(seed)
+    high = 2 if dtype is torch.bool else 256
+    plain = generator.integers(0, high, (*sizes, itemsize), np.uint8)
+    memory = np.ascontiguousarray(plain.transpose(*ORDERS[order], 5)).reshape(-1)
+    flat = torch.from_numpy(memory).view(dtype).view([sizes[i] for i in ORDERS[order]])
+    whole = flat.permute([ORDERS[order].index(i) for i in range(5)])
+    split = plain.reshape(count, BLOCKS, ratio, heads, tokens // ratio, content * itemsize)
+    truth = split.transpose(1, 0, 3, 2, 4, 5).reshape(BLOCKS, count, heads, tokens, content * itemsize)
+    return list(whole.unbind(0)), truth
+
+
+def group_of(layers: list[Any], shape: tuple[int, int, int, int, int]) -> PagedGroup:
+    return PagedGroup(layers, num_blocks=BLOCKS, block_tokens=shape[2])
+
+
+def as_bytes(tensor: Any) -> Any:
+    """A copy of the tensor's bytes, uint8 `[..., content * itemsize]`."""
+    return torch.empty(tensor.shape, dtype=tensor.dtype).copy_(tensor).view(torch.uint8).numpy()
+
+
+def content_of(layers: list[Any]) -> list[Any]:
+    return [as_bytes(layer) for layer in layers]
+
+
+@pytest.mark.parametrize("on_host", [True, False], ids=["host", "device"])
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("name", DTYPES)
+@pytest.mark.parametrize("order", ORDERS)
+def test_blocks_come_out_and_go_in_exactly(
+    order: str, name: str, shape: tuple[int, int, int, int, int], on_host: bool
+) -> None:
+    dtype = getattr(torch, name)
+    layers, truth = paged(order, dtype, shape)
+    group = group_of(layers, shape)
+    group._on_host = on_host  # the way of a device, which copies through memory of its own, on this one
+    ids = [5, 1, 6, 2]
+    staged = group.staging(len(ids))
+    staged.view(torch.uint8).fill_(POISON)
+    group.gather(ids, staged)
+    assert np.array_equal(as_bytes(staged), truth[ids])
+
+    other, before = paged(order, dtype, shape, seed=1)
+    group = group_of(other, shape)
+    group._on_host = on_host
+    group.scatter(ids, staged)
+    expected = before.copy()
+    expected[ids] = truth[ids]
+    assert group.spec().nbytes == truth[0].nbytes
+    again = group.staging(BLOCKS - 1)
+    group.gather(np.arange(1, BLOCKS), again)
+    assert np.array_equal(as_bytes(again), expected[1:])
+    null = slice(other[0].shape[0] // BLOCKS)  # block 0, which gather does not show
+    for layer, unwritten in zip(other, paged(order, dtype, shape, seed=1)[0], strict=True):
+        assert np.array_equal(as_bytes(layer[null]), as_bytes(unwritten[null]))
+
+
+def test_memory_between_padded_blocks_is_left_alone() -> None:
+    memory = torch.full((BLOCKS, 3, 2, 8, 6), 7, dtype=torch.int16)
+    layers = [memory[:, layer, :, :, :5] for layer in (0, 2)]  # another layer between, a gap after each row
+    group = PagedGroup(layers, num_blocks=BLOCKS, block_tokens=8)
+    staged = group.staging(2).fill_(9)
+    group.scatter([3, 4], staged)
+    assert torch.all(memory[3:5, [0, 2], :, :, :5] == 9)
+    memory[3:5, [0, 2], :, :, :5] = 7
+    assert torch.all(memory == 7)
+
+
+def test_blocks_of_one_order_are_read_by_an_engine_of_another() -> None:
+    shape = (2, 2, 16, 8, 1)
+    layers, truth = paged("BHLNC", torch.bfloat16, shape)
+    staged = group_of(layers, shape).staging(3)
+    group_of(layers, shape).gather([1, 2, 3], staged)
+    split = (2, 2, 16, 8, 2)  # the same blocks, kept as two kernel blocks each
+    other, _ = paged("LBNHC", torch.bfloat16, split, seed=2)
+    group_of(other, split).scatter([4, 5, 6], staged)
+    back = group_of(other, split).staging(3)
+    group_of(other, split).gather([4, 5, 6], back)
+    assert np.array_equal(as_bytes(back), truth[1:4])
+
+
+def test_no_blocks_and_a_block_twice() -> None:
+    layers, truth = paged("LBHNC", torch.float16, SHAPES[0])
+    group = group_of(layers, SHAPES[0])
+    before = content_of(layers)
+    group.gather([], group.staging(0))
+    group.scatter([], group.staging(0))
+    assert group.rows(group.staging(0)) == []
+    twice = group.staging(2)
+    group.gather([3, 3], twice)
+    assert np.array_equal(as_bytes(twice), truth[[3, 3]])
+    assert all(np.array_equal(a, b) for a, b in zip(before, content_of(layers), strict=True))
+
+
+def test_caches_of_an_engine_in_inference_mode_are_written_from_any_thread() -> None:
+    with torch.inference_mode():
+        layers = [torch.zeros(BLOCKS, 2, 8, 4, dtype=torch.bfloat16) for _ in range(2)]
+    for on_host in (True, False):
+        group = PagedGroup(layers, num_blocks=BLOCKS, block_tokens=8)
+        group._on_host = on_host
+        staged = group.staging(1).fill_(2 + on_host)
+        group.scatter([2], staged)
+        assert float(layers[1][2].float().min()) == 2 + on_host
+
+
+@pytest.mark.parametrize(
+    ("ids", "why"),
+    [
+        ([0], "null block"),
+        ([1, 0], "null block"),
+        ([-1], "block id -1 is none of 7"),
+        ([7], "block id 7 is none of 7"),
+        ([1, 2**63 - 1], "none of 7"),
+        ([2**64 - 1], "none of 7"),
+        ([1.0], "flat list of integers"),
+        ([True], "flat list of integers"),
+        ([[1], [2]], "flat list of integers"),
+    ],
+)
+def test_bad_block_ids_touch_nothing(ids: list[Any], why: str) -> None:
+    layers, _ = paged("LBHNC", torch.float16, SHAPES[0])
+    group = group_of(layers, SHAPES[0])
+    before = content_of(layers)
+    staged = group.staging(len(ids))
+    staged.view(torch.uint8).fill_(POISON)
+    with pytest.raises(ValueError, match=why):
+        group.gather(ids, staged)
+    assert torch.all(staged.view(torch.uint8) == POISON)
+    with pytest.raises(ValueError, match=why):
+        group.scatter(ids, staged)
+    assert all(np.array_equal(a, b) for a, b in zip(before, content_of(layers), strict=True))
+
+
+def test_a_block_is_not_written_twice() -> None:
+    layers, _ = paged("LBHNC", torch.float16, SHAPES[0])
+    group = group_of(layers, SHAPES[0])
+    before = content_of(layers)
+    with pytest.raises(ValueError, match="comes twice"):
+        group.scatter([2, 3, 2], group.staging(3))
+    assert all(np.array_equal(a, b) for a, b in zip(before, content_of(layers), strict=True))
+
+
+def test_staged_memory_of_another_form_is_refused() -> None:
+    layers, _ = paged("LBHNC", torch.float16, SHAPES[0])
+    group = group_of(layers, SHAPES[0])
+    good = group.staging(2)
+    for bad, why in [
+        (group.staging(3), "got torch.float16"),
+        (good.to(torch.bfloat16), "got torch.bfloat16"),
+        (good.view(2, -1), "make it with staging"),
+        (torch.empty_like(good, device="meta"), "on meta"),
+        (good.transpose(3, 4).contiguous().transpose(3, 4), "not contiguous"),
+    ]:
+        with pytest.raises(ValueError, match=why):
+            group.gather([1, 2], bad)
+        with pytest.raises(ValueError, match=why):
+            group.scatter([1, 2], bad)
+
+
+def plain(*shape: int, dtype: Any = torch.float16) -> Any:
+    return torch.zeros(shape, dtype=dtype)
+
+
+SHARED = plain(7, 2, 8, 4)
+
+
+@pytest.mark.parametrize(
+    ("layers", "why"),
+    [
+        ([], "no layers"),
+        ([(plain(7, 2, 8, 4), plain(7, 2, 8, 4))], r"layer 0 is a tuple.*Mamba"),
+        ([[plain(7, 2, 8, 4)]], r"layer 0 is a list"),
+        ([plain(7, 2, 8, 4), plain(7, 2, 8, 5)], "one PagedGroup for each form"),
+        ([plain(7, 2, 8, 4), plain(7, 2, 8, 4, dtype=torch.bfloat16)], "one PagedGroup for each form"),
+        ([plain(2, 7, 2, 8, 4)], "logical view"),
+        ([plain(7, 8)], "logical view"),
+        ([torch.empty(7, 2, 8, 4, device="meta")], "no plain memory"),
+        ([torch.zeros(7, 2, 8, 4).to_sparse()], "no plain memory"),
+        ([plain(1, 2, 8, 4).expand(7, 2, 8, 4)], "share memory"),
+        ([plain(7 * 64).as_strided((7, 2, 8, 4), (32, 32, 4, 1))], "share memory"),
+        ([SHARED, SHARED], "layers that share KV"),
+        ([plain(8, 2, 8, 4)], "does not hold 7 blocks of 8 tokens"),
+        ([plain(7, 2, 16, 4)], "does not hold 7 blocks of 8 tokens"),
+        ([plain(7, 0, 8, 4)], "does not hold 7 blocks"),
+        ([plain(7, 2, 8, 4, dtype=torch.complex128)], "16 bytes"),
+    ],
+)
+def test_caches_without_blocks_are_refused(layers: Any, why: str) -> None:
+    with pytest.raises(ValueError, match=why):
+        PagedGroup(layers, num_blocks=7, block_tokens=8)
+
+
+@pytest.mark.parametrize("name", DTYPES)
+def test_rows_travel_through_a_server(name: str) -> None:
+    dtype = getattr(torch, name)
+    layers, truth = paged("LBNHC", dtype, SHAPES[3])
+    group = group_of(layers, SHAPES[3])
+    staged, back = group.staging(3), group.staging(3)
+    group.gather([1, 3, 5], staged)
+    rows = group.rows(staged)
+    assert [(host.dtype, host.shape, host.data.nbytes) for host in map(host_tensor, rows)] == [
+        (group.spec().dtype, group.spec().shape, group.spec().nbytes)
+    ] * 3
+    assert group.spec().dtype == ("uint8" if name == "float8_e4m3fnuz" else name)
+    keys = mmcache.Namespace(kind="kv", model="m", dtype=name, layout="x", block_size=6).block_keys(range(18))
+    with ServerProcess("16MiB") as server, mmcache.connect(server.url) as cache:
+        assert [result.outcome for result in cache.put(keys, rows)] == ["stored"] * 3
+        assert all(cache.get_into(keys, group.rows(back)))
+    assert np.array_equal(as_bytes(back), truth[[1, 3, 5]])
