@@ -71,15 +71,8 @@ class PagedGroup:
             return BlockSpec(self.shape, name, nbytes)
         return BlockSpec((layers, heads, tokens, content * itemsize), "uint8", nbytes)
 
-    def staging(self, count: int) -> torch.Tensor:
-        """Host memory for `count` blocks, `[count, layers, heads, tokens, content]`; pinned if the KV is on a device.
-
-        Its contents are undefined until `gather` or a read has filled them.
-        """
-        return torch.empty((count, *self.shape), dtype=self.dtype, pin_memory=self.device.type == "cuda")
-
     def gather(self, block_ids: Sequence[int] | NDArray[Any], out: torch.Tensor) -> None:
-        """Copy blocks into `out`, of the shape and dtype of `staging(len(block_ids))`; a block may come twice.
+        """Copy blocks into `out`: contiguous host memory `[len(block_ids), *shape]` of `dtype`. A block may come twice.
 
         Raises ValueError before anything is written: for block 0 (the engine's null block), an id outside
         1 .. num_blocks - 1, and an `out` of another form.
@@ -90,12 +83,11 @@ class PagedGroup:
         staged = out.detach().view(self._word)
         target = staged if self._on_host else torch.empty_like(staged, device=self.device)
         index = torch.from_numpy(ids).to(self.device)
-        with torch.inference_mode():
-            places = target.view(len(ids), *self._split)
-            for layer, view in enumerate(self._views):
-                torch.index_select(view, 0, index, out=places[:, layer])
-            if target is not staged:
-                staged.copy_(target)
+        places = target.view(len(ids), *self._split)
+        for layer, view in enumerate(self._views):
+            torch.index_select(view, 0, index, out=places[:, layer])
+        if target is not staged:
+            staged.copy_(target)
 
     def scatter(self, block_ids: Sequence[int] | NDArray[Any], staged: torch.Tensor) -> None:
         """Copy `staged`, as `gather` filled it, into the blocks; no other block changes.
@@ -111,19 +103,17 @@ class PagedGroup:
             return
         words = staged.detach().view(self._word)
         if self._on_host:
-            rows = self._rows[0]
-            source = words.numpy().reshape(-1).view(rows.dtype).reshape(len(ids), len(self._rows), *rows.shape[1:])
+            source = words.numpy().reshape(-1)
             for layer, rows in enumerate(self._rows):
-                rows[ids] = source[:, layer]
+                rows[ids] = source.view(rows.dtype).reshape(len(ids), len(self._rows), *rows.shape[1:])[:, layer]
             return
         index = torch.from_numpy(ids).to(self.device)
-        with torch.inference_mode():
-            places = words.to(self.device).view(len(ids), *self._split)
-            for layer, view in enumerate(self._views):
-                view.index_copy_(0, index, places[:, layer])
+        places = words.to(self.device).view(len(ids), *self._split)
+        for layer, view in enumerate(self._views):
+            view.index_copy_(0, index, places[:, layer])
 
     def rows(self, staged: torch.Tensor) -> list[Labelled]:
-        """The blocks of a staging tensor, each a value for `Client.put` and a destination for `Client.get_into`.
+        """The blocks of `staged`, each a value for `Client.put` and a destination for `Client.get_into`.
 
         They are views: what is read into them is in `staged`. Half a microsecond a block, and a third of what the
         client pays for a torch tensor.
@@ -150,10 +140,10 @@ class PagedGroup:
         if staged.device.type != "cpu" or staged.dtype != self.dtype or tuple(staged.shape) != wanted:
             found = f"{staged.dtype}{list(staged.shape)} on {staged.device}"
             raise TensorError(
-                f"expected {self.dtype}{list(wanted)} in host memory, got {found}; make it with staging()"
+                f"staged blocks must be {self.dtype}{list(wanted)} in host memory, not {found}; allocate that"
             )
         if not staged.is_contiguous():
-            raise TensorError("the staged blocks are not contiguous; make them with staging()")
+            raise TensorError("the staged blocks are not contiguous; pass the leading blocks of one allocation")
 
 
 def _check_layers(layers: Sequence[Any], num_blocks: int, block_tokens: int) -> None:

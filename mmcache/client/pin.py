@@ -31,7 +31,9 @@ class Pinned:
         return self._release(lease_ids) if lease_ids and self._release else True
 
 
-def pin_prefix(link: Link, digests: Sequence[bytes], deadline: float, release: Callable[[Sequence[int]], bool]) -> Pinned:
+def pin_prefix(
+    link: Link, digests: Sequence[bytes], deadline: float, release: Callable[[Sequence[int]], bool]
+) -> Pinned:
     """Pin leading stored entries over `link`; where no more may be pinned, only count. A broken link raises."""
     limits = link.joined.limits
     lease_ids: list[int] = []

@@ -22,7 +22,9 @@ NBYTES = 60_000
 def cache(request: pytest.FixtureRequest) -> Iterator[Client]:
     with (
         ServerProcess("4MiB", environment={"MMCACHE_LEASE_S": "3", "MMCACHE_MAX_BATCH_KEYS": "16"}) as server,
-        mmcache.connect(f"{server.url}?transport={'shm' if request.param == 'unix' else 'tcp'}&deadline_s=0.7") as cache,
+        mmcache.connect(
+            f"{server.url}?transport={'shm' if request.param == 'unix' else 'tcp'}&deadline_s=0.7"
+        ) as cache,
     ):
         yield cache
 

@@ -59,6 +59,10 @@ def group_of(layers: list[Any], shape: tuple[int, int, int, int, int]) -> PagedG
     return PagedGroup(layers, num_blocks=BLOCKS, block_tokens=shape[2])
 
 
+def staging(group: PagedGroup, count: int) -> Any:
+    return torch.empty((count, *group.shape), dtype=group.dtype)
+
+
 def as_bytes(tensor: Any) -> Any:
     """A copy of the tensor's bytes, uint8 `[..., content * itemsize]`."""
     return torch.empty(tensor.shape, dtype=tensor.dtype).copy_(tensor).view(torch.uint8).numpy()
@@ -80,7 +84,7 @@ def test_blocks_come_out_and_go_in_exactly(
     group = group_of(layers, shape)
     group._on_host = on_host  # the way of a device, which copies through memory of its own, on this one
     ids = [5, 1, 6, 2]
-    staged = group.staging(len(ids))
+    staged = staging(group, len(ids))
     staged.view(torch.uint8).fill_(POISON)
     group.gather(ids, staged)
     assert np.array_equal(as_bytes(staged), truth[ids])
@@ -92,7 +96,7 @@ def test_blocks_come_out_and_go_in_exactly(
     expected = before.copy()
     expected[ids] = truth[ids]
     assert group.spec().nbytes == truth[0].nbytes
-    again = group.staging(BLOCKS - 1)
+    again = staging(group, BLOCKS - 1)
     group.gather(np.arange(1, BLOCKS), again)
     assert np.array_equal(as_bytes(again), expected[1:])
     null = slice(other[0].shape[0] // BLOCKS)  # block 0, which gather does not show
@@ -104,7 +108,7 @@ def test_memory_between_padded_blocks_is_left_alone() -> None:
     memory = torch.full((BLOCKS, 3, 2, 8, 6), 7, dtype=torch.int16)
     layers = [memory[:, layer, :, :, :5] for layer in (0, 2)]  # another layer between, a gap after each row
     group = PagedGroup(layers, num_blocks=BLOCKS, block_tokens=8)
-    staged = group.staging(2).fill_(9)
+    staged = staging(group, 2).fill_(9)
     group.scatter([3, 4], staged)
     assert torch.all(memory[3:5, [0, 2], :, :, :5] == 9)
     memory[3:5, [0, 2], :, :, :5] = 7
@@ -114,38 +118,63 @@ def test_memory_between_padded_blocks_is_left_alone() -> None:
 def test_blocks_of_one_order_are_read_by_an_engine_of_another() -> None:
     shape = (2, 2, 16, 8, 1)
     layers, truth = paged("BHLNC", torch.bfloat16, shape)
-    staged = group_of(layers, shape).staging(3)
+    staged = staging(group_of(layers, shape), 3)
     group_of(layers, shape).gather([1, 2, 3], staged)
     split = (2, 2, 16, 8, 2)  # the same blocks, kept as two kernel blocks each
     other, _ = paged("LBNHC", torch.bfloat16, split, seed=2)
     group_of(other, split).scatter([4, 5, 6], staged)
-    back = group_of(other, split).staging(3)
+    back = staging(group_of(other, split), 3)
     group_of(other, split).gather([4, 5, 6], back)
     assert np.array_equal(as_bytes(back), truth[1:4])
+
+
+@pytest.mark.parametrize("on_host", [True, False])
+def test_layers_may_lie_in_memory_each_in_its_own_way(on_host: bool) -> None:
+    shape = (1, 2, 16, 8, 1)
+    made = [paged(order, torch.float16, shape, seed) for seed, order in enumerate(ORDERS)]
+    group = group_of([layers[0] for layers, _ in made], shape)
+    group._on_host = on_host
+    staged = staging(group, 2)
+    group.gather([6, 2], staged)
+    assert np.array_equal(as_bytes(staged), np.concatenate([truth[[6, 2]] for _, truth in made], axis=1))
+    group.scatter([1, 6], staged)
+    back = staging(group, 3)
+    group.gather([1, 6, 2], back)
+    assert np.array_equal(as_bytes(back[:2]), as_bytes(staged))
+    assert np.array_equal(as_bytes(back[2]), as_bytes(staged[1]))
 
 
 def test_no_blocks_and_a_block_twice() -> None:
     layers, truth = paged("LBHNC", torch.float16, SHAPES[0])
     group = group_of(layers, SHAPES[0])
     before = content_of(layers)
-    group.gather([], group.staging(0))
-    group.scatter([], group.staging(0))
-    assert group.rows(group.staging(0)) == []
-    twice = group.staging(2)
+    group.gather([], staging(group, 0))
+    group.scatter([], staging(group, 0))
+    assert group.rows(staging(group, 0)) == []
+    twice = staging(group, 2)
     group.gather([3, 3], twice)
     assert np.array_equal(as_bytes(twice), truth[[3, 3]])
     assert all(np.array_equal(a, b) for a, b in zip(before, content_of(layers), strict=True))
 
 
-def test_caches_of_an_engine_in_inference_mode_are_written_from_any_thread() -> None:
-    with torch.inference_mode():
+@pytest.mark.parametrize("on_host", [True, False])
+@pytest.mark.parametrize("caches", [torch.inference_mode, torch.enable_grad])
+@pytest.mark.parametrize("buffers", [torch.inference_mode, torch.enable_grad])
+@pytest.mark.parametrize("caller", [torch.inference_mode, torch.enable_grad])
+def test_tensors_of_inference_mode_are_copied_in_and_out_of_it(
+    on_host: bool, caches: Any, buffers: Any, caller: Any
+) -> None:
+    with caches():
         layers = [torch.zeros(BLOCKS, 2, 8, 4, dtype=torch.bfloat16) for _ in range(2)]
-    for on_host in (True, False):
-        group = PagedGroup(layers, num_blocks=BLOCKS, block_tokens=8)
-        group._on_host = on_host
-        staged = group.staging(1).fill_(2 + on_host)
+    group = PagedGroup(layers, num_blocks=BLOCKS, block_tokens=8)
+    group._on_host = on_host
+    with buffers():
+        staged, back = staging(group, 1).fill_(3), staging(group, 1)
+    with caller():
         group.scatter([2], staged)
-        assert float(layers[1][2].float().min()) == 2 + on_host
+        group.gather([2], back)
+    assert torch.equal(back, staged)
+    assert float(layers[1][2].float().min()) == 3
 
 
 @pytest.mark.parametrize(
@@ -166,7 +195,7 @@ def test_bad_block_ids_touch_nothing(ids: list[Any], why: str) -> None:
     layers, _ = paged("LBHNC", torch.float16, SHAPES[0])
     group = group_of(layers, SHAPES[0])
     before = content_of(layers)
-    staged = group.staging(len(ids))
+    staged = staging(group, len(ids))
     staged.view(torch.uint8).fill_(POISON)
     with pytest.raises(ValueError, match=why):
         group.gather(ids, staged)
@@ -181,18 +210,18 @@ def test_a_block_is_not_written_twice() -> None:
     group = group_of(layers, SHAPES[0])
     before = content_of(layers)
     with pytest.raises(ValueError, match="comes twice"):
-        group.scatter([2, 3, 2], group.staging(3))
+        group.scatter([2, 3, 2], staging(group, 3))
     assert all(np.array_equal(a, b) for a, b in zip(before, content_of(layers), strict=True))
 
 
 def test_staged_memory_of_another_form_is_refused() -> None:
     layers, _ = paged("LBHNC", torch.float16, SHAPES[0])
     group = group_of(layers, SHAPES[0])
-    good = group.staging(2)
+    good = staging(group, 2)
     for bad, why in [
-        (group.staging(3), "got torch.float16"),
-        (good.to(torch.bfloat16), "got torch.bfloat16"),
-        (good.view(2, -1), "make it with staging"),
+        (staging(group, 3), "not torch.float16"),
+        (good.to(torch.bfloat16), "not torch.bfloat16"),
+        (good.view(2, -1), "allocate that"),
         (torch.empty_like(good, device="meta"), "on meta"),
         (good.transpose(3, 4).contiguous().transpose(3, 4), "not contiguous"),
     ]:
@@ -240,7 +269,7 @@ def test_rows_travel_through_a_server(name: str) -> None:
     dtype = getattr(torch, name)
     layers, truth = paged("LBNHC", dtype, SHAPES[3])
     group = group_of(layers, SHAPES[3])
-    staged, back = group.staging(3), group.staging(3)
+    staged, back = staging(group, 3), staging(group, 3)
     group.gather([1, 3, 5], staged)
     rows = group.rows(staged)
     assert [(host.dtype, host.shape, host.data.nbytes) for host in map(host_tensor, rows)] == [

@@ -10,6 +10,7 @@ import logging
 import threading
 import time
 from collections import UserDict
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -109,7 +110,7 @@ def test_the_digest_is_made_of_the_functions_in_the_key_specification() -> None:
 
 
 BASE = torch.arange(12, dtype=torch.float32).view(3, 4)
-OTHERS = {
+OTHERS: dict[str, Callable[[], Any]] = {
     "one element": lambda: fields(x=BASE + torch.eye(3, 4)),
     "negative zero": lambda: fields(x=torch.where(BASE == 0, -0.0, BASE)),
     "shape": lambda: fields(x=BASE.view(4, 3)),
@@ -182,6 +183,11 @@ def test_the_limit_is_where_the_first_unknown_item_begins() -> None:
     assert (limit, [(span.offset, span.length) for span in spans]) == (20, [(2, 3)])
 
 
+def test_an_item_at_no_position_ends_what_may_be_cached() -> None:
+    engine = ItemIdentities(trust_uuids=False)
+    assert engine.spans([feature(picture(), "a", 8, 0), feature(picture(), "b", 8, 4)]) == ([], 8)
+
+
 def test_a_place_in_shared_memory_is_not_a_picture() -> None:
     handle = fields(address=4096, monotonic_id=1, signature=[1, 2, 3])
     engine = ItemIdentities(trust_uuids=False)
@@ -203,6 +209,14 @@ def test_features_without_canonical_form_are_not_cached_and_said_once(
     assert [record.getMessage()[:40] for record in caplog.records] == ["image items like this one are not cached"]
 
 
+def test_the_log_is_not_for_clients_to_fill(caplog: pytest.LogCaptureFixture) -> None:
+    engine = ItemIdentities(trust_uuids=False)
+    with caplog.at_level(logging.WARNING, "mmcache.vllm"):
+        for place in range(2 * items.MAX_WARNINGS):
+            engine.spans([feature(fields(**{f"field{place}": object()}))])
+    assert len(caplog.records) == items.MAX_WARNINGS
+
+
 def test_an_identifier_of_two_pictures_is_never_trusted_again(caplog: pytest.LogCaptureFixture) -> None:
     engine = ItemIdentities(trust_uuids=False)
     first, second = picture(0.1), picture(0.2)
@@ -222,11 +236,18 @@ def test_two_pictures_under_one_identifier_in_one_request() -> None:
     assert engine.spans(both) == ([], 0)  # as asked again before saving
 
 
-def test_a_request_nobody_looked_at_costs_its_identifiers_their_trust() -> None:
+def test_a_request_that_runs_unidentified_costs_its_identifiers_their_trust() -> None:
     engine = ItemIdentities(trust_uuids=False)
-    engine.spans([feature(picture(), "a")])
-    engine.distrust([feature(None, "a"), feature(picture(), "b")])
-    assert engine.spans([feature(picture(), "a")]) == engine.spans([feature(picture(), "b")]) == ([], 4)
+    seen = picture()
+    expected = engine.spans([feature(seen, "a")])
+    engine.distrust([feature(seen, "a"), feature(None, "a")])  # identified; the engine has what it had before
+    assert engine.spans([feature(None, "a")]) == expected
+    engine.distrust([feature(picture(), "a"), feature(picture(), "b"), feature(None, "c")])
+    for name in "abc":
+        assert engine.spans([feature(picture(), name)]) == ([], 4)
+    believing = ItemIdentities(trust_uuids=True)
+    believing.distrust([feature(None, "a")])
+    assert believing.spans([feature(None, "a")])[1] is None
 
 
 def test_the_memory_of_identifiers_is_bounded_by_recency(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -259,8 +280,9 @@ def test_uuids_are_believed_on_request_only() -> None:
 def test_a_video_and_its_sound_at_the_same_positions_are_one_span() -> None:
     mask = torch.tensor([True, False, True, False, False, True])
 
-    def spans(sound: float, order: int = 1) -> Any:
-        pair = [feature(picture(), "v", kind="video", mask=mask), feature(fields(x=BASE * sound), "s", mask=~mask)]
+    def spans(sound: float, order: int = 1, lead: int = 0) -> Any:
+        video = feature(picture(), "v", kind="video", mask=mask)
+        pair = [video, feature(fields(x=BASE * sound), "s", 4 + lead, 6 - lead, mask=~mask)]
         return ItemIdentities(trust_uuids=False).spans([*pair[::order], feature(picture(), "z", 10, 2)])
 
     (both, last), limit = spans(1)
@@ -269,6 +291,7 @@ def test_a_video_and_its_sound_at_the_same_positions_are_one_span() -> None:
     assert spans(1, -1)[0] == [both, last]
     assert spans(2)[0][0] != both
     assert spans(2)[0][1] == last
+    assert spans(1, lead=1)[0][0].item != both.item  # the sound one position later, the whole as long as before
     engine = ItemIdentities(trust_uuids=False)
     inside = [feature(picture(), "v", 4, 6), feature(None, "s", 8, 6)]
     assert engine.spans(inside) == ([], 4)  # blocks before the unknown sound also hold the video
@@ -276,10 +299,14 @@ def test_a_video_and_its_sound_at_the_same_positions_are_one_span() -> None:
 
 # ------------------------------------------------------------------------------------------ cost
 def test_an_object_is_hashed_once_and_not_kept_alive(monkeypatch: pytest.MonkeyPatch) -> None:
-    hashed = []
-    monkeypatch.setattr(
-        items, "_described", lambda value, path, real=items._described: hashed.append(path) or real(value, path)
-    )
+    hashed: list[str] = []
+    described = items._described
+
+    def counted(value: Any, path: str) -> list[Any]:
+        hashed.append(path)
+        return described(value, path)
+
+    monkeypatch.setattr(items, "_described", counted)
     engine = ItemIdentities(trust_uuids=False)
     data = picture()
     first = engine.spans([feature(data)])

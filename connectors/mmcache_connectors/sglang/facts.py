@@ -7,6 +7,7 @@ work, what is reported: nothing a page's bytes depend on. A page's place and par
 
 from __future__ import annotations
 
+import importlib
 import os
 from collections.abc import Iterable, Mapping
 from typing import Any, Final
@@ -105,7 +106,7 @@ def _field_names(value: Any) -> tuple[str, ...]:
 
 
 def check_adapters(paths: Iterable[str | None]) -> None:
-    """Raises ConfigError for an adapter known by name alone: SGLang seeds its pages with name and path, not contents."""
+    """Raises ConfigError for an adapter known by name: SGLang seeds its pages with name and path, not with contents."""
     for path in paths:
         if path is not None and not os.path.isdir(path):
             raise ConfigError(
@@ -123,9 +124,9 @@ def model_identity(path: str, revision: str | None, given: str) -> str:
         return given
     if os.path.isdir(path):
         return directory_digest(path)
-    from huggingface_hub import try_to_load_from_cache  # what SGLang itself downloads with
-
-    file = try_to_load_from_cache(path, "config.json", revision=revision)
+    # What SGLang itself downloads with; not imported by name, as mmcache does not depend on it.
+    hub = importlib.import_module("huggingface_hub")
+    file = hub.try_to_load_from_cache(path, "config.json", revision=revision)
     if isinstance(file, str):
         return f"{path}@{os.path.basename(os.path.dirname(file))}"
     raise ConfigError(

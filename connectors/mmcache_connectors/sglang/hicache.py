@@ -1,7 +1,7 @@
 """`MMCacheHiCacheStorage`: SGLang's HiCache keeps its pages in mmcache. Loaded by SGLang's "dynamic" storage backend.
 
 SGLang calls from two background threads, at most 128 pages at a time, and takes False, None or 0 for pages it has to
-compute. Once made, no method raises, or takes longer than the deadline. Source: SGLang 0.5.23, mem_cache.hicache_storage.
+compute. Once made, no method raises, or takes longer than the deadline. Interface as of SGLang 0.5.23.
 """
 
 from __future__ import annotations
@@ -195,7 +195,8 @@ class MMCacheHiCacheStorage(HiCacheStorage):  # type: ignore[misc]
 
 def _bytes_at(pointer: int, nbytes: int) -> Any:
     """A writable view of this process's memory; valid as long as the pool, which outlives the backend."""
-    return np.frombuffer((ctypes.c_uint8 * nbytes).from_address(pointer), np.uint8)
+    memory: Any = (ctypes.c_uint8 * nbytes).from_address(pointer)
+    return np.frombuffer(memory, np.uint8)
 
 
 def _check_pool(pool: Any) -> None:

@@ -1,6 +1,6 @@
 """What is changed inside SGLang's scheduler process: how media are identified, and that replaced weights are noticed.
 
-Two classes get wrapped methods when the backend is made; no file of SGLang is touched. Method names as of SGLang 0.5.23.
+Two classes get wrapped methods when the backend is made; no file of SGLang is touched. Names as of SGLang 0.5.23.
 """
 
 from __future__ import annotations

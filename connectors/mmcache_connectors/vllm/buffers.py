@@ -14,7 +14,7 @@ class BufferPool:
 
     def __init__(self, nbytes: int, count: int, pinned: bool) -> None:
         self.nbytes = nbytes
-        self._pinned = pinned
+        self._count, self._pinned = count, pinned
         self._free: queue.LifoQueue[torch.Tensor | None] = queue.LifoQueue()  # None: one that is not allocated yet
         for _ in range(count):
             self._free.put(None)
@@ -36,6 +36,10 @@ class BufferPool:
     def give_back(self, buffer: torch.Tensor) -> None:
         """The buffer may be used again."""
         self._free.put(buffer)
+
+    def free_share(self) -> float:
+        """The share of buffers that nobody uses, about now."""
+        return self._free.qsize() / self._count
 
     @contextmanager
     def borrow(self, wait_s: float) -> Iterator[torch.Tensor | None]:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import logging
 import os
 import platform
+import re
 import secrets
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, Final
@@ -19,12 +20,14 @@ from mmcache_connectors.vllm.fields import ENVIRONMENT, Table, canonical_text, c
 log = logging.getLogger("mmcache.vllm")
 
 _PREFIX: Final = "VLLM_"
+# The addresses of a service that happens to be called vllm-something. Source: Kubernetes, "Environment variables".
+_SERVICE: Final = re.compile(r"VLLM\w*_(SERVICE_(HOST|PORT\w*)|PORT(_\d+_(TCP|UDP|SCTP)(_\w+)?)?)")
 
 
 def config_facts(vllm_config: Any, environment: Mapping[str, str] = os.environ) -> dict[str, str]:
     """Every IN field of the engine's configuration and every VLLM_ variable set, as "place.field" -> text.
 
-    The same in every start of the same engine, whatever process, hash seed or host name; about 200 facts. Fields the
+    The same in every start of the same engine, whatever process, hash seed or host name; about 140 facts. Fields the
     table does not list are in, with one warning that names them. A value without a canonical form (a lambda, a local
     path) becomes a random text, other at every call, with one warning: such an engine shares nothing with others, so
     call this in one process of it and tell the others. Raises nothing for any value.
@@ -62,7 +65,8 @@ def _environment_facts(
     environment: Mapping[str, str], table: Table, unknown: Callable[[str, str], str]
 ) -> dict[str, str]:
     out = table[ENVIRONMENT]
-    names = sorted(name for name in environment if name.startswith(_PREFIX) and name not in out)
+    names = [name for name in sorted(environment) if name.startswith(_PREFIX) and name not in out]
+    names = [name for name in names if not _SERVICE.fullmatch(name)]
     return {f"{ENVIRONMENT}.{name}": text_or(unknown, environment[name], f"{ENVIRONMENT}.{name}") for name in names}
 
 

@@ -46,16 +46,6 @@ def read_table() -> dict[str, dict[str, str]]:
     return table
 
 
-def compare(table: Table, classes: Mapping[str, type]) -> list[str]:
-    """What is wrong with the table for these data classes: fields and classes not listed, and listed but not there."""
-    listed = {f"{name}.{field}" for name, fields in table.items() if name != ENVIRONMENT for field in fields}
-    there = {f"{name}.{field.name}" for name, cls in classes.items() for field in dataclasses.fields(cls)}
-    return sorted(
-        [f"{name} is not listed" for name in there - listed]
-        + [f"{name} is listed but does not exist" for name in listed - there]
-    )
-
-
 def config_texts(
     config: object, table: Table, *, unlisted: Callable[[str], None], unknown: Callable[[str, str], str]
 ) -> dict[str, str]:

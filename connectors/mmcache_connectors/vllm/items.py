@@ -38,8 +38,8 @@ class ItemIdentities:
     Features are vLLM's MultiModalFeatureSpec: `identifier`, `modality`, `mm_position` (`offset`, `length`, `is_embed`)
     and `data` (field name -> element with `data`), or None where an engine process was not sent them again.
 
-    Every request of the engine with media must come through `spans`, or else `distrust`, before it runs, cached or not:
-    whatever it leaves in vLLM's encoder and prefix caches answers later requests that use the same identifiers.
+    Every request of the engine with media must be given to `distrust` before it runs, cached or not: whatever it leaves
+    in vLLM's encoder and prefix caches answers later requests that use the same identifiers.
     """
 
     def __init__(self, *, trust_uuids: bool) -> None:
@@ -74,10 +74,19 @@ class ItemIdentities:
         return _joined(places)
 
     def distrust(self, features: Sequence[Any]) -> None:
-        """Take these items' identifiers for unknown from now on: a request runs that was not asked `spans` for."""
-        with self._lock:
-            for feature in features:
-                self._set(feature.identifier, _UNTRUSTED)
+        """A request is about to run: what `spans` has not identified in it makes its identifier unknown from now on.
+
+        Nothing is hashed, and nothing happens to items that were identified: microseconds.
+        """
+        if self._trust_uuids:
+            return
+        for feature in features:
+            here = _fields(feature.data) is not None
+            digest = self._hashed(feature.data)
+            with self._lock:
+                known = self._known.get(feature.identifier)
+                if known is None or (here and digest != known):
+                    self._set(feature.identifier, _UNTRUSTED)
 
     def _content(self, feature: Any) -> bytes | None:
         """32 bytes for what the feature is, apart from where it stands; None if that is unknown."""
@@ -107,18 +116,18 @@ class ItemIdentities:
 
     def _features_digest(self, data: Any) -> bytes | None:
         """32 bytes over every field of the processed features, once for each object; None if they are not here."""
-        if not data:
-            return None
-        memo = self._digests.get(id(data))
-        if memo is not None and memo[0]() is data:
-            return memo[1]
-        fields = {name: element.data for name, element in data.items()}
-        if fields.keys() >= _SHM_FIELDS or any(value is None for value in fields.values()):
-            return None
+        digest = self._hashed(data)
+        fields = _fields(data)
+        if digest is not None or fields is None:
+            return digest
         structure = {name: _described(value, name) for name, value in fields.items()}
         digest = media_digest(canonical(structure, "features"), "vllm_features")
         self._remember(data, digest)
         return digest
+
+    def _hashed(self, data: Any) -> bytes | None:
+        memo = self._digests.get(id(data))
+        return memo[1] if memo is not None and memo[0]() is data else None
 
     def _remember(self, data: Any, digest: bytes) -> None:
         place, digests = id(data), self._digests
@@ -160,6 +169,13 @@ def embed_spans(
             spans.append(PlaceholderSpan(begin, stop - begin, item_digest(content)))
             begin = stop
     return spans
+
+
+def _fields(data: Any) -> dict[str, Any] | None:
+    """The processed features by name; None if they are not here: left out, or put into shared memory by address."""
+    fields = {name: element.data for name, element in data.items()} if data is not None else {}
+    missing = not fields or fields.keys() >= _SHM_FIELDS or any(value is None for value in fields.values())
+    return None if missing else fields
 
 
 def _described(value: Any, path: str) -> list[Any]:

@@ -213,7 +213,7 @@ class SchedulerSide:
                 tracked.off, tracked.saved = True, 0
                 self.counters["loads_failed"] += 1
             elif invalid:  # shares blocks that another request was loading
-                ids = block_ids_of(request_id)[0]
+                ids = next(iter(block_ids_of(request_id)), ())
                 bad = next((row for row, block_id in enumerate(ids) if block_id in invalid), len(ids))
                 tracked.saved = min(tracked.saved, bad)
         for request_id in received:

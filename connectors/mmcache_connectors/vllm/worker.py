@@ -33,6 +33,7 @@ log = logging.getLogger("mmcache.vllm")
 LOAD_THREADS: Final = 2
 LOAD_BUFFER_NBYTES: Final = 32 << 20
 SAVE_BUFFER_NBYTES: Final = 4 << 20
+ROOM_AGAIN: Final = 0.5  # of the save buffers free
 LEAST_LOAD_RATE: Final = 200e6  # bytes a second: a cache slower than this is not waited for
 
 
@@ -162,25 +163,26 @@ class WorkerSide:
         if self._spoilt:
             self._count(saves_dropped=sum(len(blocks.keys) for job in jobs for blocks in job.blocks))
             return
-        for job in jobs:
-            for blocks in job.blocks:
-                if self._groups[blocks.group].stores:
-                    self._save_group(blocks)
+        per_group: dict[int, list[Blocks]] = {}
+        for blocks in (blocks for job in jobs for blocks in job.blocks):
+            if self._groups[blocks.group].stores:
+                per_group.setdefault(blocks.group, []).append(blocks)
+        for index, several in per_group.items():
+            keys = several[0].keys if len(several) == 1 else Keys.of([key for blocks in several for key in blocks.keys])
+            self._save_group(self._groups[index], keys, [one for blocks in several for one in blocks.block_ids])
 
-    def _save_group(self, blocks: Blocks) -> None:
-        group = self._groups[blocks.group]
-        spec = group.paged.spec()
-        size = max(1, self._save_buffers.nbytes // spec.nbytes)
-        for start in range(0, len(blocks.keys), size):
+    def _save_group(self, group: GroupMemory, keys: Keys, block_ids: Sequence[int]) -> None:
+        size = max(1, self._save_buffers.nbytes // group.paged.spec().nbytes)
+        for start in range(0, len(keys), size):
             buffer = self._save_buffers.take()
-            self._note_dropping(buffer is None)
+            self._note_room(buffer is not None)
             if buffer is None:
-                self._count(saves_dropped=len(blocks.keys) - start)
+                self._count(saves_dropped=len(keys) - start)
                 return
-            keys, ids = blocks.keys[start : start + size], blocks.block_ids[start : start + size]
+            ids = block_ids[start : start + size]
             staged = _as_blocks(buffer, len(ids), group.paged)
             group.paged.gather(ids, staged)
-            self._saver.submit(self._storing(group, keys, staged, buffer))
+            self._saver.submit(self._storing(group, keys[start : start + size], staged, buffer))
 
     def _storing(self, group: GroupMemory, keys: Any, staged: torch.Tensor, buffer: torch.Tensor) -> Callable[[], None]:
         def store() -> None:
@@ -195,16 +197,17 @@ class WorkerSide:
 
         return store
 
-    def _note_dropping(self, dropping: bool) -> None:
-        if dropping != self._dropping:
-            self._dropping = dropping
-            if dropping:
-                log.warning(
-                    "mmcache: %d MiB of blocks wait to be stored; further blocks are dropped until there is room "
-                    "(save_buffer_mib)", self._settings.save_buffer_mib,
-                )  # fmt: skip
-            else:
-                log.warning("mmcache: blocks are stored again")
+    def _note_room(self, found: bool) -> None:
+        """Say when blocks begin to be dropped, and when half of the room is free again: not each time in between."""
+        if not found and not self._dropping:
+            self._dropping = True
+            log.warning(
+                "mmcache: %d MiB of blocks wait to be stored; further blocks are dropped until there is room "
+                "(save_buffer_mib)", self._settings.save_buffer_mib,
+            )  # fmt: skip
+        elif found and self._dropping and self._save_buffers.free_share() >= ROOM_AGAIN:
+            self._dropping = False
+            log.warning("mmcache: blocks are stored again")
 
     # ------------------------------------------------------------------ the rest
     def flush(self, timeout_s: float) -> bool:
