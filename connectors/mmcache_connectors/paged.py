@@ -5,9 +5,9 @@ An engine keeps the KV of one block spread over its layers, in one of several ph
 connectors: it knows torch and mmcache, no engine. It is the plain reference: what replaces it for a device must give
 the same bytes.
 
-Measured on two cores, 24 layers of 2 heads x 32 tokens x 128 bfloat16, 128 blocks (50 MB), against numpy's memcpy of
-as many bytes, one thread or two: where heads, tokens and content lie in this order, gather .6 to 1.5 and scatter .8 to
-.95; where tokens come before heads (LBNHC, BLNHC: runs of 256 bytes), gather .5 to 1.2 and scatter .5.
+Measured on one core, 24 layers of 2 heads x 32 tokens x 128 bfloat16, 128 blocks (50 MB), against numpy's memcpy of as
+many bytes: where heads come before tokens, gather .6 and scatter .85; where tokens come before heads (LBNHC, BLNHC:
+runs of 256 bytes), .5 and .45.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ from mmcache.frame import DTYPES
 from mmcache.tensors import Labelled, as_dtype
 
 _WORDS: Final[dict[int, Any]] = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+_PIECE_NBYTES: Final = 256 << 10  # gathered from one layer at once: numpy's copy in between stays in the CPU's cache
 NULL_BLOCK: Final = 0  # engines point at it where a block is not kept: it holds nobody's tokens
 
 
@@ -80,14 +81,21 @@ class PagedGroup:
         ids = self._checked(block_ids, out)
         if not len(ids):
             return
-        staged = out.detach().view(self._word)
-        target = staged if self._on_host else torch.empty_like(staged, device=self.device)
+        words = out.detach().view(self._word)
+        if self._on_host:
+            places = self._by_layer(words)
+            step = max(1, _PIECE_NBYTES * len(places) // self.spec().nbytes)
+            for start in range(0, len(ids), step):
+                some = ids[start : start + step]
+                for rows, target in zip(self._rows, places, strict=True):
+                    target[start : start + step] = rows[some]
+            return
         index = torch.from_numpy(ids).to(self.device)
-        places = target.view(len(ids), *self._split)
+        gathered = torch.empty_like(words, device=self.device)
+        split = gathered.view(len(ids), *self._split)
         for layer, view in enumerate(self._views):
-            torch.index_select(view, 0, index, out=places[:, layer])
-        if target is not staged:
-            staged.copy_(target)
+            split[:, layer] = view.index_select(0, index)
+        words.copy_(gathered)
 
     def scatter(self, block_ids: Sequence[int] | NDArray[Any], staged: torch.Tensor) -> None:
         """Copy `staged`, as `gather` filled it, into the blocks; no other block changes.
@@ -103,14 +111,13 @@ class PagedGroup:
             return
         words = staged.detach().view(self._word)
         if self._on_host:
-            source = words.numpy().reshape(-1)
-            for layer, rows in enumerate(self._rows):
-                rows[ids] = source.view(rows.dtype).reshape(len(ids), len(self._rows), *rows.shape[1:])[:, layer]
+            for rows, source in zip(self._rows, self._by_layer(words), strict=True):
+                rows[ids] = source
             return
         index = torch.from_numpy(ids).to(self.device)
-        places = words.to(self.device).view(len(ids), *self._split)
+        split = words.to(self.device).view(len(ids), *self._split)
         for layer, view in enumerate(self._views):
-            view.index_copy_(0, index, places[:, layer])
+            view.index_copy_(0, index, split[:, layer])
 
     def rows(self, staged: torch.Tensor) -> list[Labelled]:
         """The blocks of `staged`, each a value for `Client.put` and a destination for `Client.get_into`.
@@ -122,6 +129,14 @@ class PagedGroup:
         shape, dtype, _ = self.spec()
         as_stored = staged.detach().view(self._word if dtype != "uint8" else torch.uint8)
         return [as_dtype(block, dtype) for block in as_stored.numpy().reshape(len(staged), *shape)]
+
+    def _by_layer(self, words: torch.Tensor) -> list[NDArray[Any]]:
+        """Views of staged blocks, for each layer of the form of its rows."""
+        flat, layers = words.numpy().reshape(-1), len(self._rows)
+        views = []
+        for layer, rows in enumerate(self._rows):
+            views.append(flat.view(rows.dtype).reshape(len(words), layers, *rows.shape[1:])[:, layer])
+        return views
 
     def _checked(self, block_ids: Sequence[int] | NDArray[Any], staged: torch.Tensor) -> NDArray[np.int64]:
         given = np.asarray(block_ids)
@@ -207,8 +222,9 @@ def _split_blocks(layer: torch.Tensor, ratio: int) -> torch.Tensor:
 def _as_rows(view: torch.Tensor) -> NDArray[Any]:
     """The view as numpy elements of the longest runs that lie together, both there and in a stored block.
 
-    `[blocks, ...]` without the dimensions that are inside a run. numpy moves such an element by one memcpy, torch's
-    index_copy_ element by element: 4 ms against 10 for 50 MB on one thread.
+    `[blocks, ...]` without the dimensions that are inside a run. numpy moves such an element by one memcpy, on this
+    thread. torch's index_copy_ moves numbers (10 ms against 4 for 50 MB), and on several threads both it and
+    index_select wait for OpenMP at every layer: 2 ms on free cores, 70 to 290 on cores an engine keeps busy.
     """
     run, kept = 1, view.dim()
     while kept > 1 and (view.shape[kept - 1] == 1 or view.stride(kept - 1) == run):

@@ -6,7 +6,7 @@ import os
 import random
 import signal
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
@@ -48,6 +48,14 @@ def run_one(engine: ToyEngine, name: str, tokens: list[int], **more: Any) -> Req
     for worker in engine.workers:
         assert worker.flush(10)
     return request
+
+
+def step_until(engine: ToyEngine, holds: Callable[[], bool], what: str) -> None:
+    def holds_after_a_step() -> bool:
+        engine.step()
+        return holds()
+
+    eventually(holds_after_a_step, what)
 
 
 CONFIGURATIONS = [
@@ -123,12 +131,10 @@ def test_a_block_of_another_form_is_never_used(
         assert chain is not None
         keys = chain.block_keys(tokens)
         part = engine.scheduler._parts.of_group[0][-1]
-        faults_done = overwrite(
-            cache, keys[5].digest if tp == 1 and len(groups) == 1 else keys.for_part(part)[5].digest
-        )
-    assert faults_done
+        assert overwrite(cache, keys.for_part(part)[5])
     run_one(engine, "hit a bad block", tokens)
-    assert sum(worker.snapshot().get("verify_failures", 0) for worker in engine.workers) == 1
+    seen = sum(worker.snapshot().get("verify_failures", 0) for worker in engine.workers)
+    assert 1 <= seen <= tp // groups[0].shards  # ranks that hold copies of the same heads read it, until one drops it
     assert engine.wrong == 0
     assert run_one(engine, "good again", tokens).external == 48
     assert engine.wrong == 0
@@ -174,9 +180,9 @@ def test_an_aborted_load_gives_its_blocks_back(server: ServerProcess) -> None:
     run_one(engine, "cold", tokens)
     free = len(engine.free[0])
     request = engine.add(Request("aborted", list(tokens)))
-    eventually(lambda: engine.step() or request.state == "loading", "it loads")
+    step_until(engine, lambda: request.state == "loading", "it loads")
     engine.end(request)
-    eventually(lambda: engine.step() or not engine.requests, "its load has ended")
+    step_until(engine, lambda: not engine.requests, "its load has ended")
     assert len(engine.free[0]) == free
     assert run_one(engine, "after", tokens).external == 48
     assert engine.wrong == 0
@@ -240,7 +246,7 @@ def test_hits_are_real(server: ServerProcess) -> None:
     engine = ToyEngine(server.url, ONE)
     tokens = prompt(1, 50)
     request = engine.add(Request("r", list(tokens), outputs=5))
-    eventually(lambda: engine.step() or request.state == "running", "it runs")
+    step_until(engine, lambda: request.state == "running", "it runs")
     engine.memory[0][0][request.blocks[0][2], 1, 1, 3] += 1
     engine.run(request)
     assert engine.wrong > 0

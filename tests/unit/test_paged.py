@@ -12,6 +12,7 @@ torch: Any = pytest.importorskip("torch")
 import mmcache  # noqa: E402
 from mmcache.tensors import host_tensor  # noqa: E402
 from mmcache.testing.process import ServerProcess  # noqa: E402
+from mmcache_connectors import paged as paged_module  # noqa: E402
 from mmcache_connectors.paged import PagedGroup  # noqa: E402
 
 ORDERS = {  # of the five logical dimensions L, B, H, N, C in memory, as vLLM names them
@@ -142,6 +143,17 @@ def test_layers_may_lie_in_memory_each_in_its_own_way(on_host: bool) -> None:
     group.gather([1, 6, 2], back)
     assert np.array_equal(as_bytes(back[:2]), as_bytes(staged))
     assert np.array_equal(as_bytes(back[2]), as_bytes(staged[1]))
+
+
+@pytest.mark.parametrize("order", ["LBHNC", "BLNHC"])
+def test_many_blocks_are_gathered_in_pieces(order: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    layers, truth = paged(order, torch.float16, SHAPES[0])
+    group = group_of(layers, SHAPES[0])
+    monkeypatch.setattr(paged_module, "_PIECE_NBYTES", 4 * truth[0, 0].nbytes)
+    staged = staging(group, 10)
+    ids = [6, 5, 4, 3, 2, 1, 3, 3, 5, 6]
+    group.gather(ids, staged)
+    assert np.array_equal(as_bytes(staged), truth[ids])
 
 
 def test_no_blocks_and_a_block_twice() -> None:

@@ -142,3 +142,18 @@ def test_memory_is_bounded_and_known_ids_keep_their_answer(tmp_path: Path, caplo
     assert known.identity(0, str(path))
     assert known.identity(5, "/nowhere") is None
     assert len(caplog.records) == 1
+
+
+def test_before_storing_one_can_ask_whether_the_files_are_still_the_same(tmp_path: Path) -> None:
+    path = make_adapter(tmp_path / "a")
+    known = AdapterIdentities()
+    assert not known.unchanged(1)  # never asked for
+    known.identity(1, str(path))
+    assert known.unchanged(1)
+    retrain(path)
+    assert not known.unchanged(1)
+    shutil.rmtree(path)
+    assert not known.unchanged(1)
+    assert known.identity(1, str(path)) is None
+    make_adapter(path)
+    assert not known.unchanged(1)

@@ -47,7 +47,7 @@ class AdapterIdentities:
         `path` is resolved as vLLM does: a folder, else a repository in the local Hugging Face cache. The first call for
         new files reads them whole (milliseconds for each 10 MB), later calls cost one stat a file. None from then on
         for an id whose files, or path, are no longer those of its first call: the engine may hold either. Call it
-        before the engine loads the adapter, and again before storing. What happened to the files of an adapter that
+        before the engine loads the adapter, and `unchanged` before storing. What happened to the files of an adapter that
         was loaded before its first request cannot be seen here. Raises nothing.
         """
         try:
@@ -57,6 +57,17 @@ class AdapterIdentities:
             with self._lock:
                 self._forbid(lora_int_id, path, f"its files cannot be read ({error})")
             return None
+
+    def unchanged(self, lora_int_id: int) -> bool:
+        """Whether `identity`, which was given for this id before, still holds. One stat a file, and no waiting."""
+        seen = self._seen.get(lora_int_id)
+        if seen is None or seen.digest is None:
+            return False
+        folder, signature = seen.signature
+        try:
+            return stat_signature(folder) == signature
+        except KeyInputError:
+            return False
 
     def _identity(self, lora_int_id: int, path: str) -> str | None:
         seen = self._seen.get(lora_int_id)

@@ -97,7 +97,7 @@ class Identifier:
             identity = self._adapters.identity(request.lora_request.lora_int_id, request.lora_request.lora_path)
             if identity is None:
                 return None
-            adapter = identity
+            adapter = identity + (" 3d" if request.lora_request.is_3d_lora_weight else "")
         namespace = self._namespaces.get(adapter, request.cache_salt or "")
         if namespace is None:
             return None
@@ -110,7 +110,9 @@ class Identifier:
         return Chain(hasher, keys, len(token_ids), self._limit_blocks(limit_tokens))
 
     def limit_blocks(self, request: Any) -> int:
-        """As the chain's, now: what an identifier stands for may have become doubtful since."""
+        """As the chain's, now: what an identifier or an adapter stands for may have become doubtful since."""
+        if request.lora_request is not None and not self._adapters.unchanged(request.lora_request.lora_int_id):
+            return 0
         return self._limit_blocks(self._items.spans(request.mm_features)[1]) if request.mm_features else NO_LIMIT
 
     def skip(self, request: Any) -> None:
