@@ -4,6 +4,8 @@
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
+# Engines live in environments of their own; their installers leave what is complete as it is.
+ENGINES ?= .engines
 # Errors only: the rest of what pip says is noise here.
 PIP := $(BIN)/python -m pip --disable-pip-version-check -qq
 CREATED := $(VENV)/.stamp-created
@@ -13,12 +15,14 @@ TEST := $(VENV)/.stamp-test
 .DEFAULT_GOAL := help
 # One environment: two installations at once would break each other, so `make -j` runs one target at a time too.
 .NOTPARALLEL:
-.PHONY: help demo test check
+.PHONY: help demo test check engines test-engines test-engines-full
 
 help:
 	@echo "make demo    install, then run the main job: mmcache bench media"
 	@echo "make test    install, then run check and all tests with coverage"
 	@echo "make check   install, then run ruff, mypy and the import contracts"
+	@echo "make test-engines        install the real vLLM and SGLang (CPU) into .engines, then run the engine suites"
+	@echo "make test-engines-full   the same, with every case (half an hour)"
 	@echo "PYTHON=...   the Python to build .venv with (default: python3; 3.11 or newer)"
 
 demo: $(BENCH)
@@ -56,3 +60,15 @@ $(TEST): $(BENCH)
 	@echo "installing mmcache[test] into $(VENV): minutes where torch has to be downloaded"
 	@$(PIP) install --editable '.[test]'
 	@touch $@
+
+engines:
+	bash tests/engines/install-vllm.sh $(ENGINES)/vllm
+	bash tests/engines/install-sglang.sh $(ENGINES)/sglang
+
+test-engines: engines
+	$(ENGINES)/vllm/bin/python -m pytest tests/engines/vllm -m "not full"
+	$(ENGINES)/sglang/bin/python -m pytest tests/engines/sglang -m "not full"
+
+test-engines-full: engines
+	$(ENGINES)/vllm/bin/python -m pytest tests/engines/vllm
+	$(ENGINES)/sglang/bin/python -m pytest tests/engines/sglang

@@ -92,6 +92,7 @@ class Identifier:
 
     def chain(self, request: Any) -> Chain | None:
         """The chain over the tokens the request has now; None if it must not be cached."""
+        spans, limit_tokens = self._items.spans(request.mm_features)
         adapter = ""
         if request.lora_request is not None:
             identity = self._adapters.identity(request.lora_request.lora_int_id, request.lora_request.lora_path)
@@ -101,7 +102,6 @@ class Identifier:
         namespace = self._namespaces.get(adapter, request.cache_salt or "")
         if namespace is None:
             return None
-        spans, limit_tokens = self._items.spans(request.mm_features)
         if request.prompt_embeds is not None:
             spans += embed_spans(request.prompt_embeds, request.prompt_is_token_ids, self._block_tokens)
         token_ids = list(request.all_token_ids)
@@ -115,9 +115,11 @@ class Identifier:
             return 0
         return self._limit_blocks(self._items.spans(request.mm_features)[1]) if request.mm_features else NO_LIMIT
 
-    def skip(self, request: Any) -> None:
-        """A request runs that is not cached: what its identifiers stand for in this engine is not known to us."""
-        self._items.distrust(request.mm_features)
+    def runs(self, request: Any) -> None:
+        """A request runs now. Items it brings that nobody identified may answer later requests, under their names, from
+        the engine's own caches: those names are not trusted again. Does nothing for items that are identified."""
+        if request.mm_features:
+            self._items.distrust(request.mm_features)
 
     def _limit_blocks(self, limit_tokens: int | None) -> int:
         return NO_LIMIT if limit_tokens is None else limit_tokens // self._block_tokens

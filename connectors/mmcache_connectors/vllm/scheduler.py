@@ -71,16 +71,16 @@ class SchedulerSide:
     # ------------------------------------------------------------------ what is stored
     def new_request(self, request: Any) -> None:
         """Begin to identify a request's content. Resumable sessions rewrite their tokens: they are not cached."""
-        if request.resumable:
-            self._identifier.skip(request)
-        else:
+        if not request.resumable:
             self._track(request)
 
     def matched(self, request: Any, local_tokens: int) -> tuple[int | None, bool]:
         """(tokens to load beyond `local_tokens`, whether between steps); None: ask again."""
         tracked = self._tracked.get(request.request_id)
-        if tracked is None or not self._reads or tracked.off or request.skip_reading_prefix_cache:
+        if tracked is None:
             return 0, False
+        if not self._reads or tracked.off or request.skip_reading_prefix_cache:
+            return (None if self._wait_for_items(tracked) else 0), False
         hit = self._answer(tracked)
         if hit is None:
             return None, False
@@ -125,6 +125,14 @@ class SchedulerSide:
         hit, tracked.pinned = tracked.answer.result
         return hit
 
+    def _wait_for_items(self, tracked: _Tracked) -> bool:
+        """Whether a request that reads nothing should wait all the same, until its media are identified: see
+        ItemIdentities. No longer than a lookup may take."""
+        ticket = tracked.identified
+        if ticket is None or not tracked.request.mm_features or self._done(ticket):
+            return False
+        return time.monotonic() - ticket.started_s < self._settings.lookup_s
+
     def _identified(self, tracked: _Tracked) -> bool:
         if tracked.identified is not None and tracked.identified.done():
             tracked.chain, tracked.identified = tracked.identified.result, None
@@ -152,7 +160,8 @@ class SchedulerSide:
 
     # ------------------------------------------------------------------ what to load and save
     def allocated(self, request: Any, block_ids: Sequence[Sequence[int]], external_tokens: int) -> None:
-        """The engine has memory for the request: load what it counts on."""
+        """The engine has memory for the request, which runs now: load what it counts on."""
+        self._identifier.runs(request)
         tracked = self._tracked.get(request.request_id)
         if tracked is None:
             return
