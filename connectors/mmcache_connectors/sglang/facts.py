@@ -7,7 +7,6 @@ work, what is reported: nothing a page's bytes depend on. A page's place and par
 
 from __future__ import annotations
 
-import importlib
 import os
 from collections.abc import Iterable, Mapping
 from typing import Any, Final
@@ -124,9 +123,9 @@ def model_identity(path: str, revision: str | None, given: str) -> str:
         return given
     if os.path.isdir(path):
         return directory_digest(path)
-    # What SGLang itself downloads with; not imported by name, as mmcache does not depend on it.
-    hub = importlib.import_module("huggingface_hub")
-    file = hub.try_to_load_from_cache(path, "config.json", revision=revision)
+    from huggingface_hub import try_to_load_from_cache  # what SGLang itself downloads with
+
+    file = try_to_load_from_cache(path, "config.json", revision=revision)
     if isinstance(file, str):
         return f"{path}@{os.path.basename(os.path.dirname(file))}"
     raise ConfigError(

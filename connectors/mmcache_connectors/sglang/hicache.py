@@ -1,7 +1,7 @@
 """`MMCacheHiCacheStorage`: SGLang's HiCache keeps its pages in mmcache. Loaded by SGLang's "dynamic" storage backend.
 
-SGLang calls from two background threads, at most 128 pages at a time, and takes False, None or 0 for pages it has to
-compute. Once made, no method raises, or takes longer than the deadline. Interface as of SGLang 0.5.23.
+SGLang calls from two background threads, and takes False, None or 0 for pages it has to compute. Once made, no method
+raises, or takes longer than the deadline. Interface as of SGLang 0.5.23.
 """
 
 from __future__ import annotations

@@ -25,7 +25,7 @@ class Trust:
             if self.reason is not None:
                 return
             self.reason = reason
-        log.error("mmcache: %s; nothing is stored or read from now on, until this engine is started again", reason)
+        log.error("mmcache: %s; this engine stores and reads nothing from now on", reason)
 
 
 TRUST = Trust()

@@ -68,8 +68,9 @@ class MMCacheKVConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc]
         self._scheduler: SchedulerSide | None = None
         self._worker: WorkerSide | None = None
         self._worker_facts: dict[str, str] | None = None
+        self._idle_step = False
         deadline_s = settings.lookup_s if role == KVConnectorRole.SCHEDULER else settings.load_s
-        self._client = mmcache.connect(settings.url, deadline_s=deadline_s, lazy=True)
+        self._client = mmcache.connect(settings.url, deadline_s=deadline_s, copy_threads=1, lazy=True)
         if role == KVConnectorRole.SCHEDULER:
             self._start_scheduler(vllm_config)
 
@@ -207,6 +208,7 @@ class MMCacheKVConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc]
     @_never_raises(lambda: None)
     def start_load_kv(self, forward_context: Any, **kwargs: Any) -> None:
         """Start this step's loads; synchronous ones are done on return."""
+        self._idle_step = forward_context.attn_metadata is None
         if self._worker is not None and self.has_connector_metadata():
             self._worker.start_loads(self._get_connector_metadata().loads, asynchronous=self._load_async)
 
@@ -227,7 +229,7 @@ class MMCacheKVConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc]
         """Loads that have ended since the last step."""
         if self._worker is None:
             return KVConnectorTransferResults()
-        received, failed = self._worker.take_results()
+        received, failed = self._worker.take_results(idle=self._idle_step)
         return KVConnectorTransferResults(finished_recving=received, failed_recving=failed)
 
     @_never_raises(set)

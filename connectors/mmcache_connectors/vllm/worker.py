@@ -14,7 +14,7 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Final
 
 import torch
@@ -31,8 +31,10 @@ from mmcache_connectors.vllm.settings import Settings
 
 log = logging.getLogger("mmcache.vllm")
 LOAD_THREADS: Final = 2
-LOAD_BUFFER_NBYTES: Final = 32 << 20
+LOAD_BUFFER_NBYTES: Final = 16 << 20
+SPLIT_NBYTES: Final = 4 << 20  # a load of less is one thread's
 SAVE_BUFFER_NBYTES: Final = 4 << 20
+IDLE_WAIT_S: Final = 0.002
 ROOM_AGAIN: Final = 0.5  # of the save buffers free
 LEAST_LOAD_RATE: Final = 200e6  # bytes a second: a cache slower than this is not waited for
 
@@ -45,6 +47,17 @@ class GroupMemory:
     paged: PagedGroup
     part: Part
     stores: bool
+
+
+@dataclass(slots=True)
+class _Load:
+    """One request's load under way."""
+
+    request_id: str
+    open_pieces: int
+    started_s: float
+    loaded: int = 0
+    invalid: set[int] = field(default_factory=set)  # blocks that hold nothing valid
 
 
 class WorkerSide:
@@ -61,6 +74,8 @@ class WorkerSide:
         self._loader = Background("mmcache-load", LOAD_THREADS)
         self._saver = Background("mmcache-save", 1)
         self._lock = threading.Lock()
+        self._one_ended = threading.Condition(self._lock)
+        self._open_loads = 0
         self._ended: list[tuple[str, set[int]]] = []  # loads: request, blocks that hold nothing valid
         self._spoilt = False  # a synchronous load failed: what this step computes is not to be kept
         self._invalid: set[int] = set()  # to be reported with this step
@@ -71,34 +86,56 @@ class WorkerSide:
     def start_loads(self, jobs: Iterable[Job], *, asynchronous: bool) -> None:
         """Begin to fill blocks; without `asynchronous` they are filled, or reported invalid, on return."""
         self._spoilt = False
-        for job in jobs:
-            give_up_s = time.monotonic() + self._settings.load_s
-            if asynchronous:
-                self._loader.submit(lambda job=job, give_up_s=give_up_s: self._load_and_report(job, give_up_s))  # type: ignore[misc]
-            elif invalid := self._load(job, give_up_s):
-                self._spoilt = True
-                self._invalid |= invalid
+        loads = [self._begin(job) for job in jobs]
+        if asynchronous or not loads:
+            return
+        with self._one_ended:
+            # Bounded by the client's deadlines. Not cut short: a thread that still wrote would do so behind the engine.
+            self._one_ended.wait_for(lambda: not self._open_loads)
+            ended, self._ended = self._ended, []
+        self._invalid = set().union(*(invalid for _, invalid in ended))
+        self._spoilt = bool(self._invalid)
 
-    def _load_and_report(self, job: Job, give_up_s: float) -> None:
-        invalid = {block_id for blocks in job.blocks for block_id in blocks.block_ids}
+    def _begin(self, job: Job) -> None:
+        """Cut a load into pieces for all loading threads, so that one reads while another scatters."""
+        pieces = [piece for blocks in job.blocks for piece in self._pieces(blocks)]
+        load = _Load(job.request_id, len(pieces), time.monotonic())
+        with self._lock:
+            self._open_loads += 1
+        if not pieces:
+            self._end(load)
+        for piece in pieces:
+            self._loader.submit(lambda piece=piece: self._load_piece(load, piece))  # type: ignore[misc]
+
+    def _pieces(self, blocks: Blocks) -> list[Blocks]:
+        count = len(blocks.block_ids)
+        nbytes = count * self._groups[blocks.group].paged.spec().nbytes
+        size = count if nbytes < SPLIT_NBYTES else -(-count // LOAD_THREADS)
+        return [
+            Blocks(blocks.group, blocks.keys[start : start + size], blocks.block_ids[start : start + size])
+            for start in range(0, count, size)
+        ]
+
+    def _load_piece(self, load: _Load, blocks: Blocks) -> None:
+        done = 0
         try:
-            invalid = self._load(job, give_up_s)
+            done = self._load_group(blocks, load.started_s + self._settings.load_s)
         finally:
             with self._lock:
-                self._ended.append((job.request_id, invalid))
+                load.loaded += done
+                load.invalid |= set(blocks.block_ids[done:])
+                load.open_pieces -= 1
+                last = not load.open_pieces
+            if last:
+                self._end(load)
 
-    def _load(self, job: Job, give_up_s: float) -> set[int]:
-        """Fill the job's blocks; the ids of those that could not be, and of those after them in their group."""
-        started = time.monotonic()
-        invalid: set[int] = set()
-        for blocks in job.blocks:
-            if not invalid or not self._several_groups:
-                done = self._load_group(blocks, give_up_s)
-                invalid |= set(blocks.block_ids[done:])
-        count = sum(len(blocks.block_ids) for blocks in job.blocks)
-        self._count(blocks_loaded=count - len(invalid), load_failures=int(bool(invalid)),
-                    load_us=int((time.monotonic() - started) * 1e6))  # fmt: skip
-        return invalid
+    def _end(self, load: _Load) -> None:
+        took_us = int((time.monotonic() - load.started_s) * 1e6)
+        self._count(blocks_loaded=load.loaded, load_failures=int(bool(load.invalid)), load_us=took_us)
+        with self._one_ended:
+            self._open_loads -= 1
+            self._ended.append((load.request_id, load.invalid))
+            self._one_ended.notify_all()
 
     def _load_group(self, blocks: Blocks, give_up_s: float) -> int:
         """How many leading blocks were filled."""
@@ -139,12 +176,16 @@ class WorkerSide:
             with contextlib.suppress(MMCacheError):
                 self._client.delete(odd)
 
-    def take_results(self) -> tuple[set[str], set[str]]:
+    def take_results(self, *, idle: bool = False) -> tuple[set[str], set[str]]:
         """(requests whose loads ended, those of them that failed as a whole); invalid blocks are then ready.
 
-        With several groups block ids are ambiguous, so a failed load fails as a whole.
+        With several groups block ids are ambiguous, so a failed load fails as a whole. In an `idle` step, which has
+        nothing to compute, wait a moment for a load under way: an engine that only asks again and again keeps the
+        interpreter from the threads it waits for.
         """
-        with self._lock:
+        with self._one_ended:
+            if idle and self._open_loads:
+                self._one_ended.wait_for(lambda: self._ended, IDLE_WAIT_S)
             ended, self._ended = self._ended, []
         failed = {request_id for request_id, invalid in ended if invalid} if self._several_groups else set()
         if not self._several_groups:
