@@ -33,6 +33,7 @@ __all__ = [
     "item_digest",
     "latent_key",
     "namespace_id",
+    "opaque_chain",
     "opaque_key",
     "run_bounds",
 ]
@@ -258,9 +259,14 @@ def opaque_key(namespace: Namespace, data: bytes, home: bytes | None = None, ind
     The namespace adds what such hashes leave out (model, dtype, layout). `home` is the chain key of the first block of
     its run, by default the key's own; `index` the position in the engine's chain. Empty data raises KeyInputError.
     """
+    return _single_key(opaque_chain(namespace, data), namespace, home, index)
+
+
+def opaque_chain(namespace: Namespace, data: bytes) -> bytes:
+    """The chain key alone of `opaque_key`: for connectors that build columns of them, with parents and homes."""
     if not isinstance(data, bytes) or not data:
         raise KeyInputError("data: expected the engine's own hash as non-empty bytes; encode text with .encode()")
-    return _single_key(digest("k1.opaque", namespace.id, data), namespace, home, index)
+    return digest("k1.opaque", namespace.id, data)
 
 
 def embedding_key(namespace: Namespace, item: bytes) -> Key:

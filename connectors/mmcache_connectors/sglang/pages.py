@@ -10,8 +10,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TypeVar
 
-from mmcache.encoding import digest
-from mmcache.keys import NO_PARENT, Keys, Namespace, Part, run_bounds
+from mmcache.keys import NO_PARENT, Keys, Namespace, Part, opaque_chain, run_bounds
 from mmcache.keyset import stored_keys
 
 T = TypeVar("T")
@@ -48,7 +47,7 @@ def _chain(namespace: Namespace, page: str) -> bytes:
     data = bytes.fromhex(page)
     if len(data) != 32:
         raise ValueError(f"{page!r} is no SHA-256 in hex; this SGLang names its pages in a way mmcache does not know")
-    return digest("k1.opaque", namespace.id, data)
+    return opaque_chain(namespace, data)
 
 
 def _homes(namespace: Namespace, chains: list[bytes], prefix: Sequence[str]) -> list[bytes]:

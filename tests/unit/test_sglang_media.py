@@ -1,0 +1,139 @@
+"""A media item's identity: every field of it counts, and nothing else; and how the scheduler's hook applies it."""
+
+from __future__ import annotations
+
+import enum
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from mmcache_connectors.sglang import hooks
+from mmcache_connectors.sglang.media import Unidentified, item_identity
+from mmcache_connectors.sglang.trust import Trust
+
+
+class Modality(enum.Enum):
+    IMAGE = 1
+    VIDEO = 2
+
+
+class Format(enum.Enum):
+    NORMAL = 1
+    PRECOMPUTED_EMBEDDING = 2
+
+
+class Item(SimpleNamespace):
+    """The fields of SGLang's MultimodalDataItem that are read, and what the hook calls."""
+
+    identity: bytes = b""
+
+    def is_valid(self) -> bool:
+        return True
+
+    def set_identity(self, identity: bytes) -> None:
+        self.identity = identity
+
+
+def item(**changed: Any) -> Item:
+    fields: dict[str, Any] = {
+        "modality": Modality.IMAGE,
+        "format": Format.NORMAL,
+        "feature": torch.arange(24, dtype=torch.float32).reshape(4, 6),
+        "precomputed_embeddings": None,
+        "model_specific_data": {"image_grid_thw": torch.tensor([[1, 2, 2]])},
+        "offsets": [(5, 8)],
+        "hash": 7,
+    }
+    return Item(**fields | changed)
+
+
+VARIANTS: dict[str, dict[str, Any]] = {
+    "modality": {"modality": Modality.VIDEO},
+    "format": {"format": Format.PRECOMPUTED_EMBEDDING},
+    "one number": {"feature": item().feature + torch.eye(4, 6)},
+    "shape": {"feature": item().feature.reshape(6, 4)},
+    "flat": {"feature": item().feature.reshape(-1)},
+    "dtype": {"feature": item().feature.view(torch.int32)},
+    "list": {"feature": [item().feature]},
+    "list of rows": {"feature": list(item().feature)},
+    "array": {"feature": item().feature.numpy()},
+    "none": {"feature": None},
+    "as embeddings": {"feature": None, "precomputed_embeddings": item().feature},
+    "grid": {"model_specific_data": {"image_grid_thw": torch.tensor([[1, 4, 1]])}},
+    "no grid": {"model_specific_data": {}},
+    "other name": {"model_specific_data": {"video_grid_thw": torch.tensor([[1, 2, 2]])}},
+    "more": {"model_specific_data": {**item().model_specific_data, "second_per_grid_ts": [0.5]}},
+    "empty": {"feature": torch.empty(0, 6)},
+    "bfloat16": {"feature": item().feature.to(torch.bfloat16)},
+}
+
+
+def test_every_difference_is_another_item() -> None:
+    made = {name: item_identity(item(**changed)) for name, changed in VARIANTS.items()} | {"": item_identity(item())}
+    assert len(set(made.values())) == len(made)
+    assert {len(identity) for identity in made.values()} == {32}
+
+
+def test_what_does_not_reach_the_model_does_not_count() -> None:
+    same = [
+        item(hash=8),
+        item(offsets=[(50, 53)]),
+        item(feature=item().feature.t().contiguous().t()),
+        item(model_specific_data={"image_grid_thw": torch.tensor([[1, 2, 2]])}),
+    ]
+    assert {item_identity(other) for other in same} == {item_identity(item())}
+
+
+def test_positions_count_relative_to_the_span() -> None:
+    near = torch.arange(30).repeat(3, 1)
+    slow = near.clone()
+    slow[0, 7:] += 3
+    here = item_identity(item(), near)
+    assert item_identity(item(offsets=[(11, 14)]), near) == here  # the same picture further on
+    assert item_identity(item(), slow) != here
+    assert item_identity(item(), None) != here
+    assert item_identity(item(offsets=[(5, 8), (9, 9)]), near) != here
+
+
+@pytest.mark.parametrize(
+    ("changed", "named"),
+    [
+        ({"feature": object()}, "item.feature: an object of type object"),
+        ({"feature": np.array([None])}, "item.feature: an array of Python objects"),
+        ({"model_specific_data": {"a": {1: 2}}}, "item.specific.a: a key of type int"),
+        ({"model_specific_data": {"a": float("nan")}}, "item.specific.a"),
+    ],
+)
+def test_what_cannot_be_identified_is_named(changed: dict[str, Any], named: str) -> None:
+    with pytest.raises(Unidentified, match=named.replace(".", r"\.")):
+        item_identity(item(**changed))
+
+
+def test_the_hook_identifies_every_item_and_has_the_prompt_padded_anew(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(hooks, "TRUST", trust := Trust())
+    items = [item(), item(feature=None)]
+    output = SimpleNamespace(mm_items=items, mrope_positions=None, padded_input_ids=[1])
+    hooks.identify(output)
+    assert [held.identity for held in items] == [item_identity(held) for held in items]
+    assert output.padded_input_ids is None
+    assert trust.reason is None
+
+
+def test_an_item_nobody_can_identify_ends_the_trust(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(hooks, "TRUST", trust := Trust())
+    bad = SimpleNamespace(mm_items=[item(feature=object())], mrope_positions=None, padded_input_ids=None)
+    for output in (bad, bad, SimpleNamespace()):
+        hooks.identify(output)
+    assert trust.reason == "a media item cannot be identified (item.feature: an object of type object)"
+    assert len(caplog.records) == 1
+
+
+def test_replaced_weights_end_the_trust(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(hooks, "TRUST", trust := Trust())
+    hooks.weights_replaced("updater", "request")
+    assert trust.reason == "the weights of this engine are replaced while it runs"
