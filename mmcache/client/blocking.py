@@ -66,6 +66,11 @@ class Client:
     ) -> None:
         self.close()
 
+    @property
+    def answering(self) -> bool:
+        """False while a server that did not answer is left alone: calls made now would be misses."""
+        return self._breaker.allows(time.monotonic())
+
     # ------------------------------------------------------------------ data operations
 
     def match_prefix(self, keys: AnyKeys) -> int:
@@ -303,10 +308,7 @@ class Client:
             held = [link.run(finish(Op.FINISH, request, pb.FinishReply()), deadline).held for request in requests]
             return all(held)
 
-        try:
-            return self._demand(ask)
-        except (MMCacheError, OSError):
-            return False
+        return self._attempt(ask, lambda reason: False)
 
     def _recheck(self, digests: Sequence[bytes], deadline: float) -> None:
         """Have the server look at entries that read as corrupt. The reads are done: nothing depends on the answer."""

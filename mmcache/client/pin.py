@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 
 from mmcache.client.link import Link
 from mmcache.client.plan import batches
+from mmcache.errors import RequestRefused
 from mmcache.pb import cache_pb2 as pb
 from mmcache.transport.base import Op
 
@@ -38,17 +39,24 @@ def pin_prefix(
     limits = link.joined.limits
     lease_ids: list[int] = []
     count = 0
-    for run in batches(len(digests), limits.batch_keys):
-        wanted = b"".join(digests[run.start : run.stop])
-        acquired = link.run(link.conversation.acquire(wanted, prefix=True, max_nbytes=limits.inline_nbytes), deadline)
-        if acquired.lease_id:
-            lease_ids.append(acquired.lease_id)
-        found = next((row for row, entry in enumerate(acquired.entries) if entry is None), len(acquired.entries))
-        count += found
-        if acquired.later_from is not None and acquired.later_from == found:
-            return Pinned(count + count_prefix(link, digests[count:], deadline), lease_ids, release)
-        if count < run.stop:
-            break
+    try:
+        while count < len(digests):
+            wanted = digests[count : count + limits.batch_keys]
+            flow = link.conversation.acquire(b"".join(wanted), prefix=True, max_nbytes=limits.inline_nbytes)
+            acquired = link.run(flow, deadline)
+            if acquired.lease_id:
+                lease_ids.append(acquired.lease_id)
+            found = next((row for row, entry in enumerate(acquired.entries) if entry is None), len(acquired.entries))
+            count += found
+            if found == 0 and acquired.later_from == 0:  # no more may be pinned
+                count += count_prefix(link, digests[count:], deadline)
+                break
+            if found < len(wanted) and acquired.later_from != found:
+                break  # the next one is not stored
+    except RequestRefused:
+        for lease_id in lease_ids:
+            link.run(link.conversation.release_quietly(lease_id), deadline)
+        raise
     return Pinned(count, lease_ids, release)
 
 

@@ -19,10 +19,10 @@ class BufferPool:
         for _ in range(count):
             self._free.put(None)
 
-    def take(self, wait_s: float = 0.0) -> torch.Tensor | None:
-        """A buffer, or None if all are in use for `wait_s`."""
+    def take(self) -> torch.Tensor | None:
+        """A buffer, or None if all are in use, or the host has no memory for another."""
         try:
-            buffer = self._free.get(block=wait_s > 0, timeout=wait_s or None)
+            buffer = self._free.get(block=False)
         except queue.Empty:
             return None
         if buffer is None:
@@ -42,9 +42,9 @@ class BufferPool:
         return self._free.qsize() / self._count
 
     @contextmanager
-    def borrow(self, wait_s: float) -> Iterator[torch.Tensor | None]:
+    def borrow(self) -> Iterator[torch.Tensor | None]:
         """`take`, and `give_back` at the end."""
-        buffer = self.take(wait_s)
+        buffer = self.take()
         try:
             yield buffer
         finally:

@@ -26,7 +26,8 @@ from mmcache_connectors.paged import PagedGroup
 from mmcache_connectors.vllm.engine import Engine, EngineFacts
 from mmcache_connectors.vllm.facts import worker_facts
 from mmcache_connectors.vllm.lookup import Namespaces
-from mmcache_connectors.vllm.messages import CacheStats, StatsReporter, StepJobs, WorkerFacts
+from mmcache_connectors.vllm.messages import CacheStats, Dropped, StatsReporter, StepJobs, WorkerFacts
+from mmcache_connectors.vllm.plan import Job
 from mmcache_connectors.vllm.scheduler import SchedulerSide
 from mmcache_connectors.vllm.settings import Settings, parse_settings
 from mmcache_connectors.vllm.worker import GroupMemory, WorkerSide
@@ -70,7 +71,7 @@ class MMCacheKVConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc]
         self._worker_facts: dict[str, str] | None = None
         self._idle_step = False
         deadline_s = settings.lookup_s if role == KVConnectorRole.SCHEDULER else settings.load_s
-        self._client = mmcache.connect(settings.url, deadline_s=deadline_s, copy_threads=1, lazy=True)
+        self._client = mmcache.connect(_with_one_copy_thread(settings.url), deadline_s=deadline_s, lazy=True)
         if role == KVConnectorRole.SCHEDULER:
             self._start_scheduler(vllm_config)
 
@@ -88,6 +89,8 @@ class MMCacheKVConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc]
             reads=config.is_kv_consumer,
             writes=config.is_kv_producer,
             load_async=self._load_async,
+            save_blocks_per_step=max(1, (self._settings.save_buffer_mib << 20) // self._engine.block_nbytes),
+            evict=self._evict,
         )
 
     @property
@@ -134,24 +137,31 @@ class MMCacheKVConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc]
         assert self._scheduler is not None
         self._scheduler.allocated(request, blocks.get_block_ids(), num_external_tokens)
 
-    @_never_raises(StepJobs)
     def build_connector_meta(self, scheduler_output: Any) -> StepJobs:
         """This step's loads, and saves of the blocks it completes."""
+        assert self._scheduler is not None
+        loads = self._scheduler.take_loads()  # promised: they must reach the workers, whatever else fails
+        return StepJobs(loads, self._plan_saves(scheduler_output))
+
+    @_never_raises(list)
+    def _plan_saves(self, scheduler_output: Any) -> list[Job]:
         assert self._scheduler is not None
         scheduled, cached = scheduler_output.num_scheduled_tokens, scheduler_output.scheduled_cached_reqs
         before = {one.req_id: one.num_computed_tokens for one in scheduler_output.scheduled_new_reqs}
         before |= dict(zip(cached.req_ids, cached.num_computed_tokens, strict=True))
         after = [(req_id, computed + scheduled[req_id]) for req_id, computed in before.items() if req_id in scheduled]
-        return StepJobs(*self._scheduler.plan_step(after, self._block_ids))
+        return self._scheduler.plan_saves(after, self._block_ids)
 
     @_never_raises(lambda: None)
     def update_connector_output(self, connector_output: Any) -> None:
         """Note which loads have ended and which failed."""
         assert self._scheduler is not None
+        dropped = connector_output.kv_connector_worker_meta
         self._scheduler.worker_output(
             connector_output.finished_recving or (),
             connector_output.failed_recving or (),
             connector_output.invalid_block_ids or set(),
+            dropped.first if isinstance(dropped, Dropped) else {},
             self._block_ids,
         )
 
@@ -178,11 +188,20 @@ class MMCacheKVConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc]
 
     @_never_raises(lambda: False)
     def reset_cache(self) -> bool:
-        """Weights were changed in place: what was stored before is not found again, by this engine."""
-        if self._scheduler is not None:
-            self._facts.new_epoch()
-            self._scheduler.reset()
-        return True
+        """Weights were changed in place: what was stored before is not found again, by this engine. False if blocks of
+        the old weights are still in use: then nothing is cached until a reset finds none."""
+        if self._scheduler is None:
+            return True
+        assert self._kv_cache_manager is not None
+        pool = self._kv_cache_manager.block_pool
+        clean = bool(pool.num_gpu_blocks - pool.get_num_free_blocks() == 1)  # the null block: as vLLM itself asks
+        self._facts.new_epoch(clean=clean)
+        self._scheduler.reset()
+        return clean
+
+    def _evict(self, block_ids: set[int]) -> None:
+        assert self._kv_cache_manager is not None
+        self._kv_cache_manager.evict_blocks(block_ids)
 
     def _block_ids(self, request_id: str) -> Sequence[Sequence[int]]:
         assert self._kv_cache_manager is not None
@@ -232,6 +251,12 @@ class MMCacheKVConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc]
         received, failed = self._worker.take_results(idle=self._idle_step)
         return KVConnectorTransferResults(finished_recving=received, failed_recving=failed)
 
+    @_never_raises(lambda: None)
+    def build_connector_worker_meta(self) -> Dropped | None:
+        """What found no room on its way out, so that it is tried again."""
+        dropped = self._worker.take_dropped() if self._worker is not None else {}
+        return Dropped(dropped) if dropped else None
+
     @_never_raises(set)
     def get_block_ids_with_load_errors(self) -> set[int]:
         """Blocks that hold nothing valid."""
@@ -243,6 +268,8 @@ class MMCacheKVConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc]
         atexit.unregister(self.shutdown)
         if self._worker is not None and not self._worker.flush(FLUSH_S):
             log.warning("mmcache: some blocks could not be stored within %.0f s of shutdown", FLUSH_S)
+        if self._scheduler is not None:
+            self._scheduler.close(self._settings.lookup_s)
         self._client.close()
 
 
@@ -257,6 +284,11 @@ def _load_async(settings: Settings, engine: Engine) -> bool:
         "mmcache: load_mode=sync needs one worker, one KV group and --no-async-scheduling; loads are asynchronous here"
     )
     return True
+
+
+def _with_one_copy_thread(url: str) -> str:
+    """Loads are cut for several threads already; each then copies alone, unless the URL says otherwise."""
+    return url if "copy_threads=" in url else f"{url}{'&' if '?' in url else '?'}copy_threads=1"
 
 
 def _log_as_vllm_does() -> None:

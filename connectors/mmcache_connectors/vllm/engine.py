@@ -43,6 +43,9 @@ class Engine:
             )
         self.specs = [group.kv_cache_spec for group in kv_cache_config.kv_cache_groups]
         self.num_blocks: int = kv_cache_config.num_blocks
+        layers = [len(group.layer_names) for group in self.groups]
+        pages = [spec.page_size_bytes * count for spec, count in zip(self.specs, layers, strict=True)]
+        self.block_nbytes: int = sum(pages)  # of all groups, in one worker
         self.one_step_at_a_time = vllm_config.max_concurrent_batches == 1
         self.workers: int = self.tp_size * self.pp_size
 
@@ -75,7 +78,7 @@ class EngineFacts:
         self._epoch = settings.weights_epoch
         self._named_epoch = bool(settings.weights_epoch)
         self._worker: Mapping[str, str] | None = None
-        self._said_why = False
+        self._said_why = self._suspended = False
         self._weights = WeightsIdentity(vllm_config, settings.model_identity or None)
         self._weights.ready(START_WAIT_S)
 
@@ -88,14 +91,23 @@ class EngineFacts:
         elif reports:
             self._worker = merged
 
-    def new_epoch(self) -> None:
-        """The weights were updated in place; an epoch that the operator named stays as it is."""
+    def new_epoch(self, *, clean: bool) -> None:
+        """The weights were updated in place; an epoch that the operator named stays as it is. Unless the engine is
+        `clean` of blocks of the old weights, nothing is cached until it was reset when it was."""
         if not self._named_epoch:
             self._epoch = os.urandom(16).hex()
+        self._suspended = not clean
+        if self._suspended:
+            log.warning(
+                "mmcache: the cache was reset while blocks of the old weights are in use: nothing is cached from now "
+                "on; reset again when no request runs"
+            )
 
     def get(self) -> Mapping[str, object] | None:
         """The facts, or None, with the reason logged once, while they are not complete."""
         weights = self._weights.ready(0.0)
+        if self._suspended:
+            return None
         if weights is None or self._worker is None:
             if not self._said_why:
                 self._said_why = True

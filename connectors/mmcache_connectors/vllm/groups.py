@@ -85,7 +85,7 @@ def read_groups(kv_cache_config: Any, block_tokens: int, tp_size: int, total_kv_
 def _reach(kind: str, spec: Any) -> tuple[str, int]:
     """A window or chunk may also sit in a full-attention spec: all its blocks are kept then, and all are needed."""
     if kind == WINDOW:
-        return WINDOW, spec.sliding_window
+        return WINDOW, spec.sliding_window + spec.extra_retained_tokens
     if kind == CHUNK:
         return CHUNK, spec.attention_chunk_size
     return FULL, 0

@@ -51,6 +51,7 @@ class ItemIdentities:
         # id of a data object -> (the object, weakly; its digest): an engine gives the same object again for an item it
         # holds. Weak, as a strong reference would keep every picture in memory; the reference tells a reused id apart.
         self._digests: dict[int, tuple[weakref.ref[Any], bytes]] = {}
+        self._unhashed: dict[str, weakref.ref[Any]] = {}  # identifier -> features that ran before they were hashed
 
     def spans(self, features: Sequence[Any]) -> tuple[list[PlaceholderSpan], int | None]:
         """The spans of a request's items, sorted and disjoint, and how many leading tokens may be cached (None: all).
@@ -74,7 +75,8 @@ class ItemIdentities:
         return _joined(places)
 
     def distrust(self, features: Sequence[Any]) -> None:
-        """A request is about to run: what `spans` has not identified in it makes its identifier unknown from now on.
+        """A request is about to run: what `spans` has not identified in it makes its identifier unknown; until it has,
+        if the features are here, for good if not.
 
         Nothing is hashed, and nothing happens to items that were identified: microseconds.
         """
@@ -83,8 +85,20 @@ class ItemIdentities:
             digest = self._hashed(feature.data)
             with self._lock:
                 known = self._known.get(feature.identifier)
-                if known is None or (here and digest != known):
+                if here and digest is None and known != _UNTRUSTED:
+                    self._run_unhashed(feature)
+                elif known is None or (here and digest != known):
                     self._set(feature.identifier, _UNTRUSTED)
+
+    def _run_unhashed(self, feature: Any) -> None:
+        """Its features are still to be hashed, by a thread that was too slow: doubtful until they are."""
+        before = self._unhashed.get(feature.identifier)
+        if before is not None and before() is not feature.data:
+            self._set(feature.identifier, _UNTRUSTED)
+        elif len(self._unhashed) < REMEMBERED:
+            self._unhashed[feature.identifier] = weakref.ref(feature.data)
+        else:
+            self._set(feature.identifier, _UNTRUSTED)
 
     def _content(self, feature: Any) -> bytes | None:
         """32 bytes for what the feature is, apart from where it stands; None if that is unknown."""
@@ -93,6 +107,12 @@ class ItemIdentities:
         digest = self._features_digest(feature.data)
         with self._lock:
             known = self._known.get(feature.identifier)
+            unhashed = self._unhashed.get(feature.identifier)
+            if unhashed is not None and unhashed() is not feature.data:
+                if unhashed() is not None:
+                    return None  # until what ran under this identifier is known
+                known = _UNTRUSTED  # it never will be
+            self._unhashed.pop(feature.identifier, None)
             if known is not None and digest is not None and digest != known != _UNTRUSTED:
                 self._warn(
                     "two different items came under one identifier; items under such identifiers are not cached from "

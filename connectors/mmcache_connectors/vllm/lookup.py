@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import threading
 from collections import OrderedDict
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
 from typing import Any, Final
 
-from mmcache.chain import ChainHasher
 from mmcache.client.blocking import Client
 from mmcache.client.pin import Pinned
 from mmcache.keys import Namespace
@@ -16,30 +14,11 @@ from mmcache.keyset import Keys
 from mmcache_connectors.vllm.adapters import AdapterIdentities
 from mmcache_connectors.vllm.groups import FULL, Parts, longest_hit
 from mmcache_connectors.vllm.items import ItemIdentities, embed_spans
+from mmcache_connectors.vllm.requests import Chain
 
 NO_LIMIT: Final = 1 << 62
 MAX_NAMESPACES: Final = 4096
 STORED_LAYOUT: Final = "LHNC"  # layers, heads, tokens, K then V: what paged.py makes of every physical layout
-
-
-@dataclass(slots=True)
-class Chain:
-    """A request's block keys so far. `given` tokens are hashed or waiting in the hasher; blocks at or past
-    `limit_blocks` touch a media item of unknown identity and must not be looked up or stored."""
-
-    hasher: ChainHasher
-    keys: Keys
-    given: int
-    limit_blocks: int
-
-    def extend(self, token_ids: Sequence[int]) -> None:
-        """Hash what the request grew by: `token_ids` is the whole sequence."""
-        new = token_ids[self.given :]
-        if new:
-            added = self.hasher.extend(list(new))
-            self.given += len(new)
-            if len(added):
-                self.keys = self.keys + added
 
 
 class Namespaces:
@@ -95,10 +74,11 @@ class Identifier:
         spans, limit_tokens = self._items.spans(request.mm_features)
         adapter = ""
         if request.lora_request is not None:
-            identity = self._adapters.identity(request.lora_request.lora_int_id, request.lora_request.lora_path)
+            lora = request.lora_request
+            identity = self._adapters.identity(lora.lora_int_id, lora.lora_name, lora.lora_path)
             if identity is None:
                 return None
-            adapter = identity + (" 3d" if request.lora_request.is_3d_lora_weight else "")
+            adapter = identity + (" 3d" if lora.is_3d_lora_weight else "")
         namespace = self._namespaces.get(adapter, request.cache_salt or "")
         if namespace is None:
             return None
@@ -110,10 +90,12 @@ class Identifier:
         return Chain(hasher, keys, len(token_ids), self._limit_blocks(limit_tokens))
 
     def limit_blocks(self, request: Any) -> int:
-        """As the chain's, now: what an identifier or an adapter stands for may have become doubtful since."""
-        if request.lora_request is not None and not self._adapters.unchanged(request.lora_request.lora_int_id):
-            return 0
+        """As the chain's, now: what an identifier stands for may have become doubtful since."""
         return self._limit_blocks(self._items.spans(request.mm_features)[1]) if request.mm_features else NO_LIMIT
+
+    def adapter_kept(self, request: Any) -> bool:
+        """Whether the adapter the chain was made for is still that one, in files and by name. Looks at the disk."""
+        return self._adapters.unchanged(request.lora_request.lora_int_id)
 
     def runs(self, request: Any) -> None:
         """A request runs now. Items it brings that nobody identified may answer later requests, under their names, from

@@ -1,15 +1,17 @@
 """What one engine step does with the cache: the jobs that go from the scheduler to its workers, and how they are cut.
 
-PURE in spirit: no clock, no I/O, nothing of vLLM; jobs are plain columns, because they cross processes.
+No clock, no I/O, nothing of vLLM; jobs are plain columns, because they cross processes.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from mmcache.keyset import Keys
 from mmcache_connectors.vllm.groups import Group
+
+KeysOf = Callable[[int, int], Keys]  # the keys of blocks first .. stop of a request
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,14 +25,15 @@ class Blocks:
 
 @dataclass(frozen=True, slots=True)
 class Job:
-    """Blocks of one request to load or to save."""
+    """Blocks of one request to load or to save. `lost`: blocks promised to the engine that cannot be loaded."""
 
     request_id: str
     blocks: tuple[Blocks, ...]
+    lost: tuple[int, ...] = ()
 
 
 def blocks_to_load(
-    groups: Sequence[Group], keys: Keys, block_ids: Sequence[Sequence[int]], local: int, hit: int, block_tokens: int
+    groups: Sequence[Group], keys: KeysOf, block_ids: Sequence[Sequence[int]], local: int, hit: int, block_tokens: int
 ) -> tuple[Blocks, ...]:
     """What must come from the cache for a hit of `hit` blocks, of which the engine itself holds `local`.
 
@@ -39,24 +42,23 @@ def blocks_to_load(
     jobs = []
     for group, ids in zip(groups, block_ids, strict=True):
         first = max(local, group.first_needed_token(hit * block_tokens) // block_tokens)
-        jobs.append(_known(group.index, keys, ids, first, hit))
+        jobs.append(_with_memory(group.index, keys, ids, first, hit))
     return tuple(job for job in jobs if job.block_ids)
 
 
 def blocks_to_save(
-    groups: Sequence[Group], keys: Keys, block_ids: Sequence[Sequence[int]], first: int, stop: int
+    groups: Sequence[Group], keys: KeysOf, block_ids: Sequence[Sequence[int]], first: int, stop: int
 ) -> tuple[Blocks, ...]:
     """Blocks first .. stop of every group, without those that have no memory any more."""
-    jobs = [_known(group.index, keys, ids, first, stop) for group, ids in zip(groups, block_ids, strict=True)]
+    jobs = [_with_memory(group.index, keys, ids, first, stop) for group, ids in zip(groups, block_ids, strict=True)]
     return tuple(job for job in jobs if job.block_ids)
 
 
-def _known(group: int, keys: Keys, block_ids: Sequence[int], first: int, stop: int) -> Blocks:
+def _with_memory(group: int, keys: KeysOf, block_ids: Sequence[int], first: int, stop: int) -> Blocks:
     """The rows after the last one without memory: never block id 0, the engine's null block."""
-    stop = min(stop, len(block_ids), len(keys))
     rows = list(block_ids[first:stop])
     skip = next((len(rows) - back for back, block_id in enumerate(reversed(rows)) if block_id <= 0), 0)
-    return Blocks(group, keys[first + skip : max(stop, first + skip)], rows[skip:])
+    return Blocks(group, keys(first + skip, first + len(rows)), rows[skip:])
 
 
 def savable_blocks(

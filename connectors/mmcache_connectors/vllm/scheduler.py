@@ -1,8 +1,9 @@
 """The scheduler's side: what of each request is stored, what to load for it, what to save of it.
 
-Runs on vLLM's scheduler thread, so nothing here waits: identities, hashing and lookups are done by background threads,
-and a question without an answer yet is "ask again" until its time is up. Every method is safe to call for a request
-that is unknown. Nothing of vLLM is imported: requests and outputs are read by their attributes.
+Runs on vLLM's scheduler thread, so nothing here waits longer than `lookup_wait_ms` a step: identities, hashing and
+lookups are done by background threads, and a question without an answer yet is "ask again" until its time is up. What
+was promised to the engine is loaded, or reported as failed, whatever happens here. Nothing of vLLM is imported:
+requests and outputs are read by their attributes.
 """
 
 from __future__ import annotations
@@ -10,122 +11,101 @@ from __future__ import annotations
 import logging
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, Final
 
 from mmcache.client.blocking import Client
-from mmcache.client.pin import Pinned
 from mmcache_connectors.vllm.background import Background, Ticket
 from mmcache_connectors.vllm.groups import Parts
-from mmcache_connectors.vllm.lookup import Chain, Identifier, Namespaces, query
+from mmcache_connectors.vllm.lookup import Identifier, Namespaces, query
 from mmcache_connectors.vllm.plan import Job, blocks_to_load, blocks_to_save, savable_blocks
+from mmcache_connectors.vllm.requests import Chain, Tracked
 from mmcache_connectors.vllm.settings import Settings
 
 log = logging.getLogger("mmcache.vllm")
+BlockIds = Callable[[str], Sequence[Sequence[int]]]  # of a request, one list a KV group
 ANSWER_LASTS_S: Final = 10.0  # a lookup older than this is made again; below half the server's lease time
-LOOKUP_THREADS: Final = 2
-
-
-class _Tracked:
-    """What is known of one request."""
-
-    __slots__ = (
-        "answer", "asked_s", "chain", "identified", "job_ids", "loading_key", "local", "off", "pinned", "request",
-        "saved", "spent",
-    )  # fmt: skip
-
-    def __init__(self, request: Any) -> None:
-        self.request = request
-        self.identified: Ticket[Chain | None] | None = None
-        self.chain: Chain | None = None
-        self.answer: Ticket[tuple[int, Pinned]] | None = None
-        self.asked_s: float | None = None  # when the question that is open now was first asked
-        self.spent = False  # the answer was used or given up: the next question is a new one
-        self.local = 0  # blocks the engine itself held when the answer was given
-        self.pinned: Pinned | None = None
-        self.loading_key: bytes | None = None
-        self.job_ids: frozenset[int] = frozenset()  # the blocks being loaded
-        self.off = False  # a load failed: this request is computed
-        self.saved = 0  # leading blocks known to be stored, or on their way
+THREADS: Final = 2
 
 
 class SchedulerSide:
-    """Answers vLLM's scheduler. `counters` count since the start."""
+    """Answers vLLM's scheduler. `counters` count since the start.
+
+    `evict` takes blocks out of the engine's own prefix cache; `save_blocks_per_step` bounds what one step copies.
+    """
 
     def __init__(
         self, settings: Settings, parts: Parts, namespaces: Namespaces, client: Client, *, block_tokens: int,
-        reads: bool, writes: bool, load_async: bool,
+        reads: bool, writes: bool, load_async: bool, save_blocks_per_step: int,
+        evict: Callable[[set[int]], object],
     ) -> None:  # fmt: skip
         self._settings, self._parts, self._client, self._block_tokens = settings, parts, client, block_tokens
         self._reads, self._writes, self._load_async = reads, writes, load_async
+        self._save_blocks_per_step, self._evict = save_blocks_per_step, evict
         self._namespaces = namespaces
         self._identifier = Identifier(namespaces, block_tokens, settings.trust_media_uuids)
-        self._background = Background("mmcache-lookup", LOOKUP_THREADS)
-        self._tracked: dict[str, _Tracked] = {}
-        self._loading: dict[bytes, str] = {}  # first block being loaded -> request; others wait for it
+        # Apart, so that neither a slow cache nor a large adapter keeps pictures from being identified.
+        self._identify = Background("mmcache-identify", THREADS)
+        self._lookup = Background("mmcache-lookup", THREADS)
+        self._release = Background("mmcache-release", 1)
+        self._tracked: dict[str, Tracked] = {}
+        self._loading: dict[bytes, str] = {}  # digest of a block being loaded -> request; others wait for it
         self._loads: list[Job] = []
-        self._ending: list[str] = []  # loads that end with the step under way
+        self._ending: list[str] = []  # synchronous loads that end with the step under way
         self._waited_s = 0.0  # in this step
         self.counters: Counter[str] = Counter()
 
     # ------------------------------------------------------------------ what is stored
     def new_request(self, request: Any) -> None:
-        """Begin to identify a request's content. Resumable sessions rewrite their tokens: they are not cached."""
-        if not request.resumable:
-            self._track(request)
+        """Begin to identify a request's content. Resumable sessions rewrite their tokens: they are not cached, but what
+        they show the engine is looked at all the same."""
+        identifier = self._identifier
+        if request.resumable:
+            self._identify.submit(lambda: identifier.chain(request))
+        else:
+            tracked = self._tracked[request.request_id] = Tracked(request)
+            tracked.identified = self._identify.submit(lambda: identifier.chain(request))
 
     def matched(self, request: Any, local_tokens: int) -> tuple[int | None, bool]:
         """(tokens to load beyond `local_tokens`, whether between steps); None: ask again."""
         tracked = self._tracked.get(request.request_id)
         if tracked is None:
             return 0, False
+        local = local_tokens // self._block_tokens
+        if not self._load_async and local and self._loading and self._shares(tracked, local):
+            return None, False  # it would compute on blocks that this step only begins to load
         if not self._reads or tracked.off or request.skip_reading_prefix_cache:
             return (None if self._wait_for_items(tracked) else 0), False
-        hit = self._answer(tracked)
+        enough = local >= (request.num_tokens - 1) // self._block_tokens
+        hit = self._hit(tracked, wait=not enough)
         if hit is None:
-            return None, False
+            tracked.saved = max(tracked.saved, local if enough else 0)  # this engine's own, which it saved
+            return (0 if enough else None), False
         tracked.saved = max(tracked.saved, hit)
-        tokens = hit * self._block_tokens - local_tokens
-        if tokens <= 0 or tracked.chain is None:
+        if hit <= local or tracked.chain is None:
             return 0, False
-        tracked.local = local_tokens // self._block_tokens
-        first = tracked.chain.keys.digests[tracked.local]
-        if self._loading.get(first, request.request_id) != request.request_id:
-            self.counters["waits_for_same_load"] += 1
-            return None, False  # another request is loading these very blocks
-        return tokens, self._load_async
+        tracked.local = local
+        if self._waits_for_same(tracked, tracked.chain.keys(local, local + 1).digests[0]):
+            return None, False
+        return hit * self._block_tokens - local_tokens, self._load_async
 
-    def _track(self, request: Any) -> None:
-        tracked = self._tracked[request.request_id] = _Tracked(request)
-        identifier = self._identifier
-        tracked.identified = self._background.submit(lambda: identifier.chain(request))
+    def _shares(self, tracked: Tracked, local: int) -> bool:
+        """Whether some of the first `local` blocks are being loaded for another request; True if that is unknown."""
+        if not self._identified(tracked) or tracked.chain is None:
+            return True
+        return any(digest in self._loading for digest in tracked.chain.keys(0, local).digests)
 
-    def _answer(self, tracked: _Tracked) -> int | None:
-        """Leading blocks that are a hit, 0 when it took too long, None when it is not known yet."""
-        now = time.monotonic()
-        old = tracked.answer is not None and now - tracked.answer.started_s > ANSWER_LASTS_S
-        if tracked.asked_s is None or tracked.spent or (old and tracked.answer and tracked.answer.done()):
-            self._let_go(tracked)
-            tracked.asked_s, tracked.spent = now, False
-        waiting = tracked.answer if self._identified(tracked) else tracked.identified
-        if waiting is None:  # identified, not asked yet
-            if tracked.chain is None:
-                return 0
-            waiting = self._ask(tracked, tracked.chain)
-        if not self._done(waiting):
-            if now - tracked.asked_s < self._settings.lookup_s:
-                return None
-            tracked.off = True
-            self.counters["lookup_timeouts"] += 1
-            return 0
-        if waiting is not tracked.answer:
-            return self._answer(tracked) if self._identified(tracked) else 0
-        if tracked.answer.result is None:
-            return 0
-        hit, tracked.pinned = tracked.answer.result
-        return hit
+    def _waits_for_same(self, tracked: Tracked, digest: bytes) -> bool:
+        """Whether another request loads this very block, so that waiting saves a load. Should that one fail, this one's
+        would too: see `worker_output`."""
+        if self._loading.get(digest, tracked.request.request_id) == tracked.request.request_id:
+            tracked.waiting_for = b""
+            return False
+        self.counters["waits_for_same_load"] += tracked.waiting_for != digest
+        tracked.waiting_for = digest
+        return True
 
-    def _wait_for_items(self, tracked: _Tracked) -> bool:
+    def _wait_for_items(self, tracked: Tracked) -> bool:
         """Whether a request that reads nothing should wait all the same, until its media are identified: see
         ItemIdentities. No longer than a lookup may take."""
         ticket = tracked.identified
@@ -133,132 +113,219 @@ class SchedulerSide:
             return False
         return time.monotonic() - ticket.started_s < self._settings.lookup_s
 
-    def _identified(self, tracked: _Tracked) -> bool:
+    def _hit(self, tracked: Tracked, *, wait: bool) -> int | None:
+        """Leading blocks that are a hit; None: not known yet; 0, for good, when finding out took too long."""
+        now = time.monotonic()
+        if not tracked.asked_s or (tracked.answer and tracked.answer.done() and self._old(tracked.answer)):
+            self._let_go(tracked)
+            tracked.asked_s = now
+        if not self._done(tracked.identified, wait=wait):
+            return self._not_yet(tracked, now) if wait else None
+        self._identified(tracked)
+        if tracked.chain is None:
+            return 0
+        answer = tracked.answer or self._ask(tracked, tracked.chain)
+        if not self._done(answer, wait=wait):
+            return self._not_yet(tracked, now) if wait else None
+        return answer.result[0] if answer.result is not None else 0
+
+    def _not_yet(self, tracked: Tracked, now: float) -> int | None:
+        if now - tracked.asked_s < self._settings.lookup_s:
+            return None
+        tracked.off = True
+        self.counters["lookup_timeouts"] += 1
+        return 0
+
+    def _old(self, answer: Ticket[Any]) -> bool:
+        return time.monotonic() - answer.started_s > ANSWER_LASTS_S
+
+    def _identified(self, tracked: Tracked) -> bool:
         if tracked.identified is not None and tracked.identified.done():
             tracked.chain, tracked.identified = tracked.identified.result, None
             self.counters["requests_not_cacheable"] += tracked.chain is None
         return tracked.identified is None
 
-    def _ask(self, tracked: _Tracked, chain: Chain) -> Ticket[tuple[int, Pinned]]:
+    def _ask(self, tracked: Tracked, chain: Chain) -> Ticket[Any]:
         chain.extend(tracked.request.all_token_ids)
         # The engine must compute at least one token.
         count = min(chain.limit_blocks, (tracked.request.num_tokens - 1) // self._block_tokens)
-        keys, client, parts, block_tokens = chain.keys[:count], self._client, self._parts, self._block_tokens
+        keys, client, parts, block_tokens = chain.keys(0, count), self._client, self._parts, self._block_tokens
         self.counters["lookups"] += 1
-        tracked.answer = self._background.submit(lambda: query(client, parts, keys, block_tokens))
+        tracked.answer = self._lookup.submit(lambda: query(client, parts, keys, block_tokens))
         return tracked.answer
 
-    def _done(self, ticket: Ticket[Any]) -> bool:
-        """As `ticket.done()`, after waiting for it as long as this step may still wait."""
-        if ticket.done():
+    def _done(self, ticket: Ticket[Any] | None, *, wait: bool = True) -> bool:
+        """As `ticket.done()`, after waiting for it as long as this step may still wait. None is done."""
+        if ticket is None or ticket.done():
             return True
-        left_s = self._settings.lookup_wait_ms / 1e3 - self._waited_s
         started = time.monotonic()
-        done = ticket.wait(left_s)
+        done = wait and ticket.wait(self._settings.lookup_wait_ms / 1e3 - self._waited_s)
         self._waited_s += time.monotonic() - started
         return done
 
-    # ------------------------------------------------------------------ what to load and save
+    # ------------------------------------------------------------------ what to load
     def allocated(self, request: Any, block_ids: Sequence[Sequence[int]], external_tokens: int) -> None:
         """The engine has memory for the request, which runs now: load what it counts on."""
-        self._identifier.runs(request)
         tracked = self._tracked.get(request.request_id)
-        if tracked is None:
-            return
-        tracked.spent = True
-        if external_tokens <= 0 or tracked.chain is None:
-            self._let_go(tracked)
-            return
-        hit = tracked.local + external_tokens // self._block_tokens
-        keys = tracked.chain.keys
-        blocks = blocks_to_load(self._parts.groups, keys, block_ids, tracked.local, hit, self._block_tokens)
-        self._loads.append(Job(request.request_id, blocks))
-        tracked.loading_key = keys.digests[tracked.local]
-        tracked.job_ids = frozenset(block_id for one in blocks for block_id in one.block_ids)
-        self._loading[tracked.loading_key] = request.request_id
-        self.counters["tokens_loaded"] += external_tokens
+        try:
+            if tracked is not None:
+                if external_tokens > 0:
+                    self._loads.append(self._load(tracked, block_ids, external_tokens))
+                else:
+                    self._let_go(tracked)
+                tracked.asked_s = 0.0
+        except Exception:
+            log.exception("mmcache: a load could not be planned; the engine computes these blocks")
+            lost = tuple(block_id for ids in block_ids for block_id in ids if block_id > 0)
+            self._loads.append(Job(request.request_id, (), lost))
+        self._runs(request, tracked)
 
-    def plan_step(
-        self, scheduled: Iterable[tuple[str, int]], block_ids_of: Callable[[str], Sequence[Sequence[int]]]
-    ) -> tuple[list[Job], list[Job]]:
-        """(loads, saves) of this step. `scheduled`: request id, tokens computed once the step has run."""
+    def _load(self, tracked: Tracked, block_ids: Sequence[Sequence[int]], external_tokens: int) -> Job:
+        assert tracked.chain is not None
+        hit = tracked.local + external_tokens // self._block_tokens
+        keys_of = tracked.chain.keys
+        blocks = blocks_to_load(self._parts.groups, keys_of, block_ids, tracked.local, hit, self._block_tokens)
+        tracked.loading = tuple(keys_of(tracked.local, hit).digests)
+        tracked.loading_ids = frozenset(block_id for one in blocks for block_id in one.block_ids)
+        for digest in tracked.loading:
+            self._loading.setdefault(digest, tracked.request.request_id)
+        self.counters["tokens_promised"] += external_tokens
+        return Job(tracked.request.request_id, blocks)
+
+    def _runs(self, request: Any, tracked: Tracked | None) -> None:
+        try:
+            self._identifier.runs(request)
+            if tracked is not None and request.lora_request is not None:
+                identifier = self._identifier
+                tracked.adapter_kept = self._identify.submit(lambda: identifier.adapter_kept(request))
+        except Exception:
+            log.exception("mmcache: a request could not be looked at; nothing is stored of it")
+            if tracked is not None:
+                tracked.chain = tracked.identified = None
+
+    def take_loads(self) -> list[Job]:
+        """The loads of the step that is being planned. To be called once a step, before `plan_saves`."""
         self._waited_s = 0.0
         for request_id in self._ending:
-            self._loaded(request_id)
-        self._ending.clear()
+            self._end_load(request_id)
         loads, self._loads = self._loads, []
-        saves = [job for one in scheduled if (job := self._save(*one, block_ids_of))] if self._writes else []
-        if not self._load_async:
-            self._ending += [job.request_id for job in loads]  # they are loaded once this step has run
-        return loads, saves
+        self._ending = [] if self._load_async else [job.request_id for job in loads]
+        return loads
 
-    def _save(
-        self, request_id: str, computed: int, block_ids_of: Callable[[str], Sequence[Sequence[int]]]
-    ) -> Job | None:
-        tracked = self._tracked.get(request_id)
-        if tracked is None or not self._identified(tracked) or (chain := tracked.chain) is None:
+    # ------------------------------------------------------------------ what to save
+    def plan_saves(self, scheduled: Iterable[tuple[str, int]], block_ids_of: BlockIds) -> list[Job]:
+        """The saves of this step. `scheduled`: request id, tokens computed once the step has run."""
+        saves: list[Job] = []
+        left = self._save_blocks_per_step if self._writes else 0
+        for request_id, computed in scheduled:
+            tracked = self._tracked.get(request_id)
+            if tracked is None or left <= 0:
+                continue
+            try:
+                before = tracked.saved
+                if job := self._save(tracked, computed, left, block_ids_of):
+                    saves.append(job)
+                    left -= tracked.saved - before
+            except Exception:
+                log.exception("mmcache: the blocks of a request could not be named; nothing more is stored of it")
+                tracked.chain = tracked.identified = None
+        return saves
+
+    def _save(self, tracked: Tracked, computed: int, most: int, block_ids_of: BlockIds) -> Job | None:
+        if not self._identified(tracked) or (chain := tracked.chain) is None:
             return None
         request = tracked.request
         prompt = None if self._settings.save_decode_blocks else request.num_prompt_tokens
         stop = savable_blocks(computed, request.num_tokens, prompt, chain.limit_blocks, self._block_tokens)
         if stop <= tracked.saved:
             return None
-        stop = min(stop, self._identifier.limit_blocks(request))
-        if stop > len(chain.keys):
+        if request.lora_request is not None:
+            if not self._done(tracked.adapter_kept):
+                return None  # in the next step
+            if tracked.adapter_kept is None or not tracked.adapter_kept.result:
+                chain.limit_blocks = 0
+        chain.limit_blocks = min(chain.limit_blocks, self._identifier.limit_blocks(request))
+        stop = min(stop, chain.limit_blocks, tracked.saved + most)
+        if stop <= tracked.saved:
+            return None
+        if stop > len(chain):
             chain.extend(request.all_token_ids)
-        blocks = blocks_to_save(self._parts.groups, chain.keys, block_ids_of(request_id), tracked.saved, stop)
-        tracked.saved = max(tracked.saved, stop)
-        return Job(request_id, blocks) if blocks else None
+        block_ids = block_ids_of(request.request_id)
+        blocks = blocks_to_save(self._parts.groups, chain.keys, block_ids, tracked.saved, stop)
+        tracked.saved = stop
+        return Job(request.request_id, blocks) if blocks else None
 
     # ------------------------------------------------------------------ what became of it
     def worker_output(
-        self, received: Iterable[str], failed: Iterable[str], invalid: set[int],
-        block_ids_of: Callable[[str], Sequence[Sequence[int]]],
+        self, received: Iterable[str], failed: Iterable[str], invalid: set[int], dropped: Mapping[str, int],
+        block_ids_of: BlockIds,
     ) -> None:  # fmt: skip
-        """Loads that ended, loads that failed as a whole, and blocks that hold nothing valid."""
+        """Loads that ended, loads that failed as a whole, blocks that hold nothing valid, and, by request, the first
+        block that found no room on its way out."""
+        for request_id, first in dropped.items():
+            if tracked := self._tracked.get(request_id):
+                tracked.saved = min(tracked.saved, first)
         failed = set(failed)
-        for request_id, tracked in self._tracked.items() if invalid or failed else ():
-            if request_id in failed or (tracked.job_ids & invalid):
-                tracked.off, tracked.saved = True, 0
-                self.counters["loads_failed"] += 1
-            elif invalid:  # shares blocks that another request was loading
-                ids = next(iter(block_ids_of(request_id)), ())
-                bad = next((row for row, block_id in enumerate(ids) if block_id in invalid), len(ids))
-                tracked.saved = min(tracked.saved, bad)
+        if invalid or failed:
+            self._loads_failed(failed, invalid)
+        if invalid and not self._load_async:
+            self._evict_spoilt(invalid, block_ids_of)
         for request_id in received:
-            self._loaded(request_id)
+            self._end_load(request_id)
 
-    def _loaded(self, request_id: str) -> None:
+    def _loads_failed(self, failed: set[str], invalid: set[int]) -> None:
+        lost: set[bytes] = set()
+        for request_id, tracked in self._tracked.items():
+            if not tracked.off and (request_id in failed or (tracked.loading_ids & invalid)):
+                tracked.off, tracked.saved = True, 0
+                lost.update(tracked.loading)
+                self.counters["loads_failed"] += 1
+        for tracked in self._tracked.values():
+            tracked.off |= tracked.waiting_for in lost
+
+    def _evict_spoilt(self, invalid: set[int], block_ids_of: BlockIds) -> None:
+        """The engine knows blocks by their hash from when it made room for them, filled or not, and other requests
+        would find them; with them goes all that this step computed after them."""
+        spoilt = set(invalid)
+        for request_id, tracked in self._tracked.items():
+            ids = next(iter(block_ids_of(request_id)), ())
+            bad = next((row for row, block_id in enumerate(ids) if block_id in invalid), len(ids))
+            tracked.saved = min(tracked.saved, bad)
+            spoilt |= set(ids[bad:])
+        self._evict({block_id for block_id in spoilt if block_id > 0})
+
+    def _end_load(self, request_id: str) -> None:
         tracked = self._tracked.get(request_id)
         if tracked is not None:
-            self._end_load(tracked, request_id)
+            self._forget_load(tracked)
 
-    def _end_load(self, tracked: _Tracked, request_id: str) -> None:
-        if tracked.loading_key is not None and self._loading.get(tracked.loading_key) == request_id:
-            del self._loading[tracked.loading_key]
-        tracked.loading_key = None
-        if self._load_async:
-            tracked.job_ids = frozenset()
+    def _forget_load(self, tracked: Tracked) -> None:
+        for digest in tracked.loading:
+            if self._loading.get(digest) == tracked.request.request_id:
+                del self._loading[digest]
+        tracked.loading, tracked.loading_ids = (), frozenset()
         self._let_go(tracked)
 
-    def _let_go(self, tracked: _Tracked) -> None:
-        """Give back what is pinned for this request, or will be when the question under way is answered."""
-        if tracked.answer is not None and tracked.pinned is None:
-            answer, limit_s = tracked.answer, self._settings.lookup_s
-            self._background.submit(lambda: answer.wait(limit_s) and answer.result and answer.result[1].release())
-        elif tracked.pinned is not None:
-            self._background.submit(tracked.pinned.release)
-        tracked.answer = tracked.pinned = None
+    def _let_go(self, tracked: Tracked) -> None:
+        """Give back what is pinned for this request, or will be once the question under way is answered."""
+        answer, tracked.answer = tracked.answer, None
+        if answer is not None:
+            limit_s = self._settings.lookup_s
+            self._release.submit(lambda: answer.wait(limit_s) and answer.result and answer.result[1].release())
 
     def finished(self, request_id: str) -> None:
         """The request ended. A load under way goes on in the worker, which reports it; its memory is held till then."""
         tracked = self._tracked.pop(request_id, None)
-        if tracked is None:
-            return
-        self._end_load(tracked, request_id)
+        if tracked is not None:
+            self._forget_load(tracked)
 
     def reset(self) -> None:
         """The weights changed: nothing stored before is looked up again, nothing under way is saved."""
         self._namespaces.forget()
         for tracked in self._tracked.values():
             tracked.off, tracked.chain, tracked.identified = True, None, None
+
+    def close(self, timeout_s: float) -> None:
+        """Wait a moment for questions under way."""
+        for background in (self._identify, self._lookup, self._release):
+            background.flush(timeout_s)

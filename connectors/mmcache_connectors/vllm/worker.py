@@ -79,6 +79,7 @@ class WorkerSide:
         self._ended: list[tuple[str, set[int]]] = []  # loads: request, blocks that hold nothing valid
         self._spoilt = False  # a synchronous load failed: what this step computes is not to be kept
         self._invalid: set[int] = set()  # to be reported with this step
+        self._dropped: dict[str, int] = {}
         self._dropping = self._corrupt = False
         self.counters: Counter[str] = Counter()
 
@@ -86,8 +87,9 @@ class WorkerSide:
     def start_loads(self, jobs: Iterable[Job], *, asynchronous: bool) -> None:
         """Begin to fill blocks; without `asynchronous` they are filled, or reported invalid, on return."""
         self._spoilt = False
-        loads = [self._begin(job) for job in jobs]
-        if asynchronous or not loads:
+        for job in jobs:
+            self._begin(job)
+        if asynchronous:
             return
         with self._one_ended:
             # Bounded by the client's deadlines. Not cut short: a thread that still wrote would do so behind the engine.
@@ -100,12 +102,17 @@ class WorkerSide:
         """Cut a load into pieces for all loading threads, so that one reads while another scatters."""
         pieces = [piece for blocks in job.blocks for piece in self._pieces(blocks)]
         load = _Load(job.request_id, len(pieces), time.monotonic())
+        load.invalid |= set(job.lost)
         with self._lock:
             self._open_loads += 1
         if not pieces:
             self._end(load)
         for piece in pieces:
-            self._loader.submit(lambda piece=piece: self._load_piece(load, piece))  # type: ignore[misc]
+            try:
+                self._loader.submit(lambda piece=piece: self._load_piece(load, piece))  # type: ignore[misc]
+            except RuntimeError:  # no more threads: what was promised is reported as failed
+                log.exception("mmcache: a load could not be started; the engine computes these blocks")
+                self._piece_done(load, piece, 0)
 
     def _pieces(self, blocks: Blocks) -> list[Blocks]:
         count = len(blocks.block_ids)
@@ -119,15 +126,18 @@ class WorkerSide:
     def _load_piece(self, load: _Load, blocks: Blocks) -> None:
         done = 0
         try:
-            done = self._load_group(blocks, load.started_s + self._settings.load_s)
+            done = self._load_group(blocks)
         finally:
-            with self._lock:
-                load.loaded += done
-                load.invalid |= set(blocks.block_ids[done:])
-                load.open_pieces -= 1
-                last = not load.open_pieces
-            if last:
-                self._end(load)
+            self._piece_done(load, blocks, done)
+
+    def _piece_done(self, load: _Load, blocks: Blocks, done: int) -> None:
+        with self._lock:
+            load.loaded += done
+            load.invalid |= set(blocks.block_ids[done:])
+            load.open_pieces -= 1
+            last = not load.open_pieces
+        if last:
+            self._end(load)
 
     def _end(self, load: _Load) -> None:
         took_us = int((time.monotonic() - load.started_s) * 1e6)
@@ -137,12 +147,14 @@ class WorkerSide:
             self._ended.append((load.request_id, load.invalid))
             self._one_ended.notify_all()
 
-    def _load_group(self, blocks: Blocks, give_up_s: float) -> int:
-        """How many leading blocks were filled."""
+    def _load_group(self, blocks: Blocks) -> int:
+        """How many leading blocks were filled. It may take as long as a cache that stopped answering may delay a
+        request, and longer as far as the cache delivers."""
+        give_up_s = time.monotonic() + self._settings.load_s
         group = self._groups[blocks.group]
         spec = group.paged.spec()
         keys = blocks.keys.for_part(group.part)
-        with self._load_buffers.borrow(wait_s=max(0.0, give_up_s - time.monotonic())) as buffer:
+        with self._load_buffers.borrow() as buffer:
             if buffer is None:
                 return 0
             size = max(1, buffer.numel() // spec.nbytes)
@@ -200,30 +212,53 @@ class WorkerSide:
 
     # ------------------------------------------------------------------ saving
     def save(self, jobs: Iterable[Job]) -> None:
-        """Copy finished blocks out of the paged memory and queue them to be stored; what finds no room is dropped."""
-        if self._spoilt:
-            self._count(saves_dropped=sum(len(blocks.keys) for job in jobs for blocks in job.blocks))
-            return
-        per_group: dict[int, list[Blocks]] = {}
-        for blocks in (blocks for job in jobs for blocks in job.blocks):
-            if self._groups[blocks.group].stores:
-                per_group.setdefault(blocks.group, []).append(blocks)
-        for index, several in per_group.items():
-            keys = several[0].keys if len(several) == 1 else Keys.of([key for blocks in several for key in blocks.keys])
-            self._save_group(self._groups[index], keys, [one for blocks in several for one in blocks.block_ids])
+        """Copy finished blocks out of the paged memory and queue them to be stored.
 
-    def _save_group(self, group: GroupMemory, keys: Keys, block_ids: Sequence[int]) -> None:
+        What finds no room is dropped and reported by `take_dropped`, so that it can be tried again while it is there.
+        Where a load of this step failed, or the cache does not answer, nothing is copied.
+        """
+        per_group: dict[int, list[tuple[str, Blocks]]] = {}
+        for job in jobs:
+            for blocks in job.blocks:
+                if self._groups[blocks.group].stores:
+                    per_group.setdefault(blocks.group, []).append((job.request_id, blocks))
+        if self._spoilt or not self._client.answering:
+            all_of_them = [blocks for several in per_group.values() for _, blocks in several]
+            self._count(saves_dropped=sum(len(blocks.keys) for blocks in all_of_them))
+            return
+        for index, several in per_group.items():
+            keys = Keys.of([key for _, blocks in several for key in blocks.keys])
+            ids = [one for _, blocks in several for one in blocks.block_ids]
+            stored = self._save_group(self._groups[index], keys, ids)
+            self._note_dropped(several, stored)
+
+    def _note_dropped(self, several: Iterable[tuple[str, Blocks]], stored: int) -> None:
+        """Of these blocks in a row, only the first `stored` found room."""
+        for request_id, blocks in several:
+            if stored < len(blocks.keys):
+                first = blocks.keys.indices[max(0, stored)]
+                self._dropped[request_id] = min(first, self._dropped.get(request_id, first))
+            stored -= len(blocks.keys)
+
+    def take_dropped(self) -> dict[str, int]:
+        """By request, the first block that found no room since this was asked last."""
+        dropped, self._dropped = self._dropped, {}
+        return dropped
+
+    def _save_group(self, group: GroupMemory, keys: Keys, block_ids: Sequence[int]) -> int:
+        """How many of these blocks, from the first on, are on their way."""
         size = max(1, self._save_buffers.nbytes // group.paged.spec().nbytes)
         for start in range(0, len(keys), size):
             buffer = self._save_buffers.take()
             self._note_room(buffer is not None)
             if buffer is None:
                 self._count(saves_dropped=len(keys) - start)
-                return
+                return start
             ids = block_ids[start : start + size]
             staged = _as_blocks(buffer, len(ids), group.paged)
             group.paged.gather(ids, staged)
             self._saver.submit(self._storing(group, keys[start : start + size], staged, buffer))
+        return len(keys)
 
     def _storing(self, group: GroupMemory, keys: Any, staged: torch.Tensor, buffer: torch.Tensor) -> Callable[[], None]:
         def store() -> None:
