@@ -47,18 +47,17 @@ class Background:
         self._name, self._count = name, count
         self._queue: queue.SimpleQueue[tuple[Callable[[], object], Ticket[object]]] = queue.SimpleQueue()
         self._idle = threading.Condition()
-        self._started = False
+        self._started = 0
         self._open = 0
 
     def submit(self, work: Callable[[], T]) -> Ticket[T]:
-        """Queue `work`; it runs when a thread is free."""
+        """Queue `work`; it runs when a thread is free. Raises RuntimeError where no thread can be started."""
         ticket: Ticket[T] = Ticket()
         with self._idle:
+            while self._started < self._count:
+                threading.Thread(target=self._run, name=f"{self._name}-{self._started}", daemon=True).start()
+                self._started += 1
             self._open += 1
-            if not self._started:
-                self._started = True
-                for number in range(self._count):
-                    threading.Thread(target=self._run, name=f"{self._name}-{number}", daemon=True).start()
         self._queue.put((work, ticket))  # type: ignore[arg-type]
         return ticket
 
