@@ -42,12 +42,15 @@ AnyKeys = Keys | Key | Iterable[Key]
 class Client:
     """A cache client. Use as a context manager, or call `close`.
 
-    `counters` counts hits, misses, verify_failures, bytes read and written, and failures, since the start.
+    `counters` counts hits, misses, verify_failures, bytes read and written, and failures, since the start. With
+    `announces`, the log says once that the server does not answer, and once that it answers again: of several clients
+    that stand for one user, let one announce.
     """
 
     def __init__(self, config: ClientConfig, attach: Callable[[], Channel] | None = None) -> None:
         self.config = config
         self.counters: Counter[str] = Counter()
+        self.announces = True
         self._breaker = Breaker()
         self._renew_lock()
         self._pool = Pool(Dialer(config, attach), config.max_connections, self._renew_lock)
@@ -289,13 +292,13 @@ class Client:
                 log.exception("an operation failed inside the client; it counts as a miss")
             with self._counting:
                 first = self._breaker.failed(time.monotonic())
-            if first:
+            if first and self.announces:
                 log.warning("%r does not answer: everything is a miss until it does (%s)", self, error)
             return fail(str(error))
         if self._breaker.pause_s:
             with self._counting:
                 first = self._breaker.succeeded()
-            if first:
+            if first and self.announces:
                 log.warning("%r answers again", self)
         return result
 

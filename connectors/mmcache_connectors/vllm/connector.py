@@ -72,6 +72,9 @@ class MMCacheKVConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc]
         self._idle_step = False
         deadline_s = settings.lookup_s if role == KVConnectorRole.SCHEDULER else settings.load_s
         self._client = mmcache.connect(_with_one_copy_thread(settings.url), deadline_s=deadline_s, lazy=True)
+        reads = self._kv_transfer_config.is_kv_consumer
+        # One line in the log for a change: the scheduler asks first, unless it never asks.
+        self._client.announces = reads == (role == KVConnectorRole.SCHEDULER)
         if role == KVConnectorRole.SCHEDULER:
             self._start_scheduler(vllm_config)
 

@@ -1,0 +1,198 @@
+"""Whatever happens to the cache, every request ends with the right answer, and soon: a failure is a miss."""
+
+from __future__ import annotations
+
+import re
+import signal
+import socket
+import time
+from collections.abc import Callable, Iterator
+
+import numpy as np
+import pytest
+
+import mmcache
+from mmcache.frame import parse_header
+from mmcache.keyset import Key, Keys, NamespaceId
+from mmcache.testing.process import ServerProcess
+from tests.engines.vllm.harness import VISION, Ask, Cache, Engine, Expected, ask, words
+from tests.engines.vllm.models import IMAGE
+from tests.integration.support import suspend
+
+DEADLINE_S = 1.0
+SLACK_S = 1.0  # what a busy machine adds to a request
+PATIENCE_S = 30.0
+SOME = [ask(words(300, 330)), ask(words(301, 100) + IMAGE + words(302, 100), 1), ask(words(303, 700))]
+MANY = [ask(words(310 + i, 200 + 9 * i), *([i] if i % 3 == 0 else []), max_tokens=24) for i in range(16)]
+OTHERS = [ask(words(330 + i, 400)) for i in range(6)]
+EXPECTED = Expected.plan(VISION, *SOME, *MANY, *OTHERS)
+Damage = Callable[[Cache], object]
+
+
+@pytest.fixture(scope="module", params=["async", "sync"])
+def small(request: pytest.FixtureRequest) -> Iterator[tuple[Engine, Cache]]:
+    """An engine before a cache of 4 MiB, about a hundred blocks, all of which may be pinned."""
+    EXPECTED.prepare()
+    with Cache(4 << 20, pinned_share=1.0) as cache, Engine(VISION, _settings(cache.url, request.param)) as engine:
+        yield engine, cache
+
+
+def _settings(url: str, load_mode: str) -> dict[str, object]:
+    return {"url": url, "load_mode": load_mode, "deadline_s": DEADLINE_S}
+
+
+def _right(engine: Engine, *asks: Ask, together: bool = False) -> list[int]:
+    """Ask with vLLM's own cache empty; every answer must be right. How many tokens of each were not computed."""
+    answers, truths = engine.fresh(*asks, together=together), EXPECTED.of(*asks)
+    for answer, truth in zip(answers, truths, strict=True):
+        assert answer.same(truth), (answer, truth)
+    return [answer.cached for answer in answers]
+
+
+def _hit(engine: Engine, *asks: Ask) -> bool:
+    answers, truths = engine.fresh(*asks), EXPECTED.of(*asks)
+    assert all(answer.same(truth) for answer, truth in zip(answers, truths, strict=True))
+    return all(answer.hit for answer in answers)
+
+
+def flip_payloads(cache: Cache) -> None:
+    """A bit well inside every payload."""
+    cache.flip_every_frame(8 * 4096)
+
+
+def flip_headers(cache: Cache) -> None:
+    """A bit of the key in every header."""
+    cache.flip_every_frame(8 * 100)
+
+
+def reshape(cache: Cache) -> None:
+    """Under every key a valid frame of another shape."""
+    with mmcache.connect(cache.url) as client:
+        for digest in cache.digests():
+            known = client.inspect(digest)
+            namespace = parse_header(known.header, limit_nbytes=1 << 30).meta.namespace
+            keys = Keys.of(Key(digest, digest, digest, NamespaceId(namespace, known.kind, dict(known.facts))))
+            client.delete(keys)
+            assert client.put(keys, [np.zeros((2, 2, 16, 64), np.float32)])[0].outcome == "stored"
+
+
+@pytest.mark.parametrize("damage", [flip_payloads, flip_headers, reshape])
+def test_damaged_blocks_are_noticed_and_computed(small: tuple[Engine, Cache], damage: Damage) -> None:
+    engine, cache = small
+    cache.forget(cache.digests())
+    _right(engine, *SOME)
+    cache.settle()
+    assert _hit(engine, *SOME)
+    damage(cache)
+    before = engine.counters()["worker"].get("verify_failures", 0)
+    _right(engine, *SOME)
+    assert engine.counters()["worker"]["verify_failures"] >= before + len(SOME)
+    cache.settle()
+    if damage is not reshape:  # damaged entries are dropped, and stored again; a valid one stays what it is
+        assert _hit(engine, *SOME), "the damage was not repaired"
+
+
+def test_blocks_damaged_while_many_requests_run(small: tuple[Engine, Cache]) -> None:
+    engine, cache = small
+    cache.forget(cache.digests())
+    _right(engine, *MANY, together=True)
+    cache.settle()
+    cache.flip_every_frame(8 * 5000)
+    _right(engine, *MANY, together=True)
+    assert engine.counters()["worker"]["verify_failures"] > 0
+
+
+def test_a_cache_too_small_for_the_work_only_forgets(small: tuple[Engine, Cache]) -> None:
+    engine, cache = small
+    for _ in range(2):
+        _right(engine, *MANY, *SOME, *OTHERS, together=True)
+    cache.settle()
+    assert cache.counters()["evictions"] > 0
+
+
+def test_refused_puts_are_counted_and_harm_nobody(small: tuple[Engine, Cache]) -> None:
+    engine, cache = small
+    cache.forget(cache.digests())
+    _right(engine, *MANY)
+    cache.settle()
+    shard = cache.server.shard
+    lease_id, _ = shard.acquire(0, cache.digests())  # now nothing can be evicted
+    before = engine.counters()["worker"].get("saves_refused", 0)
+    assert _right(engine, *OTHERS, together=True) == [0] * len(OTHERS)
+    cache.settle()
+    assert engine.counters()["worker"]["saves_refused"] > before
+    shard.release(0, lease_id)
+    _right(engine, *OTHERS)
+    cache.settle()
+    assert _hit(engine, OTHERS[-1])
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port: int = probe.getsockname()[1]
+        return port
+
+
+def _eventually_hits(engine: Engine, *asks: Ask) -> None:
+    deadline = time.monotonic() + PATIENCE_S
+    while not _hit(engine, *asks):
+        assert time.monotonic() < deadline, f"never hit again\n{engine.log()[-4000:]}"
+        time.sleep(0.2)
+
+
+def _lines(engine: Engine, what: str) -> int:
+    return len(re.findall(rf"(?m)^.*Client.*{what}", engine.log()))
+
+
+def _bounded(engine: Engine, wanted: Ask) -> None:
+    """One request takes no longer than one that does not look into the cache, and the deadline."""
+    engine.reset()
+    (without,) = engine.generate(wanted | {"skip_reading": True})
+    engine.reset()
+    (answer,) = engine.generate(wanted)
+    assert answer.same(EXPECTED.of(wanted)[0])
+    assert answer.seconds < without.seconds + DEADLINE_S + SLACK_S
+
+
+@pytest.mark.parametrize("load_mode", ["async", pytest.param("sync", marks=pytest.mark.full)])
+def test_a_server_that_comes_stops_dies_and_comes_back(load_mode: str) -> None:
+    """One engine through all of it; each change of state is one line in its log."""
+    EXPECTED.prepare()
+    address = f"127.0.0.1:{_free_port()}"
+    with Engine(VISION, _settings(f"mmcache://{address}", load_mode)) as engine:
+        assert _right(engine, *SOME) == [0] * len(SOME), "nobody is there"
+        _bounded(engine, SOME[0])
+        assert _lines(engine, "does not answer") == 1
+        server = ServerProcess("64MiB", listen=address).start()
+        try:
+            _eventually_hits(engine, *SOME)
+            assert _lines(engine, "answers again") == 1
+
+            engine.reset()
+            engine.begin("generate", asks=MANY, together=True)
+            time.sleep(0.15)
+            suspend(server.pid)
+            _check(engine, MANY)
+            _bounded(engine, SOME[2])
+            assert _right(engine, *SOME) == [0] * len(SOME)
+            server.process.send_signal(signal.SIGCONT)  # type: ignore[union-attr]
+            _eventually_hits(engine, *SOME)
+            assert _lines(engine, "does not answer") == 2
+
+            engine.reset()
+            engine.begin("generate", asks=MANY, together=True)
+            time.sleep(0.15)
+            server.stop(signal.SIGKILL)
+            _check(engine, MANY)
+            _bounded(engine, SOME[1])
+            server = ServerProcess("64MiB", listen=address).start()
+            _eventually_hits(engine, *SOME)
+            assert _lines(engine, "does not answer") == _lines(engine, "answers again") == 3
+        finally:
+            server.stop(signal.SIGKILL)
+
+
+def _check(engine: Engine, asks: list[Ask]) -> None:
+    tokens = [answer["tokens"] for answer in engine.finish()]
+    assert tokens == [truth.tokens for truth in EXPECTED.of(*asks)]
