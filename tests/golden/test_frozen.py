@@ -14,7 +14,7 @@ from blake3 import blake3
 
 HERE = Path(__file__).parent
 FROZEN = {
-    "keys_v1.json": "f074eb45e5c8a2ae021a014d4192cd2320aa94453e6b0d41d6e24b14c79f60dd",
+    "keys_v1.json": "83e9ea9358e4910b1dd20ab589836a3dce54061f96ef049a954b0320cf52aaa7",
     "frame_v1.json": "d62cd23b0159127ffda20827ab0fcbee0af774165e5561a9d57fdf232c7bb83f",
 }
 
