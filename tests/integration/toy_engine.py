@@ -1,67 +1,27 @@
-"""An engine small enough to check every byte: paged memory, chunked prefill, decoding, preemption, no model.
+"""An engine small enough to check every byte: paged memory, a prefix cache, chunked prefill, preemption, no model.
 
-It drives the vLLM connector's two sides as vLLM's scheduler and workers do (0.32, v1/core/sched/scheduler.py). What a
-token's KV holds follows from all tokens up to it, so before each step the engine can look whether everything that
-attention would read is right: `wrong` counts what is not. A real vLLM is asked in tests/engines.
+It drives the vLLM connector's two sides as vLLM's scheduler and workers do (0.32, v1/core/sched/scheduler.py), with the
+same prefix cache (toy_blocks.py). What a token's KV holds follows from all tokens up to it, the salt, the adapter's
+weights and the model's (toy_memory.py), so before each step the engine can look whether everything that attention would
+read is right: `wrong` counts what is not. A real vLLM is asked in tests/engines.
 """
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from collections import Counter
+from collections.abc import Sequence
 from typing import Any
 
-import blake3
 import numpy as np
-import torch
 
 import mmcache
-from mmcache_connectors.paged import PagedGroup
 from mmcache_connectors.vllm.groups import Group, all_parts, rank_part
 from mmcache_connectors.vllm.lookup import Namespaces
 from mmcache_connectors.vllm.scheduler import SchedulerSide
 from mmcache_connectors.vllm.settings import Settings
 from mmcache_connectors.vllm.worker import GroupMemory, WorkerSide
-
-BLOCK = 4
-LAYERS, HEADS, CONTENT = 2, 2, 8
-FACTS = {"model": "toy", "dtype": "uint8"}
-
-
-@dataclass
-class Request:
-    """What the connector reads of a vLLM request, and what this engine keeps of it."""
-
-    request_id: str
-    all_token_ids: list[int]
-    outputs: int = 1
-    cache_salt: str | None = None
-    lora_request: Any = None
-    mm_features: Sequence[Any] = ()
-    prompt_embeds: Any = None
-    prompt_is_token_ids: Any = None
-    resumable: bool = False
-    skip_reading_prefix_cache: bool = False
-    state: str = "waiting"
-    computed: int = 0
-    external: int = 0  # tokens that came from the cache, at the last admission
-    asked: int = 0
-    blocks: list[list[int]] = field(default_factory=list)
-
-    def __post_init__(self) -> None:
-        self.num_prompt_tokens = len(self.all_token_ids)
-
-    @property
-    def num_tokens(self) -> int:
-        return len(self.all_token_ids)
-
-
-def content(tokens: Sequence[int], group: int, salt: str | None) -> bytes:
-    """The KV of the last of these tokens, over layers and all heads."""
-    told = repr((list(tokens), group, salt)).encode()
-    return blake3.blake3(told).digest(LAYERS * HEADS * CONTENT)
-
+from tests.integration.toy_blocks import NULL_BLOCK, BlockPool, Request
+from tests.integration.toy_memory import BLOCK, FACTS, GARBAGE, Memory, adapter_bytes, values
 
 OPEN: list[ToyEngine] = []  # to be closed by `close_all` at the end of a test, however it ends
 
@@ -72,67 +32,108 @@ def close_all() -> None:
 
 
 class ToyEngine:
-    """`groups` are KV groups, `tp` the ranks that share the heads. `step` is one engine step."""
+    """`groups` are KV groups, `tp` the ranks that share the heads. `step` is one engine step.
+
+    `counts`: local_tokens and external_tokens found, loads_failed, preemptions, resets.
+    """
 
     def __init__(
         self, url: str, groups: Sequence[Group], *, tp: int = 1, load_async: bool = True, num_blocks: int = 64,
-        chunk_tokens: int = 1000, **settings: Any,
+        chunk_tokens: int = 1000, save_blocks_per_step: int = 10**6, **settings: Any,
     ) -> None:  # fmt: skip
-        self.settings = Settings(url=url, **{"deadline_s": 2.0, **settings})
+        self.settings = Settings(url=url, **{"deadline_s": 8.0, **settings})
         self.groups, self.tp, self.load_async, self.chunk_tokens = groups, tp, load_async, chunk_tokens
         self.client = mmcache.connect(url, deadline_s=self.settings.load_s, lazy=True)
-        facts: dict[str, object] = {**FACTS, **self.settings.extra_facts}
-        self.facts: Callable[[], dict[str, object] | None] = lambda: facts
-        self.namespaces = Namespaces(lambda: self.facts(), BLOCK)
+        self.lookup_client = mmcache.connect(url, deadline_s=self.settings.lookup_s, lazy=True)
+        self.parts = all_parts(groups, tp, [None])
+        self.pools = [BlockPool(num_blocks) for _ in groups]
+        self.known = True  # whether the engine's facts are: not before its weights have a digest
+        self.weights = self.epoch = 0
+        self.epoch_weights = {0: 0}  # which weights an epoch's blocks were computed with
+        self.loras: dict[int, bytes] = {}  # the adapters' weights, as they were when each was first run
+        self.namespaces = Namespaces(self.facts, BLOCK)
         self.scheduler = SchedulerSide(
-            self.settings, all_parts(groups, tp, [None]), self.namespaces, self.client, block_tokens=BLOCK, reads=True,
-            writes=True, load_async=load_async,
+            self.settings, self.parts, self.namespaces, self.lookup_client, block_tokens=BLOCK,
+            reads=True, writes=True, load_async=load_async, save_blocks_per_step=save_blocks_per_step,
+            evict=self.pools[0].evict,
         )  # fmt: skip
-        self.memory: list[list[torch.Tensor]] = []  # [rank][group]: blocks, layers, heads, tokens, content
+        self.memory = [Memory(groups, num_blocks, rank, tp) for rank in range(tp)]
         self.workers = []
-        for rank in range(tp):
-            ours, memories = [], []
-            for group in groups:
-                pages = torch.full((num_blocks, LAYERS, group.heads, BLOCK, CONTENT), 255, dtype=torch.uint8)
-                paged = PagedGroup(
-                    [pages[:, layer] for layer in range(LAYERS)], num_blocks=num_blocks, block_tokens=BLOCK
-                )
-                part, stores = rank_part(group, len(groups), rank, tp, None)
-                memories.append(GroupMemory(paged, part, stores))
-                ours.append(pages)
-            self.memory.append(ours)
-            self.workers.append(WorkerSide(self.settings, self.client, memories))
-        self.free = [list(range(1, num_blocks)) for _ in groups]
+        for rank, memory in enumerate(self.memory):
+            parts = [rank_part(group, len(groups), rank, tp, None) for group in groups]
+            held = [GroupMemory(paged, *part) for paged, part in zip(memory.paged, parts, strict=True)]
+            self.workers.append(WorkerSide(self.settings, self.client, held))
         self.requests: dict[str, Request] = {}
+        self.running: list[Request] = []
+        self.waiting: list[Request] = []
+        self.loading: list[Request] = []  # waiting, with blocks that are, or were, loaded
         self.wrong = 0
-        OPEN.append(self)
-        self._pending: dict[str, int] = {}  # loads that some ranks have ended
+        self.counts: Counter[str] = Counter()
+        self._pending: Counter[str] = Counter()  # loads that some ranks have ended
         self._failed: set[str] = set()
-        self._invalid: set[int] = set()
+        OPEN.append(self)
 
     def close(self) -> None:
         for worker in self.workers:
             worker.flush(5.0)
+        self.scheduler.close(1.0)
         self.client.close()
+        self.lookup_client.close()
+
+    def facts(self) -> dict[str, object] | None:
+        """As EngineFacts.get."""
+        return self.facts_of(self.epoch) if self.known else None
+
+    def facts_of(self, epoch: int) -> dict[str, object]:
+        """What was cached between two resets is named by."""
+        return {**FACTS, **self.settings.extra_facts, **({"weights_epoch": str(epoch)} if epoch else {})}
 
     # ------------------------------------------------------------------ requests
     def add(self, request: Request) -> Request:
         self.requests[request.request_id] = request
+        self.waiting.append(request)
         self.scheduler.new_request(request)
         return request
 
     def end(self, request: Request) -> None:
         """Finished or aborted. Blocks that a load may still fill are held until it has ended."""
+        for queue in (self.running, self.waiting, self.loading):
+            if request in queue:
+                queue.remove(request)
         self.scheduler.finished(request.request_id)
         if request.state == "loading":
             request.state = "aborted"
         else:
+            request.state = "ended"
             self._release(request)
-            self.requests.pop(request.request_id)
+            del self.requests[request.request_id]
 
     def preempt(self, request: Request) -> None:
+        self.running.remove(request)
         self._release(request)
         request.state, request.computed = "waiting", 0
+        self.waiting.insert(0, request)
+        self.counts["preemptions"] += 1
+
+    def forget_local(self) -> bool:
+        """Empty this engine's own prefix cache; False, and nothing happens, while blocks are in use."""
+        clean = not any(any(pool.references) for pool in self.pools)
+        for pool in self.pools if clean else ():
+            pool.reset()
+        return clean
+
+    def reset(self, *, weights: int = 0, preempting: bool = False) -> bool:
+        """New weights, and what Scheduler.reset_prefix_cache and the connector's reset_cache do then."""
+        self.weights = weights
+        for request in reversed(list(self.running)) if preempting else ():
+            self.preempt(request)
+        clean = self.forget_local()
+        self.epoch += 1
+        self.epoch_weights[self.epoch] = weights
+        self.known = clean
+        self.scheduler.reset()
+        self.counts["resets"] += clean
+        return clean
 
     def run(self, *requests: Request, steps: int = 3000) -> None:
         """Step until these have ended."""
@@ -140,115 +141,229 @@ class ToyEngine:
             if all(request.request_id not in self.requests for request in requests):
                 return
             self.step()
-            time.sleep(0 if any(one.state == "running" for one in self.requests.values()) else 0.001)
         raise AssertionError(f"still there after {steps} steps: {[(r.request_id, r.state) for r in requests]}")
 
     # ------------------------------------------------------------------ one step
     def step(self) -> None:
-        for request in [one for one in self.requests.values() if one.state == "waiting"]:
-            self._admit(request)
-        scheduled = {}
-        for request in [one for one in self.requests.values() if one.state == "running"]:
-            count = min(self.chunk_tokens, request.num_tokens - request.computed)
-            if not self._grow(request, request.computed + count):
-                self.preempt(request)
-                continue
-            scheduled[request.request_id] = count
-        after = [(request_id, self.requests[request_id].computed + count) for request_id, count in scheduled.items()]
-        loads, saves = self.scheduler.plan_step(after, lambda request_id: self.requests[request_id].blocks)
+        scheduled = self._schedule()
+        loads = self.scheduler.take_loads()
+        after = [(request.request_id, request.computed + count) for request, count in scheduled.items()]
+        saves = self.scheduler.plan_saves(after, self._block_ids)
         if not self.load_async:
             self._start(loads)
-        bad_now = {request_id for request_id in scheduled if not self._sound(self.requests[request_id])}
-        for request_id, count in scheduled.items():
-            self._compute(self.requests[request_id], count, garbage=request_id in bad_now)
+        unsound = {request for request, count in scheduled.items() if not self._compute(request, count)}
         if self.load_async:
             self._start(loads)
         for worker in self.workers:
             worker.save(saves)
-        failed = self._collect()
-        self.wrong += len(bad_now - failed)
-        for request_id, count in scheduled.items():
-            if request_id not in failed and request_id in self.requests:
-                self._advance(self.requests[request_id], count)
+        self._update(scheduled, unsound)
 
     def _start(self, loads: Any) -> None:
         for worker in self.workers:
             worker.start_loads(loads, asynchronous=self.load_async)
 
-    def _admit(self, request: Request) -> None:
+    def _block_ids(self, request_id: str) -> list[list[int]]:
+        request = self.requests.get(request_id)
+        return request.blocks if request is not None and request.blocks else [[] for _ in self.groups]
+
+    def _schedule(self) -> dict[Request, int]:
+        """Who computes how many tokens: those that run first, then, unless memory is short, those that wait."""
+        scheduled: dict[Request, int] = {}
+        preempted = False
+        for request in list(self.running):
+            count = min(self.chunk_tokens, request.num_tokens - request.computed)
+            while request in self.running and not self._grow(request, count):
+                self.preempt(self.running[-1])
+                preempted = True
+            if request not in self.running:
+                break
+            scheduled[request] = count
+        for request in [] if preempted else [*self.loading, *self.waiting]:
+            if request.state != "loading" and not self._admit(request, scheduled):
+                break
+        return scheduled
+
+    def _admit(self, request: Request, scheduled: dict[Request, int]) -> bool:
+        """False if there is no memory for it now."""
+        if request.state == "loaded":
+            self._promote(request)
+        local: list[list[int]] = [[] for _ in self.groups]
+        external, is_async = 0, False
         if request.computed == 0:
             request.asked += 1
-            tokens, is_async = self.scheduler.matched(request, 0)
-            if tokens is None:
-                return
-            if not self._allocate(request, tokens or min(request.num_tokens, self.chunk_tokens), tokens):
-                return
-            request.external = tokens
-            self.scheduler.allocated(request, request.blocks, tokens)
-            request.computed = tokens
-            request.state = "loading" if is_async else "running"
-        else:
-            self.scheduler.allocated(request, request.blocks, 0)
-            request.state = "running"
-
-    def _allocate(self, request: Request, tokens: int, external: int) -> bool:
-        count = -(-tokens // BLOCK)
-        if any(len(free) < count for free in self.free):
+            if not request.skip_reading_prefix_cache:
+                local = self._local_hit(request)
+            found, is_async = self.scheduler.matched(request, len(local[0]) * BLOCK)
+            if found is None:
+                return True
+            external = 0 if request.skip_reading_prefix_cache else found
+        total = request.computed + len(local[0]) * BLOCK + external
+        count = 0 if is_async else min(self.chunk_tokens, request.num_tokens - total)
+        if not self._allocate(request, local, total, count, is_async=is_async):
             return False
-        request.blocks = []
-        for group, free in zip(self.groups, self.free, strict=True):
-            gone = group.first_needed_token(external) // BLOCK if external else 0
-            request.blocks.append([0] * gone + [free.pop() for _ in range(count - gone)])
+        if request.computed == 0:
+            request.local, request.external = len(local[0]) * BLOCK, external
+            self.counts.update(local_tokens=request.local, external_tokens=external)
+        self.scheduler.allocated(request, request.blocks, external)
+        request.computed = total
+        (self.loading if request in self.loading else self.waiting).remove(request)
+        request.state = "loading" if is_async else "running"
+        (self.loading if is_async else self.running).append(request)
+        if not is_async:
+            scheduled[request] = count
         return True
 
-    def _grow(self, request: Request, tokens: int) -> bool:
-        for group, free, blocks in zip(self.groups, self.free, request.blocks, strict=True):
-            for row in range(group.first_needed_token(request.computed) // BLOCK):
-                if blocks[row]:
-                    free.append(blocks[row])
-                    blocks[row] = 0
-            while len(blocks) * BLOCK < tokens:
-                if not free:
-                    return False
-                blocks.append(free.pop())
+    def _promote(self, request: Request) -> None:
+        """Its load has ended: blocks get their hash only now; of a failed one those that hold something."""
+        request.state = "waiting"
+        if request.computed:
+            self._hash(request, request.computed)
+        else:
+            self._release(request)
+            self.loading.remove(request)
+            self.waiting.insert(0, request)
+
+    # ------------------------------------------------------------------ blocks
+    def _local_hit(self, request: Request) -> list[list[int]]:
+        """The blocks of the longest prefix that every group has what it must of; null where it needs none."""
+        hashes = request.block_hashes()[: (request.num_tokens - 1) // BLOCK]
+        found = [[pool.find(name) for name in hashes] for pool in self.pools]
+        for count in range(len(hashes), 0, -1):
+            firsts = [group.first_needed_token(count * BLOCK) // BLOCK for group in self.groups]
+            if all(None not in rows[first:count] for rows, first in zip(found, firsts, strict=True)):
+                return [
+                    [NULL_BLOCK] * first + [block for block in rows[first:count] if block is not None]
+                    for rows, first in zip(found, firsts, strict=True)
+                ]
+        return [[] for _ in self.groups]
+
+    def _allocate(self, request: Request, local: list[list[int]], total: int, count: int, *, is_async: bool) -> bool:
+        """Blocks for the `total` tokens it has and `count` more; those of an asynchronous load get no hash yet."""
+        fresh = request.computed == 0
+        reserved = self._reserved() if is_async else 0  # a load cannot be preempted
+        plans = []
+        for group, pool, hit in zip(self.groups, self.pools, local, strict=True):
+            gone = group.first_needed_token(total) // BLOCK
+            kept = [block for block in hit[gone:] if block != NULL_BLOCK]
+            held = max(len(hit), gone) if fresh else len(request.blocks[group.index])
+            need = max(0, -(-(total + count) // BLOCK) - held)
+            if need + sum(not pool.references[block] for block in kept) > pool.free_count() - reserved:
+                return False
+            plans.append((gone, kept, need))
+        if fresh:
+            request.blocks, request.hashed = [[] for _ in self.groups], [len(hit) for hit in local]
+        for pool, blocks, (gone, kept, need) in zip(self.pools, request.blocks, plans, strict=True):
+            pool.touch(kept)
+            blocks += ([NULL_BLOCK] * gone + kept if fresh else []) + pool.take(need)
+        if not is_async:
+            self._hash(request, min(total + count, request.num_tokens))
         return True
+
+    def _reserved(self) -> int:
+        """What requests that have begun still need to be computed to their end."""
+        begun = [*self.loading, *(one for one in self.running if one.computed < one.num_prompt_tokens)]
+        return sum(max(0, -(-one.num_tokens // BLOCK) - len(one.blocks[0])) for one in begun)
+
+    def _grow(self, request: Request, count: int) -> bool:
+        tokens = request.computed + count
+        for group, pool, blocks in zip(self.groups, self.pools, request.blocks, strict=True):
+            for row in range(group.first_needed_token(request.computed) // BLOCK - 1, -1, -1):
+                if blocks[row] != NULL_BLOCK:
+                    pool.release([blocks[row]])
+                    blocks[row] = NULL_BLOCK
+        needs = [max(0, -(-tokens // BLOCK) - len(blocks)) for blocks in request.blocks]
+        if any(need > pool.free_count() for need, pool in zip(needs, self.pools, strict=True)):
+            return False
+        for need, pool, blocks in zip(needs, self.pools, request.blocks, strict=True):
+            blocks += pool.take(need)
+        self._hash(request, min(tokens, request.num_tokens))
+        return True
+
+    def _hash(self, request: Request, tokens: int) -> None:
+        """Full blocks up to here can be hit from now on, though only the step that is planned may compute them."""
+        hashes = request.block_hashes()
+        for pool, blocks, index in zip(self.pools, request.blocks, range(len(self.groups)), strict=True):
+            for row in range(request.hashed[index], tokens // BLOCK):
+                if blocks[row] != NULL_BLOCK:
+                    pool.cache(blocks[row], hashes[row])
+            request.hashed[index] = max(request.hashed[index], tokens // BLOCK)
 
     def _release(self, request: Request) -> None:
-        for free, blocks in zip(self.free, request.blocks, strict=False):
-            free += [block for block in blocks if block]
-        request.blocks = []
+        for pool, blocks in zip(self.pools, request.blocks, strict=False):
+            pool.release([block for block in reversed(blocks) if block != NULL_BLOCK])
+        request.blocks, request.hashed = [], []
 
-    # ------------------------------------------------------------------ memory
-    def _places(self, request: Request, group: Group, position: int) -> list[tuple[torch.Tensor, slice]]:
-        block = request.blocks[group.index][position // BLOCK]
-        copies = self.tp // group.shards
-        places = []
-        for rank in range(self.tp):
-            shard = rank // copies
-            heads = slice(shard * group.heads, (shard + 1) * group.heads)
-            places.append((self.memory[rank][group.index][block, :, :, position % BLOCK], heads))
-        return places
+    def _compute(self, request: Request, count: int) -> bool:
+        """Write the KV of these tokens; False, and garbage, if anything that attention reads for them is not right."""
+        adapter = b""
+        if lora := request.lora_request:
+            if lora.lora_int_id not in self.loras:
+                self.loras[lora.lora_int_id] = adapter_bytes(lora.lora_path)
+            adapter = self.loras[lora.lora_int_id]
+        told, start, sound = (request.cache_salt or "", adapter, self.weights), request.computed, True
+        for group, blocks in zip(self.groups, request.blocks, strict=True):
+            first = group.first_needed_token(start)
+            if first < start:
+                value = values(request.all_token_ids[:start], first, group.index, told)
+                sound = sound and all(rank.holds(group, blocks, first, value) for rank in self.memory)
+        for group, blocks in zip(self.groups, request.blocks, strict=True):
+            value = values(request.all_token_ids[: start + count], start, group.index, told)
+            for rank in self.memory:
+                rank.write(group, blocks, start, value if sound else np.full_like(value, GARBAGE))
+        return sound
 
-    def _expected(self, request: Request, group: Group, position: int) -> torch.Tensor:
-        raw = content(request.all_token_ids[: position + 1], group.index, request.cache_salt)
-        return torch.from_numpy(np.frombuffer(raw, np.uint8).copy()).view(LAYERS, HEADS, CONTENT)
+    # ------------------------------------------------------------------ what became of it
+    def _update(self, scheduled: dict[Request, int], unsound: set[Request]) -> None:
+        """As Scheduler.update_from_output, in its order."""
+        results = [worker.take_results(idle=not scheduled) for worker in self.workers]
+        invalid = set().union(*(worker.take_invalid() for worker in self.workers))
+        dropped: dict[str, int] = {}
+        for request_id, first in (one for worker in self.workers for one in worker.take_dropped().items()):
+            dropped[request_id] = min(first, dropped.get(request_id, first))
+        self._failed |= set().union(*(failed for _, failed in results))
+        received = self._ended_on_all_ranks([one for ended, _ in results for one in ended])
+        failed = self._failed & received
+        self._failed -= received
+        for request_id in failed:
+            if self.requests[request_id].state == "loading":
+                self.requests[request_id].computed = 0
+        assert not invalid or len(self.groups) == 1
+        self._cut([one for one in self.loading if one.state == "loading"], invalid)
+        undone = self._cut(self.running, invalid)
+        self.counts["loads_failed"] += bool(invalid or failed)
+        self.wrong += len(unsound - undone)
+        for request, count in scheduled.items():
+            if request not in undone:
+                self._advance(request, count)
+        self.scheduler.worker_output(received, failed, invalid, dropped, self._block_ids)
+        for request_id in received:
+            waited = self.requests.get(request_id)
+            if waited is not None and waited.state == "loading":
+                waited.state = "loaded"
+            elif waited is not None and waited.state == "aborted":
+                self._release(waited)
+                del self.requests[request_id]
 
-    def _sound(self, request: Request) -> bool:
-        """Whether everything attention reads for the next token is right."""
-        for group in self.groups:
-            for position in range(group.first_needed_token(request.computed), request.computed):
-                value = self._expected(request, group, position)
-                for place, heads in self._places(request, group, position):
-                    if not torch.equal(place, value[:, heads]):
-                        return False
-        return True
+    def _ended_on_all_ranks(self, ended: list[str]) -> set[str]:
+        self._pending.update(ended)
+        received = {request_id for request_id in ended if self._pending[request_id] == self.tp}
+        for request_id in received:
+            del self._pending[request_id]
+        return received
 
-    def _compute(self, request: Request, count: int, *, garbage: bool) -> None:
-        for group in self.groups:
-            for position in range(request.computed, request.computed + count):
-                value = self._expected(request, group, position)
-                for place, heads in self._places(request, group, position):
-                    place.copy_(torch.full_like(place, 77) if garbage else value[:, heads])
+    def _cut(self, requests: Sequence[Request], invalid: set[int]) -> set[Request]:
+        """As Scheduler._update_requests_with_invalid_blocks: who is computed again, each from its first bad block that
+        no other request computes again. Hashes stay, under the policy "recompute"."""
+        affected, marked = set(), set()
+        for request in requests:
+            own = False
+            for row, block in enumerate(request.blocks[0][: -(-request.computed // BLOCK)] if invalid else ()):
+                if block in invalid:
+                    affected.add(request)
+                    if block not in marked and not own:
+                        own, request.computed = True, row * BLOCK
+                    marked.add(block)
+        return affected
 
     def _advance(self, request: Request, count: int) -> None:
         request.computed += count
@@ -258,49 +373,3 @@ class ToyEngine:
                 self.end(request)
             else:
                 request.all_token_ids.append(sum(request.all_token_ids) % 97)
-
-    def _collect(self) -> set[str]:
-        """What the workers report, aggregated as vLLM does; the requests whose step does not count."""
-        results = [worker.take_results() for worker in self.workers]
-        invalid = set().union(*(worker.take_invalid() for worker in self.workers))
-        failed = set().union(*(failed for _, failed in results))
-        received = set()
-        for request_id in (one for finished, _ in results for one in finished):
-            self._pending[request_id] = self._pending.get(request_id, 0) + 1
-            if self._pending[request_id] == self.tp:
-                received.add(request_id)
-                del self._pending[request_id]
-        self._failed |= failed
-        self._invalid |= invalid
-        undone = self._spoil(received)
-        self.scheduler.worker_output(
-            received, self._failed & received, invalid, lambda request_id: self.requests[request_id].blocks
-        )
-        self._failed -= received
-        for request_id in received:
-            request = self.requests[request_id]
-            if request.state == "aborted":
-                self._release(request)
-                del self.requests[request_id]
-            else:
-                request.state = "waiting"
-                if request.computed == 0:
-                    self._release(request)
-        return undone
-
-    def _spoil(self, received: set[str]) -> set[str]:
-        """Take back what failed loads had promised."""
-        undone = set()
-        for request_id, request in self.requests.items():
-            if request_id in self._failed & received:
-                request.computed = 0
-            bad = [
-                row for row, block in enumerate(request.blocks[0] if request.blocks else []) if block in self._invalid
-            ]
-            if bad and bad[0] * BLOCK < request.computed and (request.state == "running" or request_id in received):
-                request.computed = bad[0] * BLOCK
-                undone.add(request_id)
-                self._invalid -= set(request.blocks[0])
-        if not self.load_async:
-            self._invalid = set()
-        return undone

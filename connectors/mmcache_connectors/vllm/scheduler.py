@@ -51,6 +51,7 @@ class SchedulerSide:
         self._tracked: dict[str, Tracked] = {}
         self._loading: dict[bytes, str] = {}  # digest of a block being loaded -> request; others wait for it
         self._loads: list[Job] = []
+        self._lost_blocks = False  # in this step the engine has blocks that nothing will fill
         self._ending: list[str] = []  # synchronous loads that end with the step under way
         self._waited_s = 0.0  # in this step
         self.counters: Counter[str] = Counter()
@@ -72,7 +73,7 @@ class SchedulerSide:
         if tracked is None:
             return 0, False
         local = local_tokens // self._block_tokens
-        if not self._load_async and local and self._loading and self._shares(tracked, local):
+        if not self._load_async and local and self._shares(tracked, local):
             return None, False  # it would compute on blocks that this step only begins to load
         if not self._reads or tracked.off or request.skip_reading_prefix_cache:
             return (None if self._wait_for_items(tracked) else 0), False
@@ -91,6 +92,8 @@ class SchedulerSide:
 
     def _shares(self, tracked: Tracked, local: int) -> bool:
         """Whether some of the first `local` blocks are being loaded for another request; True if that is unknown."""
+        if not self._loading or self._lost_blocks:
+            return self._lost_blocks
         if not self._identified(tracked) or tracked.chain is None:
             return True
         return any(digest in self._loading for digest in tracked.chain.keys(0, local).digests)
@@ -176,6 +179,9 @@ class SchedulerSide:
                 tracked.asked_s = 0.0
         except Exception:
             log.exception("mmcache: a load could not be planned; the engine computes these blocks")
+            if tracked is not None:
+                tracked.off = True
+            self._lost_blocks = True
             lost = tuple(block_id for ids in block_ids for block_id in ids if block_id > 0)
             self._loads.append(Job(request.request_id, (), lost))
         self._runs(request, tracked)
@@ -206,6 +212,7 @@ class SchedulerSide:
     def take_loads(self) -> list[Job]:
         """The loads of the step that is being planned. To be called once a step, before `plan_saves`."""
         self._waited_s = 0.0
+        self._lost_blocks = False
         for request_id in self._ending:
             self._end_load(request_id)
         loads, self._loads = self._loads, []

@@ -223,8 +223,10 @@ class WorkerSide:
                 if self._groups[blocks.group].stores:
                     per_group.setdefault(blocks.group, []).append((job.request_id, blocks))
         if self._spoilt or not self._client.answering:
-            all_of_them = [blocks for several in per_group.values() for _, blocks in several]
-            self._count(saves_dropped=sum(len(blocks.keys) for blocks in all_of_them))
+            for several in per_group.values():
+                self._count(saves_dropped=sum(len(blocks.keys) for _, blocks in several))
+                if self._spoilt:
+                    self._note_dropped(several, 0)  # what is sound of them is tried again
             return
         for index, several in per_group.items():
             keys = Keys.of([key for _, blocks in several for key in blocks.keys])
