@@ -1,4 +1,4 @@
-"""Which of SGLang's arguments name a page, and what stands for weights and files."""
+"""Which of SGLang's arguments name a page, and what stands for the files they name."""
 
 from __future__ import annotations
 
@@ -10,8 +10,10 @@ import pytest
 
 from mmcache.errors import ConfigError
 from mmcache.identity import directory_digest, file_digest
-from mmcache_connectors.sglang.facts import check_adapters, counts, engine_settings, model_identity
+from mmcache_connectors.sglang.facts import check_adapters, counts, engine_settings
+from mmcache_connectors.sglang.weights import Contents
 
+ANY_TIME = 1e11  # a start long after any file was made
 VALUES: dict[str, tuple[str, Any]] = {
     "kv_cache_dtype": ("model", "auto"),
     "model_path": ("model", "somewhere"),
@@ -31,6 +33,7 @@ VALUES: dict[str, tuple[str, Any]] = {
         ("model", "quantization", True),
         ("model", "a new one", True),
         ("model", "download_dir", False),
+        ("model", "modelopt_export_path", False),
         ("a new group", "anything", True),
         ("serving", "api_key", False),
         ("parallel", "tp_size", False),
@@ -45,7 +48,7 @@ def test_what_counts(group: str, name: str, expected: bool) -> None:
 
 
 def test_only_what_counts_is_in() -> None:
-    assert engine_settings(VALUES, 7) == {
+    assert engine_settings(VALUES, 7, Contents(ANY_TIME)) == {
         "kv_cache_dtype": "auto",
         "load_format": "auto",
         "attn_cp_size": 1,
@@ -55,10 +58,11 @@ def test_only_what_counts_is_in() -> None:
 
 
 def test_the_seed_counts_where_it_makes_the_weights() -> None:
-    assert engine_settings(VALUES | {"load_format": ("model", "dummy")}, 7)["random_seed"] == 7
+    assert engine_settings(VALUES | {"load_format": ("model", "dummy")}, 7, Contents(ANY_TIME))["random_seed"] == 7
 
 
-def test_a_file_is_what_it_holds(tmp_path: Path) -> None:
+@pytest.mark.parametrize("relative", [False, True])
+def test_a_file_is_what_it_holds(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, relative: bool) -> None:
     @dataclass
     class Adapter:
         name: str
@@ -68,16 +72,17 @@ def test_a_file_is_what_it_holds(tmp_path: Path) -> None:
     scales.write_text("1")
     (tmp_path / "lora").mkdir()
     (tmp_path / "lora" / "adapter.safetensors").write_text("2")
+    monkeypatch.chdir(tmp_path)
     values = {
-        "quantization_param_path": ("model", str(scales)),
-        "lora_paths": ("lora", [Adapter("a", str(tmp_path / "lora"))]),
+        "quantization_param_path": ("model", "scales.json" if relative else str(scales)),
+        "lora_paths": ("lora", [Adapter("a", "lora" if relative else str(tmp_path / "lora"))]),
         "gone": ("model", str(tmp_path / "gone")),
     }
-    made = engine_settings(values, None)
+    made = engine_settings(values, None, Contents(ANY_TIME))
     assert made["quantization_param_path"] == file_digest(scales)
     assert made["lora_paths"] == [{"name": "a", "path": directory_digest(tmp_path / "lora")}]
     scales.write_text("3")
-    assert engine_settings(values, None) != made
+    assert engine_settings(values, None, Contents(ANY_TIME)) != made
 
 
 def test_an_adapter_known_by_name_is_refused(tmp_path: Path) -> None:
@@ -86,25 +91,11 @@ def test_an_adapter_known_by_name_is_refused(tmp_path: Path) -> None:
         check_adapters(["someone/adapter"])
 
 
-def test_a_model_is_its_weights(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (tmp_path / "config.json").write_text("{}")
-    assert model_identity(str(tmp_path), None, "") == directory_digest(tmp_path)
-    assert model_identity(str(tmp_path), None, "given@1") == "given@1"
-
-
-@pytest.mark.parametrize(("cached", "expected"), [("a/snapshots/c0ffee/config.json", "org/m@c0ffee"), (None, None)])
-def test_a_repository_is_the_commit_that_was_downloaded(
-    monkeypatch: pytest.MonkeyPatch, cached: str | None, expected: str | None
-) -> None:
-    class Hub:
-        @staticmethod
-        def try_to_load_from_cache(repository: str, file: str, revision: str | None) -> str | None:
-            assert (repository, file, revision) == ("org/m", "config.json", "main")
-            return cached
-
-    monkeypatch.setitem(__import__("sys").modules, "huggingface_hub", Hub)
-    if expected:
-        assert model_identity("org/m", "main", "") == expected
-    else:
-        with pytest.raises(ConfigError, match='give "model_identity"'):
-            model_identity("org/m", "main", "")
+def test_a_value_that_is_another_one_in_each_process_is_refused() -> None:
+    assert engine_settings({"kind": ("model", {Path}), "other": ("model", 1j)}, None, Contents(ANY_TIME)) == {
+        "kind": ["<class 'pathlib.Path'>"],
+        "other": "1j",
+    }
+    for held in (object(), {"hook": [object()]}, {object()}, test_what_counts):
+        with pytest.raises(ConfigError, match=r"argument brand_new\S* is .* at 0x"):
+            engine_settings({"brand_new": ("brand.new", held)}, None, Contents(ANY_TIME))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import enum
+import re
 from types import SimpleNamespace
 from typing import Any
 
@@ -37,6 +38,10 @@ class Item(SimpleNamespace):
         self.identity = identity
 
 
+class CudaIpcTensorTransportProxy:
+    """Named as SGLang's."""
+
+
 def item(**changed: Any) -> Item:
     fields: dict[str, Any] = {
         "modality": Modality.IMAGE,
@@ -67,6 +72,21 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "other name": {"model_specific_data": {"video_grid_thw": torch.tensor([[1, 2, 2]])}},
     "more": {"model_specific_data": {**item().model_specific_data, "second_per_grid_ts": [0.5]}},
     "empty": {"feature": torch.empty(0, 6)},
+    "nan": {"feature": [float("nan"), 1.0]},
+    "infinity": {"feature": [float("inf"), 1.0]},
+    "numbers": {"feature": [0.0, 1.0]},
+    "minus zero": {"feature": [-0.0, 1.0]},
+    "whole numbers": {"feature": [0, 1]},
+    "mixed": {"feature": [0.0, 1]},
+    "nested": {"feature": [[0.0, 1.0]]},
+    "text": {"feature": "0"},
+    "bytes": {"feature": b"0"},
+    "large number": {"feature": 1 << 70},
+    "no list": {"feature": []},
+    "many": {"feature": [0.5] * 700_000},
+    "one more": {"feature": [0.5] * 700_001},
+    "many words": {"feature": "0" * (5 << 20)},
+    "half a surrogate": {"feature": "\ud800"},
     "bfloat16": {"feature": item().feature.to(torch.bfloat16)},
 }
 
@@ -83,6 +103,7 @@ def test_what_does_not_reach_the_model_does_not_count() -> None:
         item(offsets=[(50, 53)]),
         item(feature=item().feature.t().contiguous().t()),
         item(model_specific_data={"image_grid_thw": torch.tensor([[1, 2, 2]])}),
+        item(model_specific_data=item().model_specific_data | {"_sglang_defer_cuda_ipc_feature_reconstruction": True}),
     ]
     assert {item_identity(other) for other in same} == {item_identity(item())}
 
@@ -104,21 +125,40 @@ def test_positions_count_relative_to_the_span() -> None:
         ({"feature": object()}, "item.feature: an object of type object"),
         ({"feature": np.array([None])}, "item.feature: an array of Python objects"),
         ({"model_specific_data": {"a": {1: 2}}}, "item.specific.a: a key of type int"),
-        ({"model_specific_data": {"a": float("nan")}}, "item.specific.a"),
+        ({"feature": [{1}]}, "item.feature[0]: an object of type set"),
+        ({"feature": CudaIpcTensorTransportProxy()}, "start SGLang with --mm-feature-transport cpu"),
     ],
 )
 def test_what_cannot_be_identified_is_named(changed: dict[str, Any], named: str) -> None:
-    with pytest.raises(Unidentified, match=named.replace(".", r"\.")):
+    with pytest.raises(Unidentified, match=re.escape(named)):
         item_identity(item(**changed))
+
+
+class Output(SimpleNamespace):
+    """What the hook reads of SGLang's MultimodalProcessorOutput."""
+
+    @staticmethod
+    def build_padded_input_ids(input_ids: list[int], items: list[Item]) -> list[object]:
+        return [*input_ids, *(held.identity for held in items)]
+
+
+def outputs(items: list[Item], padded: list[int] | None) -> tuple[SimpleNamespace, Output]:
+    """What SGLang made, and what it was made from."""
+    made = SimpleNamespace(mm_items=items, mrope_positions=None, padded_input_ids=padded)
+    return made, Output(mm_items=items, input_ids=[7])
 
 
 def test_the_hook_identifies_every_item_and_has_the_prompt_padded_anew(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(hooks, "TRUST", trust := Trust())
     items = [item(), item(feature=None)]
-    output = SimpleNamespace(mm_items=items, mrope_positions=None, padded_input_ids=[1])
-    hooks.identify(output)
-    assert [held.identity for held in items] == [item_identity(held) for held in items]
-    assert output.padded_input_ids is None
+    made, output = outputs(items, [1])
+    hooks.identify(made, output, requires_mm_token_modalities=False)
+    identities = [item_identity(held) for held in items]
+    assert [held.identity for held in items] == identities
+    assert made.padded_input_ids == [7, *identities]
+    made, output = outputs(items, None)  # SGLang's model pads it later
+    hooks.identify(made, output)
+    assert made.padded_input_ids is None
     assert trust.reason is None
 
 
@@ -126,14 +166,50 @@ def test_an_item_nobody_can_identify_ends_the_trust(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setattr(hooks, "TRUST", trust := Trust())
-    bad = SimpleNamespace(mm_items=[item(feature=object())], mrope_positions=None, padded_input_ids=None)
-    for output in (bad, bad, SimpleNamespace()):
-        hooks.identify(output)
+    items = [item(), item(feature=object())]
+    made, output = outputs(items, [1])
+    for other in (made, made, SimpleNamespace()):
+        hooks.identify(other, output)
+    assert (items[0].identity, made.padded_input_ids) == (b"", [1])  # all or nothing: they go together
     assert trust.reason == "a media item cannot be identified (item.feature: an object of type object)"
     assert len(caplog.records) == 1
 
 
+class Owner:
+    """A class of SGLang's, with methods that are hooked."""
+
+    @staticmethod
+    def make(value: int, *, more: int = 0) -> int:
+        return value + more
+
+    def update(self, value: int) -> int:
+        return -value
+
+
+def test_a_method_does_as_before_with_a_hook(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(hooks, "TRUST", trust := Trust())
+    monkeypatch.setattr(Owner, "make", staticmethod(Owner.make))
+    monkeypatch.setattr(Owner, "update", Owner.update)
+    seen: list[tuple[Any, ...]] = []
+
+    def hook(*args: Any, **kwargs: Any) -> None:
+        seen.append((*args, kwargs))
+        if args[-1] == 9:
+            raise TypeError("unknown")
+
+    for _ in range(2):
+        hooks.wrap(Owner, "make", hook, after=True)
+        hooks.wrap(Owner, "update", hook)
+    owner = Owner()
+    assert (Owner.make(1, more=2), owner.update(value=3), trust.reason) == (3, -3, None)
+    assert seen == [(3, 1, {"more": 2}), (owner, {"value": 3})]
+    assert owner.update(9) == -9
+    assert "Owner.update was called in a way that is not known" in str(trust.reason)
+    with pytest.raises(RuntimeError, match="has no other"):
+        hooks.wrap(Owner, "other", hook)
+
+
 def test_replaced_weights_end_the_trust(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(hooks, "TRUST", trust := Trust())
-    hooks.weights_replaced("updater", "request")
-    assert trust.reason == "the weights of this engine are replaced while it runs"
+    hooks.weights_replaced("updater", recv_req="request")
+    assert trust.reason == "the weights of this engine are replaced or tested while it runs"

@@ -9,7 +9,7 @@ import pytest
 
 import mmcache
 from mmcache.keys import NO_PARENT, Keys, Namespace, Part, run_bounds
-from mmcache_connectors.sglang.pages import by_page, page_keys, rank_part
+from mmcache_connectors.sglang.pages import by_page, cuts, in_page_order, page_keys, rank_part
 
 HASHES = [hashlib.sha256(bytes([number & 255, number >> 8])).hexdigest() for number in range(600)]
 HALF = Part(kv_heads=(0, 1, 2))
@@ -108,3 +108,22 @@ def test_buffers_come_page_after_page() -> None:
     for buffers, pages in (([1, 2, 3], 2), ([], 1)):
         with pytest.raises(ValueError, match="no whole number"):
             by_page(buffers, pages)
+
+
+@pytest.mark.parametrize(
+    ("sizes", "expected"),
+    [
+        ([], []),
+        ([4], [[4]]),
+        ([4, 4, 2, 1], [[4, 4, 2], [1]]),
+        ([11, 1, 9, 12, 3], [[11], [1, 9], [12], [3]]),
+        ([5, 6, 5, 5], [[5], [6], [5, 5]]),
+    ],
+)
+def test_a_batch_is_cut_by_bytes(sizes: list[int], expected: list[list[int]]) -> None:
+    assert [sizes[cut] for cut in cuts(sizes, 10)] == expected
+
+
+def test_a_pool_that_lists_buffers_by_layer_is_noticed() -> None:
+    assert in_page_order(["k0", "v0", "k1", "v1"], [["k0", "v0"], ["k1", "v1"]])
+    assert not in_page_order(["k0", "k1", "v0", "v1"], [["k0", "v0"], ["k1", "v1"]])

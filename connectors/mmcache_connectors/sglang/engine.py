@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 from typing import Any, NamedTuple
 
 import sglang
@@ -11,9 +12,11 @@ from sglang.srt.configs.model_config import ModelConfig
 from sglang.srt.mem_cache.hybrid_cache.hybrid_cache_controller import HybridCacheController
 from sglang.srt.runtime_context import get_server_args
 
+from mmcache.errors import ConfigError
 from mmcache.keys import Namespace, Part
 from mmcache_connectors.sglang import facts
 from mmcache_connectors.sglang.pages import rank_part
+from mmcache_connectors.sglang.weights import Contents, model_identity, process_start_s
 
 
 class Pages(NamedTuple):
@@ -24,12 +27,13 @@ class Pages(NamedTuple):
     part: Part
 
 
-def describe_pages(config: Any, pool: Any, model_identity: str) -> Pages:
-    """Name the pages of a HostKVCache, given SGLang's HiCacheStorageConfig and the setting of that name.
+def describe_pages(config: Any, pool: Any, identity: str) -> Pages:
+    """Name the pages of a HostKVCache, given SGLang's HiCacheStorageConfig and the setting `model_identity`.
 
-    Reads every byte of a model folder unless `model_identity` is set. Raises ConfigError if it cannot tell which
-    weights these are, KeyInputError if a file it has to read cannot be.
+    Reads every byte of a local model unless `identity` is set. Raises ConfigError if it cannot tell which weights these
+    are, ChangedFiles if they may not be those that were loaded, KeyInputError if a file it has to read cannot be.
     """
+    contents = Contents(process_start_s())
     arguments = get_server_args()
     values = {
         name: (group, resolution_result(arguments, name)) for name, group in namespace_of(type(arguments)).items()
@@ -43,7 +47,7 @@ def describe_pages(config: Any, pool: Any, model_identity: str) -> Pages:
     named: dict[str, object] = {
         "engine": "sglang",
         "engine_version": sglang.__version__,
-        "model": facts.model_identity(value("model_path"), value("revision"), model_identity),
+        "model": model_identity({name: held for name, (_, held) in values.items()}, identity, contents),
         "dtype": str(pool.dtype).removeprefix("torch."),
         "layout": pool.layout,
         "pool": type(pool).__name__,
@@ -52,7 +56,7 @@ def describe_pages(config: Any, pool: Any, model_identity: str) -> Pages:
         "head_dim": getattr(pool, "head_dim", None),
         "v_head_dim": getattr(pool, "v_head_dim", None),
         "shard": shard,
-        "settings": facts.engine_settings(values, value("random_seed")),
+        "settings": facts.engine_settings(values, value("random_seed"), contents),
     }
     buffers, flat = (
         Namespace(kind="kv", block_size=pool.page_size, page=page, **named) for page in ("buffers", "flat")
@@ -60,10 +64,41 @@ def describe_pages(config: Any, pool: Any, model_identity: str) -> Pages:
     return Pages(buffers, flat, part)
 
 
-def passes_prefix() -> bool:
-    """Whether SGLang was started to say which pages come before those it asks for."""
-    settings = resolution_result(get_server_args(), "hicache_storage_backend_extra_config")
-    return bool(HybridCacheController.parse_storage_backend_extra_config(settings)[-1])
+def check_start(backend: type) -> bool:
+    """Whether SGLang was started to say which pages come before those it asks for.
+
+    Raises ConfigError if SGLang was not started with `backend`: attached later, over HTTP, it would not know whether
+    weights were replaced before, nor have identified the media whose pages SGLang already holds. What is attached later
+    is no argument of `get_server_args`.
+    """
+    arguments = get_server_args()
+    name = resolution_result(arguments, "hicache_storage_backend")
+    settings = resolution_result(arguments, "hicache_storage_backend_extra_config")
+    parsed = HybridCacheController.parse_storage_backend_extra_config(settings)
+    found: Any = None
+    if name == "dynamic" and "module_path" in parsed[0]:
+        found = getattr(importlib.import_module(parsed[0]["module_path"]), parsed[0].get("class_name", ""), None)
+    if found is not backend:
+        raise ConfigError(
+            "mmcache cannot be attached to a running engine, as it has to see every change of weights and all media; "
+            "start SGLang with --hicache-storage-backend dynamic and its extra config"
+        )
+    return bool(parsed[-1])
+
+
+def untold_media() -> str | None:
+    """Why this model's media cannot be told apart in its pages; None if they can."""
+    names = ModelConfig.from_server_args(get_server_args()).hf_config.architectures or ()
+    for name in names:
+        if name in facts.ONE_NUMBER:
+            return f"{name} puts one number of 62 bits in place of a whole picture, too few to tell pictures by"
+    return None
+
+
+def media_transport() -> str | None:
+    """How SGLang brings features to the scheduler: "cpu", "cuda_ipc", "cuda_vmm"."""
+    found: str | None = resolution_result(get_server_args(), "mm_feature_transport")
+    return found
 
 
 def _part(config: Any, pool: Any, arguments: Any) -> tuple[Part, str | None]:

@@ -8,11 +8,12 @@ work, what is reported: nothing a page's bytes depend on. A page's place and par
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Iterable, Mapping
 from typing import Any, Final
 
 from mmcache.errors import ConfigError
-from mmcache.identity import directory_digest, file_digest
+from mmcache_connectors.sglang.weights import Contents
 
 # Group: the arguments in it that are in, though the group is out.
 OUT_BUT: Final[Mapping[str, frozenset[str]]] = {
@@ -40,6 +41,7 @@ OUT_BUT: Final[Mapping[str, frozenset[str]]] = {
 }
 # Group: the arguments in it that are out, though the group is in.
 IN_BUT: Final[Mapping[str, frozenset[str]]] = {
+    "exec.offload": frozenset({"ple_offload_dir"}),  # written to
     "model": frozenset(
         {
             "checkpoint_engine_wait_weights_before_ready",
@@ -47,6 +49,8 @@ IN_BUT: Final[Mapping[str, frozenset[str]]] = {
             "download_dir",
             "engine_info_bootstrap_port",
             "model_path",  # its contents are the fact `model`
+            "modelopt_checkpoint_save_path",  # written to
+            "modelopt_export_path",  # written to
             "remote_instance_weight_loader_backend",
             "remote_instance_weight_loader_seed_instance_ip",
             "remote_instance_weight_loader_seed_instance_service_port",
@@ -65,6 +69,7 @@ IN_BUT: Final[Mapping[str, frozenset[str]]] = {
     ),
     "spec": frozenset({"spec_trace_dir"}),
 }
+_ADDRESS: Final = re.compile(r" at 0x[0-9a-fA-F]+")
 
 
 def counts(group: str, name: str) -> bool:
@@ -72,36 +77,66 @@ def counts(group: str, name: str) -> bool:
     return name in OUT_BUT[group] if group in OUT_BUT else name not in IN_BUT.get(group, ())
 
 
-def engine_settings(values: Mapping[str, tuple[str, Any]], random_seed: int | None) -> dict[str, object]:
+def engine_settings(
+    values: Mapping[str, tuple[str, Any]], random_seed: int | None, contents: Contents
+) -> dict[str, object]:
     """Arguments (name: group, value) that are part of the namespace, in plain values; a path becomes what it holds.
 
-    The seed counts where it makes the weights. Raises KeyInputError if a file that is named cannot be read.
+    The seed counts where it makes the weights. Raises ConfigError for a value that cannot be told from others,
+    KeyInputError if a file that is named cannot be read, ChangedFiles if it changed after it was loaded.
     """
-    facts = {name: _plain(value) for name, (group, value) in values.items() if counts(group, name)}
+    facts = {name: _plain(value, name, contents) for name, (group, value) in values.items() if counts(group, name)}
     if values.get("load_format", ("", None))[1] == "dummy":
         facts["random_seed"] = random_seed
     return facts
 
 
-def _plain(value: Any) -> object:
-    if isinstance(value, str) and os.sep in value and os.path.exists(value):
-        return directory_digest(value) if os.path.isdir(value) else file_digest(value)
+def _plain(value: Any, name: str, contents: Contents) -> object:
+    if isinstance(value, str) and os.path.exists(value):
+        return contents.digest(value)
     if value is None or isinstance(value, (bool, int, float, str, bytes)):
         return value
     if isinstance(value, Mapping):
-        return {str(name): _plain(held) for name, held in value.items()}
+        return {str(key): _plain(held, f"{name}.{key}", contents) for key, held in value.items()}
     if isinstance(value, (list, tuple)):
-        return [_plain(held) for held in value]
+        return [_plain(held, name, contents) for held in value]
     if isinstance(value, (set, frozenset)):
-        return sorted(repr(held) for held in value)
-    names = _field_names(value)
-    return {name: _plain(getattr(value, name)) for name in names} if names else repr(value)
+        return sorted(_said(held, name) for held in value)
+    fields = _field_names(value)
+    if fields:
+        return {field: _plain(getattr(value, field), f"{name}.{field}", contents) for field in fields}
+    return _said(value, name)
+
+
+def _said(value: object, name: str) -> str:
+    text = repr(value)
+    if _ADDRESS.search(text):
+        raise ConfigError(
+            f"the argument {name} is {text}, which is another text in each process, so nothing of it can be part of a "
+            "page's name; give plain values, or leave it out"
+        )
+    return text
 
 
 def _field_names(value: Any) -> tuple[str, ...]:
     return tuple(
         getattr(type(value), "__struct_fields__", None) or getattr(type(value), "__dataclass_fields__", None) or ()
     )
+
+
+# Models that put one 62-bit number in place of all of an item's tokens, whatever its identity: two items of one number
+# would be one. Source: `pad_input_ids` in models/llava.py, llavavid.py, mllama.py, moss_vl.py of SGLang 0.5.23.
+ONE_NUMBER: Final = frozenset(
+    {
+        "LlavaForConditionalGeneration",
+        "LlavaLlamaForCausalLM",
+        "LlavaMistralForCausalLM",
+        "LlavaQwenForCausalLM",
+        "LlavaVidForCausalLM",
+        "MllamaForConditionalGeneration",
+        "MossVLForConditionalGeneration",
+    }
+)
 
 
 def check_adapters(paths: Iterable[str | None]) -> None:
@@ -112,23 +147,3 @@ def check_adapters(paths: Iterable[str | None]) -> None:
                 f"--lora-paths names {path!r}, which is no folder here, and other weights can come under one name; "
                 "download the adapter and give its folder"
             )
-
-
-def model_identity(path: str, revision: str | None, given: str) -> str:
-    """Which weights: `given` if set, else a digest of the folder, else repository and commit as downloaded here.
-
-    Reads every byte of a folder. Raises ConfigError if a repository's commit cannot be told.
-    """
-    if given:
-        return given
-    if os.path.isdir(path):
-        return directory_digest(path)
-    from huggingface_hub import try_to_load_from_cache  # what SGLang itself downloads with
-
-    file = try_to_load_from_cache(path, "config.json", revision=revision)
-    if isinstance(file, str):
-        return f"{path}@{os.path.basename(os.path.dirname(file))}"
-    raise ConfigError(
-        f'cannot tell which weights {path!r} stands for; give "model_identity" in the extra config: any text that '
-        "changes when they do, such as repository@commit"
-    )

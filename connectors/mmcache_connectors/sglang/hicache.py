@@ -1,14 +1,14 @@
 """`MMCacheHiCacheStorage`: SGLang's HiCache keeps its pages in mmcache. Loaded by SGLang's "dynamic" storage backend.
 
 SGLang calls from two background threads, and takes False, None or 0 for pages it has to compute. Once made, no method
-raises, or takes longer than the deadline. Interface as of SGLang 0.5.23.
+raises, and no call to the cache takes longer than the deadline; transfer.py cuts batches into calls. Interface as of
+SGLang 0.5.23.
 """
 
 from __future__ import annotations
 
 import ctypes
 import logging
-import threading
 from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
@@ -16,13 +16,16 @@ import numpy as np
 from sglang.srt.mem_cache.hicache_storage import HiCacheStorage, PoolTransferResult
 
 import mmcache
-from mmcache.errors import ConfigError, MMCacheError
+from mmcache.errors import ConfigError
 from mmcache.keys import Keys, Namespace
+from mmcache.transport.base import Outcome
 from mmcache_connectors.sglang import hooks
-from mmcache_connectors.sglang.engine import Pages, describe_pages, passes_prefix
-from mmcache_connectors.sglang.pages import by_page, page_keys
+from mmcache_connectors.sglang.engine import Pages, check_start, describe_pages, media_transport, untold_media
+from mmcache_connectors.sglang.pages import by_page, in_page_order, page_keys
 from mmcache_connectors.sglang.settings import parse_settings
+from mmcache_connectors.sglang.transfer import read_pages, write_pages
 from mmcache_connectors.sglang.trust import TRUST
+from mmcache_connectors.sglang.weights import ChangedFiles
 
 log = logging.getLogger("mmcache.sglang")
 T = TypeVar("T")
@@ -31,26 +34,29 @@ T = TypeVar("T")
 class MMCacheHiCacheStorage(HiCacheStorage):  # type: ignore[misc]
     """HiCache's third tier in an mmcache server: interface v1, and the page-by-page one before it.
 
-    Settings that cannot be taken, and pools whose pages cannot be reached, raise ConfigError when it is made; a server
-    that does not answer is only warned of.
+    Settings that cannot be taken, pools whose pages cannot be reached, and an engine that was started without it raise
+    ConfigError when it is made; a server that does not answer is only warned of.
     """
 
     def __init__(self, storage_config: Any, kwargs: Any = None) -> None:
         extra: dict[str, Any] = storage_config.extra_config or {}
         self._config, self._settings = storage_config, parse_settings(extra)
         self._v1 = bool(extra.get("interface_v1", 0))
-        self._passes_prefix = passes_prefix()
+        self._passes_prefix = check_start(type(self))
         self._pages: Pages | None = None
-        self._answers = True
-        self._noting = threading.Lock()
+        self._faults: set[str] = set()
         hooks.install()
         settings = self._settings
         self._cache = mmcache.connect(settings.url, lazy=True, deadline_s=settings.deadline_s, verify=settings.verify)
-        try:
-            self._cache.stat()
-        except MMCacheError as error:
-            self._answers = False
-            log.warning("mmcache: %s; pages are computed until a server answers", error)
+        untold = untold_media()
+        if untold is not None:
+            TRUST.end(untold)
+        if media_transport() not in (None, "cpu"):
+            log.warning(
+                "mmcache: media come to the scheduler as %s, which for some models only the model opens; the first of "
+                "these ends the caching: use --mm-feature-transport cpu",
+                media_transport(),
+            )
         if not self._passes_prefix:
             log.warning(
                 'mmcache: set "hicache_storage_pass_prefix_keys": true, so that a prompt\'s pages stay together'
@@ -61,11 +67,19 @@ class MMCacheHiCacheStorage(HiCacheStorage):  # type: ignore[misc]
     def register_mem_pool_host(self, mem_pool_host: Any) -> None:
         """Take the host pool whose pages are stored, and name them. Raises ConfigError, KeyInputError."""
         super().register_mem_pool_host(mem_pool_host)
-        pages = describe_pages(self._config, mem_pool_host, self._settings.model_identity)
+        if not mem_pool_host.layer_num:
+            TRUST.end("this process holds no layers whose pages could be cached")
+        if TRUST.reason is not None:
+            return
+        try:
+            self._pages = describe_pages(self._config, mem_pool_host, self._settings.model_identity)
+        except ChangedFiles as error:
+            TRUST.end(str(error))
+            return
         if self._v1:
             _check_pool(mem_pool_host)
-        self._pages = pages
         log.info("mmcache: pages go to %s as namespace %s", self._settings.url, self._namespace(self._v1).id.hex())
+        self._ask_once()
 
     def register_mem_host_pool_v2(self, host_pool: Any, host_pool_name: Any) -> None:
         """Take a model's further pools (sliding windows, states): not cached yet, so neither is such a model."""
@@ -83,8 +97,7 @@ class MMCacheHiCacheStorage(HiCacheStorage):  # type: ignore[misc]
         """Read pages into the host pool; True for each that is there. What others hold then is undefined."""
 
         def read() -> list[bool]:
-            places = self._places(host_indices, len(keys))
-            return [bool(result) for result in self._cache.get_into(self._keys(keys, extra_info, True), places)]
+            return read_pages(self._cache, self._keys(keys, extra_info, True), self._places(host_indices, len(keys)))
 
         return self._run(read, [False] * len(keys))
 
@@ -92,8 +105,7 @@ class MMCacheHiCacheStorage(HiCacheStorage):  # type: ignore[misc]
         """Store pages of the host pool; True for each that is stored now."""
 
         def write() -> list[bool]:
-            places = self._places(host_indices, len(keys))
-            return [bool(result) for result in self._cache.put(self._keys(keys, extra_info, True), places)]
+            return write_pages(self._cache, self._keys(keys, extra_info, True), self._places(host_indices, len(keys)))
 
         return self._run(write, [False] * len(keys))
 
@@ -111,8 +123,8 @@ class MMCacheHiCacheStorage(HiCacheStorage):  # type: ignore[misc]
         """As `get` for each; None for those that are not there."""
 
         def read() -> list[Any]:
-            found = self._cache.get_into(self._keys(keys, None, False), target_locations)
-            return [target if result else None for target, result in zip(target_locations, found, strict=True)]
+            found = read_pages(self._cache, self._keys(keys, None, False), target_locations)
+            return [target if there else None for target, there in zip(target_locations, found, strict=True)]
 
         return self._run(read, [None] * len(keys))
 
@@ -124,7 +136,7 @@ class MMCacheHiCacheStorage(HiCacheStorage):  # type: ignore[misc]
         self, keys: Sequence[str], values: Any = None, target_locations: Any = None, target_sizes: Any = None
     ) -> bool:
         """Store pages, a tensor each; whether all are stored now."""
-        return self._run(lambda: all(self._cache.put(self._keys(keys, None, False), [*values])), False)
+        return self._run(lambda: all(write_pages(self._cache, self._keys(keys, None, False), [*values])), False)
 
     # ------------------------------------------------------------------------------------------ further pools: misses
 
@@ -167,30 +179,25 @@ class MMCacheHiCacheStorage(HiCacheStorage):  # type: ignore[misc]
         pointers, sizes = self.mem_pool_host.get_page_buffer_meta(host_indices)
         return by_page([_bytes_at(*place) for place in zip(pointers, sizes, strict=True)], pages)
 
+    def _ask_once(self) -> None:
+        """Have it said now, and not at the first request, that no server answers or that it refuses this client."""
+        assert self._pages is not None
+        key = page_keys(self._namespace(self._v1), self._pages.part, ["00" * 32], None)
+        (result,) = self._cache.get_into(key, [bytearray(1)])
+        if result.outcome is Outcome.UNAVAILABLE and self._cache.answering:  # else the client has said so
+            log.warning("mmcache: %s", result.reason)
+
     def _run(self, work: Callable[[], T], missed: T) -> T:
-        """`work()`, or `missed` if it cannot be trusted, fails, or nobody answers; each change is said once."""
+        """`work()`, or `missed` if it fails or its keys cannot be trusted; what fails again is said once."""
         if TRUST.reason is not None:
             return missed
-        before = self._failures()
         try:
-            made = work()
-        except Exception:
-            log.exception("mmcache: a call failed inside the connector; it counts as a miss")
+            return work()
+        except Exception as error:
+            if type(error).__name__ not in self._faults:
+                self._faults.add(type(error).__name__)
+                log.exception("mmcache: a call failed inside the connector; it counts as a miss, and so will others")
             return missed
-        self._note(answered=self._failures() == before)
-        return made
-
-    def _failures(self) -> int:
-        counters = self._cache.counters
-        return counters["failures"] + counters["skipped"]
-
-    def _note(self, *, answered: bool) -> None:
-        with self._noting:
-            changed, self._answers = self._answers != answered, answered
-        if changed and answered:
-            log.warning("mmcache: %s answers; pages are stored and read", self._settings.url)
-        elif changed:
-            log.warning("mmcache: %s does not answer; pages are computed until it does", self._settings.url)
 
 
 def _bytes_at(pointer: int, nbytes: int) -> Any:
@@ -203,9 +210,13 @@ def _check_pool(pool: Any) -> None:
     """Raises ConfigError unless the pool says where its pages lie."""
     import torch
 
+    size = pool.page_size
     try:
-        pointers, sizes = pool.get_page_buffer_meta(torch.arange(pool.page_size))
-        by_page(list(zip(pointers, sizes, strict=True)), 1)
+        pages = torch.arange(2 * size).split(size)
+        pointers, *alone = [[*zip(*pool.get_page_buffer_meta(at), strict=True)] for at in (torch.cat(pages), *pages)]
+        by_page(pointers, len(pages))
+        if not in_page_order(pointers, alone):
+            raise ValueError("they do not come page after page")
     except Exception as error:
         raise ConfigError(
             f"the pages of a {type(pool).__name__} with layout {pool.layout!r} cannot be reached ({error!r}); "

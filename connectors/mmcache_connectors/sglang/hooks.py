@@ -14,6 +14,7 @@ from mmcache_connectors.sglang.trust import TRUST
 
 UPDATES: Final = (
     "begin_weight_update",
+    "check_weights",  # one of its actions fills them with random numbers
     "update_weights_from_disk",
     "update_weights_from_distributed",
     "update_weights_from_ipc",
@@ -21,24 +22,28 @@ UPDATES: Final = (
 )
 
 
-def identify(output: Any) -> None:
-    """Give each item of a MultimodalProcessorOutput an identity of 32 bytes, whatever hash it came with.
+def identify(made: Any, output: Any, **_: object) -> None:
+    """Give each item of a MultimodalInputs an identity of 32 bytes, whatever hash it came with.
 
-    The prompt is then padded anew from them. If one cannot be identified the request runs as it is, and the cache is
-    left alone from then on.
+    `output`, a MultimodalProcessorOutput, is what it was made from: features that came as CUDA handles are tensors in
+    `made` only. The prompt is padded anew from the identities, as SGLang does it. If one cannot be identified nothing
+    is changed: the request runs as it is, and the cache is left alone from then on.
     """
     try:
-        for item in output.mm_items:
-            if item.is_valid():
-                item.set_identity(item_identity(item, output.mrope_positions))
-        output.padded_input_ids = None
+        items = list(made.mm_items)
+        identities = [item_identity(item, made.mrope_positions) for item in items]
     except Exception as error:
         TRUST.end(f"a media item cannot be identified ({error if isinstance(error, Unidentified) else repr(error)})")
+        return
+    for item, identity in zip(items, identities, strict=True):
+        item.set_identity(identity)
+    if made.padded_input_ids is not None:
+        made.padded_input_ids = type(output).build_padded_input_ids(output.input_ids, output.mm_items)
 
 
-def weights_replaced(*args: object) -> None:
+def weights_replaced(*args: object, **_: object) -> None:
     """Somebody puts other weights into a running engine."""
-    TRUST.end("the weights of this engine are replaced while it runs")
+    TRUST.end("the weights of this engine are replaced or tested while it runs")
 
 
 def install() -> None:
@@ -46,22 +51,37 @@ def install() -> None:
     from sglang.srt.managers.schedule_batch import MultimodalInputs
     from sglang.srt.managers.scheduler_components.weight_updater import SchedulerWeightUpdaterManager
 
-    _before(MultimodalInputs, "from_processor_output", identify, static=True)  # all requests with media pass it
+    wrap(MultimodalInputs, "from_processor_output", identify, after=True)  # all requests with media pass it
     for name in UPDATES:
-        _before(SchedulerWeightUpdaterManager, name, weights_replaced)
+        wrap(SchedulerWeightUpdaterManager, name, weights_replaced)
 
 
-def _before(owner: Any, name: str, hook: Callable[..., None], *, static: bool = False) -> None:
+def wrap(owner: Any, name: str, hook: Callable[..., None], *, after: bool = False) -> None:
+    """Call `hook` with the arguments before each call of a method, or after it, with the result before them.
+
+    `after` is for static methods. A hook that raises ends the trust, and the method goes on as ever. Wrapping twice is
+    wrapping once. Raises RuntimeError if there is no such method.
+    """
     original = getattr(owner, name, None)
     if original is None:
         raise RuntimeError(f"this SGLang's {owner.__name__} has no {name}; use a version named in docs/sglang.md")
     if getattr(original, "mmcache_hook", None) is hook:
         return
 
+    def call(*args: Any, **kwargs: Any) -> None:
+        try:
+            hook(*args, **kwargs)
+        except Exception as error:
+            TRUST.end(f"{owner.__name__}.{name} was called in a way that is not known ({error!r})")
+
     @functools.wraps(original)
     def wrapped(*args: Any, **kwargs: Any) -> Any:
-        hook(*args)
-        return original(*args, **kwargs)
+        if not after:
+            call(*args, **kwargs)
+            return original(*args, **kwargs)
+        made = original(*args, **kwargs)
+        call(made, *args, **kwargs)
+        return made
 
     wrapped.mmcache_hook = hook  # type: ignore[attr-defined]
-    setattr(owner, name, staticmethod(wrapped) if static else wrapped)
+    setattr(owner, name, staticmethod(wrapped) if after else wrapped)

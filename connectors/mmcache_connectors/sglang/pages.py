@@ -94,3 +94,20 @@ def by_page(buffers: Sequence[T], pages: int) -> list[list[T]]:
     if rest or not each:
         raise ValueError(f"{len(buffers)} buffers are no whole number for each of {pages} pages")
     return [list(buffers[place : place + each]) for place in range(0, len(buffers), each)]
+
+
+def cuts(sizes: Sequence[int], limit: int) -> list[slice]:
+    """Consecutive ranges of at most `limit` bytes each; one that is larger by itself stands alone."""
+    made: list[slice] = []
+    start = held = 0
+    for place, nbytes in enumerate(sizes):
+        if held and held + nbytes > limit:
+            made.append(slice(start, place))
+            start, held = place, 0
+        held += nbytes
+    return [*made, slice(start, len(sizes))] if len(sizes) else []
+
+
+def in_page_order(together: Sequence[T], one_by_one: Sequence[Sequence[T]]) -> bool:
+    """Whether a pool lists the buffers of several pages page after page, given also each page's by itself."""
+    return list(together) == [buffer for page in one_by_one for buffer in page]

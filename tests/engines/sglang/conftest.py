@@ -45,20 +45,24 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def text_cache(made: Path) -> Iterator[Cache]:
-    """The cache an engine filled with TEXTS before it was killed."""
+    """The cache an engine filled with TEXTS before it was killed, and what it answered when it found nothing."""
     with Cache() as cache:
         with running(made / "text", {"url": cache.url}) as engine:
             for name, prompt in TEXTS.items():
                 engine.flush()  # else a shared beginning is found on the device
-                cache.answers[name] = engine.ask(prompt)
+                truth = cache.answers[name] = engine.ask(prompt, cache_salt=f"found nowhere: {name}")
+                assert truth.cached == 0
+                engine.flush()
+                assert engine.ask(prompt).tokens == truth.tokens
             cache.settle()
         yield cache
 
 
 @pytest.fixture(scope="module")
 def text_engine(made: Path, text_cache: Cache) -> Iterator[Engine]:
-    """A second text engine before the filled cache."""
-    with running(made / "text", {"url": text_cache.url}) as engine:
+    """A second text engine before the filled cache, set otherwise in what decides no page's bytes."""
+    others = {"port": 31777, "mem_fraction_static": 0.12, "max_total_tokens": 6144, "hicache_ratio": 3}
+    with running(made / "text", {"url": text_cache.url}, **others) as engine:
         yield engine
 
 

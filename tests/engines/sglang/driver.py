@@ -2,7 +2,7 @@
 
 Answers go to the descriptor named by the first argument, as SGLang writes to stdout. The second argument is the JSON of
 the engine's arguments. Requests: {"ids": [...]}, {"text": ..., "images": [paths]}, {"weights": path},
-{"flush": true}; it ends with its input.
+{"flush": true}, {"attach": the extra config's JSON}; it ends with its input.
 """
 
 from __future__ import annotations
@@ -25,6 +25,11 @@ def answer(engine: Any, request: dict[str, Any]) -> dict[str, Any]:
         return {"flushed": bool(engine.flush_cache().success)}
     if "weights" in request:
         return {"replaced": bool(engine.update_weights_from_disk(request["weights"])[0])}
+    if "attach" in request:
+        tried = engine.loop.run_until_complete(
+            engine.tokenizer_manager.attach_hicache_storage("dynamic", request["attach"])
+        )
+        return {"attached": bool(tried.success), "said": tried.message}
     extra = {name: request[name] for name in ("mm_hashes", "cache_salt") if name in request}
     made = engine.generate(
         prompt=request.get("text"),

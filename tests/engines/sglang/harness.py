@@ -129,10 +129,19 @@ class Engine:
         self.flush()  # refused until it is idle, as the update would be
         assert self._send({"weights": str(model)}) == {"replaced": True}, self.log()
 
+    def attach(self, cache: Mapping[str, Any]) -> dict[str, Any]:
+        """Try to attach the backend while it runs, as PUT /hicache/storage-backend does."""
+        self.flush()
+        return self._send({"attach": json.dumps(BACKEND | dict(cache))})
+
     def log(self) -> str:
         """Everything it has written to stdout and stderr."""
         size = os.fstat(self._log.fileno()).st_size
         return os.pread(self._log.fileno(), size, 0).decode(errors="replace")
+
+    def lines(self, *words: str) -> list[str]:
+        """Those lines of the log in which all of `words` stand."""
+        return [line for line in self.log().splitlines() if all(word in line for word in words)]
 
     def ended(self, within_s: float = START_S) -> bool:
         """Wait until it has ended by itself."""
@@ -174,8 +183,8 @@ class Engine:
 class Cache(ServerProcess):
     """A cache server, and what an engine that filled it answered meanwhile."""
 
-    def __init__(self) -> None:
-        super().__init__("64MiB")
+    def __init__(self, memory: str = "64MiB") -> None:
+        super().__init__(memory)
         self.answers: dict[str, Answer] = {}
 
     def __enter__(self) -> Cache:

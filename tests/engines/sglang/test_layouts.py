@@ -30,3 +30,16 @@ def test_pages_come_back(made: Path, text_cache: Cache, way: str) -> None:
             assert answer.tokens == text_cache.answers["plain"].tokens
             assert answer.storage == (answer.full if stored else 0)
             text_cache.settle()
+
+
+@pytest.mark.full
+def test_a_cache_too_small_for_the_work_only_forgets(made: Path, text_cache: Cache) -> None:
+    """Puts are refused, or what was stored before goes."""
+    with Cache("256KiB") as small, running(made / "text", {"url": small.url}) as engine:
+        for name in (*TEXTS, *TEXTS):
+            engine.flush()
+            answer = engine.ask(TEXTS[name])
+            assert answer.tokens == text_cache.answers[name].tokens
+            assert answer.storage < text_cache.answers["long"].full // 2
+            small.settle()
+        assert engine.lines("mmcache", "failed inside") == []

@@ -1,0 +1,54 @@
+"""Pages in a cache server, found by what SGLang names them, and damage to them while the server runs."""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from itertools import pairwise
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import mmcache
+from mmcache.keys import Keys, Part
+from mmcache_connectors.sglang.pages import page_keys
+from tests.engines.sglang.harness import Cache, Engine
+from tests.engines.sglang.prompts import PAGE
+
+
+def keys_of(engine: Engine, ids: list[int]) -> Keys:
+    """The keys of a prompt's full pages: SHA-256 chains over little-endian tokens of 4 bytes, as SGLang 0.5.23 has."""
+    found = re.search(r"as namespace ([0-9a-f]{64})", engine.log())
+    assert found
+    namespace: Any = SimpleNamespace(id=bytes.fromhex(found[1]), block_size=PAGE)
+    above, hashes = b"", []
+    for start, stop in pairwise(range(0, len(ids) + 1, PAGE)):
+        tokens = b"".join(token.to_bytes(4, "little") for token in ids[start:stop])
+        above = hashlib.sha256(above + tokens).digest()
+        hashes.append(above.hex())
+    return page_keys(namespace, Part(), hashes, [])
+
+
+def forget(cache: Cache, keys: Keys) -> None:
+    """Delete entries; all must have been there."""
+    with mmcache.connect(cache.url) as client:
+        assert all(client.delete(keys))
+
+
+def flip(cache: Cache, key: Keys) -> None:
+    """Change one byte in the middle of one entry's first tensor, and of its equals, in the server's memory."""
+    with mmcache.connect(cache.url) as client, client.acquire(key) as leased:
+        frame = leased.frames[0]
+        assert frame is not None
+        wanted = bytes(frame.payload(frame.header.tensors[0]))
+    with Path(f"/proc/{cache.pid}/maps").open() as maps:
+        places = [line.split()[0] for line in maps if "mmcache-arena" in line]
+    flips = 0
+    with Path(f"/proc/{cache.pid}/mem").open("r+b", buffering=0) as memory:
+        for place in places:
+            start, stop = (int(number, 16) for number in place.split("-"))
+            memory.seek(start)
+            for found in re.finditer(re.escape(wanted), memory.read(stop - start)):
+                memory.seek(start + found.start() + len(wanted) // 2)
+                flips += memory.write(bytes([wanted[len(wanted) // 2] ^ 4]))
+    assert flips
