@@ -305,7 +305,8 @@ def latent_key(
     its class, with its full config; `timesteps`, `sigmas`, `mu` are those in effect; `guidance` its scales; `size` is
     (height, width, frames); `initial_state` a digest of the initial latents, or of the generator's device and state (a
     seed is not enough); `batch` is (size, index); `step_cache` its method and config; `parallelism` degrees, patches,
-    warm-up steps and shard. Further facts are in. Latent keys are version 0 and may change; all others are frozen. A value of unknown type raises KeyInputError: bypass the cache then.
+    warm-up steps and shard. Further facts are in. A value of unknown type raises KeyInputError: bypass the cache then.
+    These keys are version 0 and may change; all others are frozen.
     Source of the list: runs of diffusers and xDiT pipelines that were, and were not, bit-equal.
     """
     if namespace.kind != "latent":

@@ -1,7 +1,7 @@
 """What is frozen stays: the golden files of keys v1 and frame v1, digest by digest.
 
-A golden test notices code that left its vectors; this one notices vectors that were changed with the code. Stored values
-and other people's clients depend on them: a change is version 2, with an ADR, a new file, and a new line here.
+A golden test notices code that left its vectors; this one notices vectors that were changed with the code. Stored
+values and other people's clients depend on them: a change is version 2, with an ADR, a new file, and a new line here.
 """
 
 from __future__ import annotations

@@ -34,7 +34,7 @@ LOAD_THREADS: Final = 2
 LOAD_BUFFER_NBYTES: Final = 16 << 20
 SPLIT_NBYTES: Final = 4 << 20  # a load of less is one thread's
 SAVE_BUFFER_NBYTES: Final = 4 << 20
-IDLE_WAIT_S: Final = 0.002
+IDLE_WAIT_S: Final = 0.005
 ROOM_AGAIN: Final = 0.5  # of the save buffers free
 LEAST_LOAD_RATE: Final = 200e6  # bytes a second: a cache slower than this is not waited for
 
