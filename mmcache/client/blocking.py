@@ -103,13 +103,11 @@ class Client:
         rows = Keys.of(keys)
 
         def ask(link: Link, deadline: float) -> list[bool]:
-            present = bytearray()
-            for run in batches(len(rows), link.joined.limits.batch_keys):
-                request = pb.ContainsRequest(keys=b"".join(rows.digests[run.start : run.stop]))
-                present += link.run(link.conversation.call(Op.CONTAINS, request, pb.ContainsReply()), deadline).present
-            if len(present) != len(rows):
-                raise ProtocolError(f"the server answered {len(present)} of {len(rows)} keys")
-            return [bool(flag) for flag in present]
+            def present(keys: bytes) -> bytes:
+                call = link.conversation.call(Op.CONTAINS, pb.ContainsRequest(keys=keys), pb.ContainsReply())
+                return link.run(call, deadline).present
+
+            return _flags(link, rows.digests, present)
 
         return self._attempt(ask, lambda reason: [False] * len(rows)) if len(rows) else []
 
@@ -208,13 +206,11 @@ class Client:
         rows = Keys.of(keys)
 
         def ask(link: Link, deadline: float) -> list[bool]:
-            deleted = bytearray()
-            for run in batches(len(rows), link.joined.limits.batch_keys):
-                request = pb.DeleteRequest(keys=b"".join(rows.digests[run.start : run.stop]))
-                deleted += link.run(link.conversation.call(Op.DELETE, request, pb.DeleteReply()), deadline).deleted
-            if len(deleted) != len(rows):
-                raise ProtocolError(f"the server answered {len(deleted)} of {len(rows)} keys")
-            return [bool(flag) for flag in deleted]
+            def deleted(keys: bytes) -> bytes:
+                call = link.conversation.call(Op.DELETE, pb.DeleteRequest(keys=keys), pb.DeleteReply())
+                return link.run(call, deadline).deleted
+
+            return _flags(link, rows.digests, deleted)
 
         return self._demand(ask)
 
@@ -342,3 +338,13 @@ class Client:
             elif result.outcome is Outcome.CORRUPT:
                 corrupt += 1
         self._count(hits=hits, misses=len(results) - hits, verify_failures=corrupt, bytes_read=nbytes)
+
+
+def _flags(link: Link, digests: Sequence[bytes], ask: Callable[[bytes], bytes]) -> list[bool]:
+    """One bool a key, from `ask`, which answers a batch of keys with one byte each."""
+    flags = bytearray()
+    for run in batches(len(digests), link.joined.limits.batch_keys):
+        flags += ask(b"".join(digests[run.start : run.stop]))
+    if len(flags) != len(digests):
+        raise ProtocolError(f"the server answered {len(flags)} of {len(digests)} keys")
+    return [bool(flag) for flag in flags]

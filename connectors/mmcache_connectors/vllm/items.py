@@ -58,7 +58,7 @@ class ItemIdentities:
 
         The limit is where the first item begins whose identity is unknown: its features are not here and never were,
         they have no canonical form, or its identifier is not trusted; no span at or past it is given. Items at the same
-        positions (a video and its sound) make one span. A new item costs a hash of its features (3 ms for 24 MB), the
+        positions (a video and its sound) make one span. A new item costs a hash of its features (milliseconds), the
         same again some microseconds: ask again before blocks are saved, as an identifier may have lost its trust
         since. Never raises.
         """

@@ -229,7 +229,9 @@ class WorkerSide:
                     self._note_dropped(several, 0)  # what is sound of them is tried again
             return
         for index, several in per_group.items():
-            keys = Keys.of([key for _, blocks in several for key in blocks.keys])
+            keys = several[0][1].keys
+            if len(several) > 1:
+                keys = Keys.of([key for _, blocks in several for key in blocks.keys])
             ids = [one for _, blocks in several for one in blocks.block_ids]
             stored = self._save_group(self._groups[index], keys, ids)
             self._note_dropped(several, stored)
