@@ -45,8 +45,24 @@ def as_dtype(array: NDArray[Any], dtype: str) -> Labelled:
     return Labelled(array, dtype)
 
 
+@dataclass(frozen=True, slots=True)
+class Pieces:
+    """A destination that lies in memory in equal pieces: uint8 `[pieces, nbytes of one]`, each piece contiguous.
+
+    Together, in order, they take the bytes of one contiguous tensor of `dtype` and `shape`: an engine's block of KV,
+    for example, which is spread over its layers.
+    """
+
+    data: Bytes
+    dtype: str
+    shape: tuple[int, ...]
+
+
 class HostTensor(NamedTuple):
-    """One tensor's bytes in this process: flat uint8 view, and its dtype name and shape ('' and () when untyped)."""
+    """One tensor's bytes in this process: flat uint8 view, and its dtype name and shape ('' and () when untyped).
+
+    For a destination in pieces the view is two-dimensional: see `Pieces`.
+    """
 
     data: Bytes
     dtype: str
@@ -102,6 +118,17 @@ def _from_torch(tensor: Any, *, writable: bool) -> HostTensor:
     return HostTensor(data, name, shape)
 
 
+def _from_pieces(value: Pieces, *, writable: bool) -> HostTensor:
+    if not writable:
+        raise TensorError("pieces are a destination only; pass a value as one contiguous tensor")
+    data = value.data
+    if data.dtype != np.uint8 or data.ndim != 2 or (data.shape[1] > 1 and data.strides[1] != 1):
+        raise TensorError(f"pieces of {data.dtype}{list(data.shape)}: expected uint8 [pieces, nbytes], each contiguous")
+    if not data.flags.writeable:
+        raise TensorError("pieces must be writable as a destination")
+    return HostTensor(data, value.dtype, value.shape)
+
+
 def host_tensor(value: Any, *, writable: bool = False) -> HostTensor:
     """A flat byte view of an ndarray, a torch CPU tensor, a Labelled array or a buffer; copies only to make contiguous.
 
@@ -113,6 +140,8 @@ def host_tensor(value: Any, *, writable: bool = False) -> HostTensor:
         return _from_numpy(value, None, writable=writable)
     if isinstance(value, Labelled):
         return _from_numpy(value.array, value.dtype, writable=writable)
+    if isinstance(value, Pieces):
+        return _from_pieces(value, writable=writable)
     if _is_torch(value):
         return _from_torch(value, writable=writable)
     try:

@@ -8,6 +8,7 @@ the same bytes.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from typing import Any, Final, NamedTuple
 
@@ -17,7 +18,7 @@ from numpy.typing import NDArray
 
 from mmcache.errors import TensorError
 from mmcache.frame import DTYPES
-from mmcache.tensors import Labelled, as_dtype
+from mmcache.tensors import Labelled, Pieces, as_dtype
 
 _WORDS: Final[dict[int, Any]] = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 _PIECE_NBYTES: Final = 256 << 10  # gathered from one layer at once: numpy's copy in between stays in the CPU's cache
@@ -55,6 +56,7 @@ class PagedGroup:
         self._views = [_split_blocks(layer.detach().view(self._word), self._ratio) for layer in layers]
         self._on_host = self.device.type == "cpu"
         self._rows = [_as_rows(view) for view in self._views] if self._on_host else []
+        self._grid = _as_grid(layers, self._rows)
 
     def spec(self) -> BlockSpec:
         """How a block is stored. A dtype that frames have no name for is stored as its bytes: uint8, content wider.
@@ -99,10 +101,7 @@ class PagedGroup:
         Raises ValueError before anything is written: as `gather`, and for an id that comes twice.
         """
         ids = self._checked(block_ids, staged)
-        if len(np.unique(ids)) != len(ids):
-            raise TensorError(
-                "a block id comes twice in block_ids, and only one block's bytes would stay; pass it once"
-            )
+        _check_unique(ids)
         if not len(ids):
             return
         words = staged.detach().view(self._word)
@@ -126,6 +125,18 @@ class PagedGroup:
         as_stored = staged.detach().view(self._word if dtype != "uint8" else torch.uint8)
         return [as_dtype(block, dtype) for block in as_stored.numpy().reshape(len(staged), *shape)]
 
+    def in_place(self, block_ids: Sequence[int] | NDArray[Any]) -> list[Pieces] | None:
+        """The blocks where they lie, each a destination for `Client.get_into`: no staging, no scatter. None where they
+        do not lie so: on a device, or in a layout that cuts a layer's block up. Raises ValueError as `scatter`.
+        """
+        grid = self._grid
+        if grid is None:
+            return None
+        ids = self._checked_ids(block_ids)
+        _check_unique(ids)
+        shape, dtype, _ = self.spec()
+        return [Pieces(grid[block], dtype, shape) for block in ids]
+
     def _by_layer(self, words: torch.Tensor) -> list[NDArray[Any]]:
         """Views of staged blocks, for each layer of the form of its rows."""
         flat, layers = words.numpy().reshape(-1), len(self._rows)
@@ -135,6 +146,11 @@ class PagedGroup:
         return views
 
     def _checked(self, block_ids: Sequence[int] | NDArray[Any], staged: torch.Tensor) -> NDArray[np.int64]:
+        ids = self._checked_ids(block_ids)
+        self._check_staged(staged, len(ids))
+        return ids
+
+    def _checked_ids(self, block_ids: Sequence[int] | NDArray[Any]) -> NDArray[np.int64]:
         given = np.asarray(block_ids)
         if given.ndim != 1 or (given.size and given.dtype.kind not in "iu"):
             raise TensorError(f"block_ids: expected a flat list of integers, got {given.dtype} of shape {given.shape}")
@@ -143,7 +159,6 @@ class PagedGroup:
             bad = next(int(block) for block in given if not NULL_BLOCK < block < self.num_blocks)
             what = "the null block, which holds nobody's tokens" if bad == NULL_BLOCK else f"none of {self.num_blocks}"
             raise TensorError(f"block id {bad} is {what}; pass only blocks 1 .. {self.num_blocks - 1}")
-        self._check_staged(staged, len(ids))
         return ids
 
     def _check_staged(self, staged: torch.Tensor, count: int) -> None:
@@ -200,6 +215,11 @@ def _check_layers(layers: Sequence[Any], num_blocks: int, block_tokens: int) -> 
         )
 
 
+def _check_unique(ids: NDArray[np.int64]) -> None:
+    if len(np.unique(ids)) != len(ids):
+        raise TensorError("a block id comes twice in block_ids, and only one block's bytes would stay; pass it once")
+
+
 def _may_overlap(layer: torch.Tensor) -> bool:
     """Whether two elements could be one place in memory: false for every permuted, sliced or padded dense tensor."""
     reach = 0  # the farthest element that the dimensions so far reach
@@ -229,3 +249,21 @@ def _as_rows(view: torch.Tensor) -> NDArray[Any]:
     runs = view.as_strided((*view.shape[:kept], run), (*view.stride()[:kept], 1))
     words: NDArray[Any] = runs.numpy()
     return words.view(np.dtype((np.void, run * view.element_size())))[..., 0]
+
+
+def _as_grid(layers: Sequence[torch.Tensor], rows: Sequence[NDArray[Any]]) -> NDArray[np.uint8] | None:
+    """uint8 `[blocks, layers, nbytes]` over the layers' memory, which must lie in one allocation, equally far apart,
+    each layer's block in one run. None if it does not."""
+    if not rows or any(one.ndim != 1 or one.strides != rows[0].strides for one in rows):
+        return None
+    places = [layer.data_ptr() for layer in layers]
+    pitches = {after - before for before, after in itertools.pairwise(places)}
+    memory = {layer.untyped_storage().data_ptr() for layer in layers}
+    if len(pitches) > 1 or len(memory) > 1 or min(pitches, default=0) < 0:
+        return None
+    storage = layers[0].untyped_storage()
+    whole = torch.empty(0, dtype=torch.uint8).set_(storage)
+    shape = (len(rows[0]), len(layers), rows[0].dtype.itemsize)
+    strides = (rows[0].strides[0], next(iter(pitches), 0), 1)
+    grid: NDArray[np.uint8] = whole.as_strided(shape, strides, places[0] - storage.data_ptr()).numpy()
+    return grid

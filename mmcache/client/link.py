@@ -52,7 +52,7 @@ class Link:
                 elif isinstance(effect, Recv):
                     answer = channel.recv(effect.nbytes, deadline)
                 else:
-                    channel.recv_into(effect.view, deadline)
+                    channel.recv_into(effect.views, deadline)
                 effect = flow.send(answer)
         except StopIteration as end:
             result: T = end.value

@@ -1,7 +1,7 @@
 """The client's side of the conversation, without I/O: generators that yield what to send or receive next.
 
 A driver (blocking sockets today, asyncio later) runs them: it performs each yielded effect and sends its result back
-in. Effects are `Send(buffers)`, `Recv(nbytes)` answered with bytes, and `RecvInto(view)` answered when it is full.
+in. Effects are `Send(buffers)`, `Recv(nbytes)` answered with bytes, and `RecvInto(views)` answered when all are full.
 Everything received is checked here: a reply that does not fit its request raises ProtocolError, and the driver must
 then drop the connection. Payload checks (checksums, key echo) end in an Outcome, never in an exception.
 """
@@ -9,7 +9,7 @@ then drop the connection. Payload checks (checksums, key echo) end in an Outcome
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Generator, Iterable, Mapping, Sequence
+from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
 from itertools import chain
 from typing import Any, Final, NamedTuple, TypeVar
 
@@ -63,9 +63,9 @@ class Recv(NamedTuple):
 
 
 class RecvInto(NamedTuple):
-    """Fill this view."""
+    """Fill these views, in order."""
 
-    view: memoryview
+    views: Sequence[memoryview]
 
 
 Effect = Send | Recv | RecvInto
@@ -169,7 +169,7 @@ class Conversation:
             data = np.empty(found.nbytes, np.uint8).data
         except MemoryError:
             raise ProtocolError(f"a frame of {found.nbytes} bytes does not fit this process's memory") from None
-        yield RecvInto(data)
+        yield RecvInto((data,))
         return data
 
     def reserve(
@@ -257,8 +257,20 @@ def _read_acquired(reply: pb.AcquireReply, asked: int, prefix: bool) -> Acquired
 def _drain(nbytes: int) -> Flow[None]:
     scratch = memoryview(bytearray(min(nbytes, SLICE_NBYTES)))
     while nbytes:
-        yield RecvInto(scratch[:nbytes])
+        yield RecvInto((scratch[:nbytes],))
         nbytes -= min(nbytes, len(scratch))
+
+
+def _slices(target: Bytes) -> Iterator[list[memoryview]]:
+    """A destination's memory in order, about SLICE_NBYTES at a time: cut, or several of its pieces."""
+    if target.ndim == 2:
+        step = max(1, SLICE_NBYTES // max(1, target.shape[1]))
+        for start in range(0, len(target), step):
+            yield [piece.data for piece in target[start : start + step]]
+    else:
+        view = target.data
+        for start in range(0, len(view), SLICE_NBYTES):
+            yield [view[start : start + SLICE_NBYTES]]
 
 
 def _receive_tensors(header: FrameHeader, targets: Sequence[Bytes], verify: bool) -> Flow[bool]:
@@ -267,12 +279,11 @@ def _receive_tensors(header: FrameHeader, targets: Sequence[Bytes], verify: bool
         if stored.offset > end:
             good &= not any((yield Recv(stored.offset - end)))
         state = xxhash.xxh3_128()
-        view = target.data
-        for start in range(0, stored.nbytes, SLICE_NBYTES):
-            piece = view[start : start + SLICE_NBYTES]
-            yield RecvInto(piece)
+        for views in _slices(target):
+            yield RecvInto(views)
             if verify:
-                state.update(piece)
+                for view in views:
+                    state.update(view)
         good &= not verify or state.digest() == stored.checksum
         end = stored.offset + stored.nbytes
     return good

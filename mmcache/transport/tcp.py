@@ -25,6 +25,7 @@ Buffer = bytes | bytearray | memoryview
 _MAX_FDS: Final = 2
 SHORT_NBYTES: Final = 32 << 10
 PIECE_NBYTES: Final = 1 << 20
+MAX_VIEWS: Final = 512  # in one system call; Linux takes 1024
 SPIN_S: Final = 100e-6
 CROWDED_S: Final = 500e-6  # a yield this long: somebody else had the CPU
 FIRST_REST_S: Final = 0.005
@@ -119,18 +120,24 @@ class Channel:
             except OSError as error:
                 raise _as_transport_error(error) from error
 
-    def recv_into(self, view: memoryview, deadline: float | None) -> None:
-        """Fill `view` (bytes) completely: from what was read ahead, the rest straight from the socket."""
-        total = len(view)
-        filled = self._take(view) if self._start < self._end else 0
-        while filled < total:
-            filled += self._recv_some(view[filled:] if filled else view, deadline, socket.MSG_WAITALL)
+    def recv_into(self, views: Sequence[memoryview], deadline: float | None) -> None:
+        """Fill the views (bytes) completely and in order: from what was read ahead, the rest straight from the socket,
+        in as few system calls as it allows."""
+        for start in range(0, len(views), MAX_VIEWS):
+            left = [view for view in views[start : start + MAX_VIEWS] if len(view)]
+            while left:
+                ahead = self._start < self._end
+                count = self._take(left[0]) if ahead else self._recv_some(left, deadline, socket.MSG_WAITALL)
+                while left and count >= len(left[0]):
+                    count -= len(left.pop(0))
+                if count:
+                    left[0] = left[0][count:]
 
     def recv(self, nbytes: int, deadline: float | None) -> bytes:
         """Exactly `nbytes` bytes (bounded by the caller before it asks); may read a little ahead."""
         if nbytes > READ_AHEAD_NBYTES:
             data = bytearray(nbytes)
-            self.recv_into(memoryview(data), deadline)
+            self.recv_into((memoryview(data),), deadline)
             return bytes(data)
         self._read_ahead(nbytes, deadline)
         start = self._start
@@ -214,12 +221,15 @@ class Channel:
             now = later
         return 0
 
-    def _recv_some(self, view: memoryview, deadline: float | None, flags: int = 0) -> int:
+    def _recv_some(self, views: Sequence[memoryview], deadline: float | None, flags: int = 0) -> int:
         while True:
             self._recv_timeout_s = self._arm(socket.SO_RCVTIMEO, self._recv_timeout_s, deadline)
             self._wait_for(select.POLLIN, deadline)
             try:
-                count = self.sock.recv_into(view, 0, flags)
+                if len(views) == 1:
+                    count = self.sock.recv_into(views[0], 0, flags)
+                else:
+                    count = self.sock.recvmsg_into(views, 0, flags)[0]
             except BlockingIOError:
                 continue  # a little before the deadline: arming again tells
             except OSError as error:
@@ -240,7 +250,7 @@ class Channel:
         if self._end < nbytes:
             self._end += self._spin(ahead[self._end :])
         while self._end < nbytes:
-            self._end += self._recv_some(ahead[self._end :], deadline)
+            self._end += self._recv_some((ahead[self._end :],), deadline)
 
     def _take(self, view: memoryview) -> int:
         """Move what was read ahead into `view`, as far as it goes."""
@@ -304,7 +314,7 @@ class Channel:
         with contextlib.suppress(OSError):
             self.sock.shutdown(socket.SHUT_WR)
             while True:
-                self.recv_into(scratch, deadline)
+                self.recv_into((scratch,), deadline)
 
     def close(self) -> None:
         """Close this end's descriptor (no shutdown: a forked copy in another process stays usable)."""

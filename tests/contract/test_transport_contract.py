@@ -20,7 +20,7 @@ from mmcache.config import ClientConfig, ServerConfig
 from mmcache.embedded import EmbeddedClient
 from mmcache.errors import TensorError, UsageError
 from mmcache.keyset import Keys
-from mmcache.tensors import as_dtype, as_numpy
+from mmcache.tensors import Pieces, as_dtype, as_numpy
 from mmcache.testing.process import ServerProcess
 from mmcache.transport.base import RING_SLOTS, SLICE_NBYTES, Outcome
 from tests.integration.support import blanks, eventually, keys_of, value_of, values_of
@@ -77,6 +77,35 @@ def test_what_is_put_comes_back_whatever_its_size(cache: Client, nbytes: int) ->
     assert outcomes(cache.put(keys, values)) == ["stored"] * 3
     assert outcomes(cache.get_into(keys, buffers)) == ["hit"] * 3
     assert all(map(np.array_equal, values, buffers))
+
+
+@pytest.mark.parametrize(
+    ("pieces", "nbytes"), [(1, 100), (3, 7), (24, 16_384), (5, SLICE_NBYTES + 3), (700, 1000), (4, 0)]
+)
+def test_a_destination_in_pieces_is_filled_and_what_lies_between_is_left_alone(
+    cache: Client, pieces: int, nbytes: int
+) -> None:
+    keys = fresh_keys(2)
+    values = values_of(keys, pieces * nbytes)
+    assert all(cache.put(keys, values))
+    memory = np.full((pieces, 2, nbytes + 5), 0x5A, np.uint8)
+    places = [Pieces(memory[:, at, 2 : 2 + nbytes], "uint8", (pieces * nbytes,)) for at in (1, 0)]
+    for verify in (True, False):
+        memory[:] = 0x5A
+        assert outcomes(cache.get_into(keys, places, verify=verify)) == ["hit"] * 2
+        for at, value in zip((1, 0), values, strict=True):
+            assert np.array_equal(memory[:, at, 2 : 2 + nbytes].reshape(-1), value)
+        assert np.all(memory[:, :, :2] == 0x5A)
+        assert np.all(memory[:, :, 2 + nbytes :] == 0x5A)
+
+
+def test_pieces_of_another_form_are_a_mismatch(cache: Client) -> None:
+    keys = fresh_keys(2)
+    assert all(cache.put(keys, values_of(keys, 60)))
+    memory = np.full((6, 20), 0x5A, np.uint8)
+    wrong = [Pieces(memory[:, :10], "uint8", (6, 10)), Pieces(memory, "uint8", (60,))]
+    assert outcomes(cache.get_into(keys, wrong)) == ["mismatch"] * 2
+    assert np.all(memory == 0x5A)
 
 
 def test_an_absent_key_is_a_miss_and_costs_the_present_ones_nothing(cache: Client) -> None:

@@ -13,6 +13,7 @@ from mmcache.embedded import EmbeddedClient
 from mmcache.errors import CorruptFrame
 from mmcache.server.serve import Server
 from mmcache.store.shard import Shard
+from mmcache.tensors import Pieces
 from mmcache.testing import faults
 from mmcache.transport.base import SLICE_NBYTES, Outcome
 from tests.integration.support import blanks, keys_of, value_of, values_of
@@ -37,6 +38,21 @@ def reached(request: pytest.FixtureRequest) -> Iterator[tuple[Client, Shard]]:
         assert client.stat()["transport"] == "tcp"
         yield client, server.shard
     server.stop()
+
+
+@pytest.mark.parametrize("pieces", [3, 1000])
+@pytest.mark.parametrize("place", [0, 1 << 19, 3_000 * 1000 - 1])
+def test_a_flipped_bit_is_noticed_in_pieces_too(reached: tuple[Client, Shard], place: int, pieces: int) -> None:
+    client, shard = reached
+    keys, nbytes = keys_of(2, "pieces"), 3_000 * 1000
+    assert all(client.put(keys, values_of(keys, nbytes)))
+    faults.flip_bit(shard, keys.digests[0], 8 * (448 + place))
+    memory = np.zeros((pieces, 2, nbytes // pieces), np.uint8)
+    places = [Pieces(memory[:, at], "uint8", (nbytes,)) for at in (0, 1)]
+    bad, good = client.get_into(keys, places)
+    assert (bad.outcome, good.outcome) == (Outcome.CORRUPT, Outcome.HIT)
+    assert np.array_equal(memory[:, 1].reshape(-1), value_of(keys.digests[1], nbytes))
+    assert client.counters["verify_failures"] == 1
 
 
 @pytest.mark.parametrize("bit", HEADER_BITS + PAYLOAD_BITS)

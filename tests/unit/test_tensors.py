@@ -15,6 +15,7 @@ from mmcache.errors import TensorError
 from mmcache.frame import DTYPES, NO_KEY, FrameHeader, FrameMeta, Kind, TensorSpec, pack_header, parse_header
 from mmcache.tensors import (
     Labelled,
+    Pieces,
     as_dtype,
     as_numpy,
     as_torch,
@@ -242,11 +243,20 @@ def test_what_does_not_fit_is_told(buffers: Any, why: str) -> None:
         memoryview(b"abcd"),
         memoryview(bytearray(8))[::2],
         np.zeros(2, ">f4"),
+        Pieces(np.zeros((2, 8), np.uint8)[:, ::2], "uint8", (8,)),
+        Pieces(np.zeros(8, np.uint8), "uint8", (8,)),
+        Pieces(np.zeros((2, 4), np.uint16), "uint16", (8,)),
+        Pieces(np.broadcast_to(np.uint8(0), (2, 1)), "uint8", (2,)),
     ],
 )
 def test_what_can_never_be_filled_is_refused(buffer: Any) -> None:
     with pytest.raises(TensorError):
         host_tensor(buffer, writable=True)
+
+
+def test_pieces_are_no_value_to_store() -> None:
+    with pytest.raises(TensorError, match="destination only"):
+        host_tensor(Pieces(np.zeros((2, 4), np.uint8), "uint8", (8,)))
 
 
 @pytest.mark.parametrize("dtype", RAW)

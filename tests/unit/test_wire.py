@@ -53,7 +53,7 @@ def drive(flow: Flow[T], script: bytes = b"") -> tuple[T, bytes, bytes]:
         if isinstance(effect, Send):
             sent += b"".join(effect.buffers)
             continue
-        nbytes = effect.nbytes if isinstance(effect, Recv) else len(effect.view)
+        nbytes = effect.nbytes if isinstance(effect, Recv) else sum(map(len, effect.views))
         assert nbytes <= MAX_BODY_NBYTES
         if nbytes > len(script):
             raise Starved
@@ -61,7 +61,8 @@ def drive(flow: Flow[T], script: bytes = b"") -> tuple[T, bytes, bytes]:
         if isinstance(effect, Recv):
             answer = data
         else:
-            effect.view[:] = data
+            for view in effect.views:
+                view[:], data = data[: len(view)], data[len(view) :]
 
 
 def reply(op: Op, message: Message | bytes, payload: bytes = b"", *, request_id: int = 1) -> bytes:

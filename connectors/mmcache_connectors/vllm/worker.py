@@ -152,27 +152,35 @@ class WorkerSide:
         request, and longer as far as the cache delivers."""
         give_up_s = time.monotonic() + self._settings.load_s
         group = self._groups[blocks.group]
-        spec = group.paged.spec()
+        nbytes = group.paged.spec().nbytes
         keys = blocks.keys.for_part(group.part)
+        size = max(1, LOAD_BUFFER_NBYTES // nbytes)
+        for start in range(0, len(keys), size):
+            if time.monotonic() >= give_up_s:
+                self._count(load_timeouts=1)
+                return start
+            some = keys[start : start + size]
+            results = self._fill(group.paged, some, blocks.block_ids[start : start + size])
+            good = _leading(results)
+            if good < len(some):
+                self._note_failure(some[good : len(results)], results[good:])
+                return start + good
+            give_up_s += len(some) * nbytes / LEAST_LOAD_RATE
+        return len(keys)
+
+    def _fill(self, paged: PagedGroup, keys: Keys, block_ids: Sequence[int]) -> list[Result]:
+        """Read blocks to where they belong: straight there if they lie in one allocation, else through a buffer; then
+        only what leads up to the first failure arrives. No results: there is no memory for a buffer."""
+        if places := paged.in_place(block_ids):
+            return self._client.get_into(keys, places)
         with self._load_buffers.borrow() as buffer:
             if buffer is None:
-                return 0
-            size = max(1, buffer.numel() // spec.nbytes)
-            for start in range(0, len(keys), size):
-                if time.monotonic() >= give_up_s:
-                    self._count(load_timeouts=1)
-                    return start
-                ids = blocks.block_ids[start : start + size]
-                staged = _as_blocks(buffer, len(ids), group.paged)
-                results = self._client.get_into(keys[start : start + size], group.paged.rows(staged))
-                good = next((row for row, result in enumerate(results) if not result), len(results))
-                if good:
-                    group.paged.scatter(ids[:good], staged[:good])
-                if good < len(ids):
-                    self._note_failure(keys[start + good : start + len(results)], results[good:])
-                    return start + good
-                give_up_s += len(ids) * spec.nbytes / LEAST_LOAD_RATE
-        return len(keys)
+                return []
+            staged = _as_blocks(buffer, len(block_ids), paged)
+            results = self._client.get_into(keys, paged.rows(staged))
+            if good := _leading(results):
+                paged.scatter(block_ids[:good], staged[:good])
+            return results
 
     def _note_failure(self, keys: Keys, results: Sequence[Result]) -> None:
         """Count; and drop entries of another form than this engine's under its keys, which would fail every time. (The
@@ -304,6 +312,11 @@ class WorkerSide:
         """A copy of the counters."""
         with self._lock:
             return dict(self.counters)
+
+
+def _leading(results: Sequence[Result]) -> int:
+    """How many results are good before the first that is not."""
+    return next((row for row, result in enumerate(results) if not result), len(results))
 
 
 def _as_blocks(buffer: torch.Tensor, count: int, paged: PagedGroup) -> torch.Tensor:
