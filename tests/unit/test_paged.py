@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -14,46 +15,7 @@ from mmcache.tensors import host_tensor  # noqa: E402
 from mmcache.testing.process import ServerProcess  # noqa: E402
 from mmcache_connectors import paged as paged_module  # noqa: E402
 from mmcache_connectors.paged import PagedGroup  # noqa: E402
-
-ORDERS = {  # of the five logical dimensions L, B, H, N, C in memory, as vLLM names them
-    "LBHNC": (0, 1, 2, 3, 4),
-    "LBNHC": (0, 1, 3, 2, 4),
-    "LHBNC": (0, 2, 1, 3, 4),
-    "BLHNC": (1, 0, 2, 3, 4),
-    "BLNHC": (1, 0, 3, 2, 4),
-    "BHLNC": (1, 2, 0, 3, 4),
-    "CNHBL": (4, 3, 2, 1, 0),  # nobody's order: content is not innermost
-}
-DTYPES = ["bfloat16", "float16", "float32", "float8_e4m3fn", "float8_e5m2", "int8", "uint8", "float8_e4m3fnuz", "bool"]
-SHAPES = [  # layers, heads, tokens, content, ratio
-    (3, 2, 8, 5, 1),
-    (1, 1, 1, 1, 1),
-    (2, 1, 16, 24, 1),  # MLA: one head
-    (2, 3, 6, 7, 3),
-    (2, 2, 32, 64, 2),
-    (1, 1, 4, 3, 4),
-]
-BLOCKS = 7
-POISON = 0x5A
-
-
-def paged(order: str, dtype: Any, shape: tuple[int, int, int, int, int], seed: int = 0) -> tuple[list[Any], Any]:
-    """Layers in one allocation of that order, filled at random, and the plain truth in bytes.
-
-    The truth is uint8 `[blocks, layers, heads, block_tokens, content * itemsize]`, built without PagedGroup.
-    """
-    count, heads, tokens, content, ratio = shape
-    sizes = (count, BLOCKS * ratio, heads, tokens // ratio, content)
-    itemsize = dtype.itemsize
-    generator = np.random.default_rng(seed)
-    high = 2 if dtype is torch.bool else 256
-    plain = generator.integers(0, high, (*sizes, itemsize), np.uint8)
-    memory = np.ascontiguousarray(plain.transpose(*ORDERS[order], 5)).reshape(-1)
-    flat = torch.from_numpy(memory).view(dtype).view([sizes[i] for i in ORDERS[order]])
-    whole = flat.permute([ORDERS[order].index(i) for i in range(5)])
-    split = plain.reshape(count, BLOCKS, ratio, heads, tokens // ratio, content * itemsize)
-    truth = split.transpose(1, 0, 3, 2, 4, 5).reshape(BLOCKS, count, heads, tokens, content * itemsize)
-    return list(whole.unbind(0)), truth
+from tests.unit.paged_bed import BLOCKS, DTYPES, ORDERS, POISON, SHAPES, as_bytes, paged  # noqa: E402
 
 
 def group_of(layers: list[Any], shape: tuple[int, int, int, int, int]) -> PagedGroup:
@@ -64,9 +26,10 @@ def staging(group: PagedGroup, count: int) -> Any:
     return torch.empty((count, *group.shape), dtype=group.dtype)
 
 
-def as_bytes(tensor: Any) -> Any:
-    """A copy of the tensor's bytes, uint8 `[..., content * itemsize]`."""
-    return torch.empty(tensor.shape, dtype=tensor.dtype).copy_(tensor).view(torch.uint8).numpy()
+@pytest.fixture(scope="module")
+def server() -> Iterator[ServerProcess]:
+    with ServerProcess("64MiB") as process:
+        yield process
 
 
 def content_of(layers: list[Any]) -> list[Any]:
@@ -293,3 +256,48 @@ def test_rows_travel_through_a_server(name: str) -> None:
         assert [result.outcome for result in cache.put(keys, rows)] == ["stored"] * 3
         assert all(cache.get_into(keys, group.rows(back)))
     assert np.array_equal(as_bytes(back), truth[[1, 3, 5]])
+
+
+@pytest.mark.parametrize("name", ["bfloat16", "float8_e4m3fnuz"])
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("order", ORDERS)
+def test_blocks_are_read_to_where_they_lie(order: str, name: str, shape: Any, server: ServerProcess) -> None:
+    dtype = getattr(torch, name)
+    layers, truth = paged(order, dtype, shape)
+    group = group_of(layers, shape)
+    staged, ids = staging(group, 3), [6, 1, 4]
+    group.gather(ids, staged)
+    other, before = paged(order, dtype, shape, seed=1)
+    target = group_of(other, shape)
+    places = target.in_place(ids)
+    if places is None:
+        return  # `test_which_layouts_are_read_in_place` says which must not be
+    facts = {"layout": f"{order}/{shape}", "dtype": name}
+    keys = mmcache.Namespace(kind="kv", model="in place", block_size=6, **facts).block_keys(range(18))
+    with mmcache.connect(server.url) as cache:
+        assert all(cache.put(keys, group.rows(staged)))
+        assert all(cache.get_into(keys, places))
+    before[ids] = truth[ids]
+    back = staging(target, BLOCKS - 1)
+    target.gather(np.arange(1, BLOCKS), back)
+    assert np.array_equal(as_bytes(back), before[1:])
+
+
+def test_which_layouts_are_read_in_place() -> None:
+    possible = {
+        order for order in ORDERS if group_of(paged(order, torch.bfloat16, SHAPES[0])[0], SHAPES[0]).in_place([1])
+    }
+    assert possible == {"LBHNC", "BLHNC"}
+    one_head = {
+        order for order in ORDERS if group_of(paged(order, torch.bfloat16, SHAPES[2])[0], SHAPES[2]).in_place([1])
+    }
+    assert one_head == set(ORDERS) - {"CNHBL"}
+    apart = [plain(7, 2, 8, 4) for _ in range(2)]
+    assert PagedGroup(apart, num_blocks=7, block_tokens=8).in_place([1]) is None
+
+
+@pytest.mark.parametrize(("ids", "why"), [([0], "null block"), ([7], "none of 7"), ([2, 2], "comes twice")])
+def test_blocks_in_place_are_checked(ids: list[int], why: str) -> None:
+    group = group_of(paged("LBHNC", torch.float16, SHAPES[0])[0], SHAPES[0])
+    with pytest.raises(ValueError, match=why):
+        group.in_place(ids)
