@@ -1,4 +1,4 @@
-"""The command line: serve, bench, stat, inspect, version. Every command has examples in its --help, and --json.
+"""The command line: serve, bench, stat, inspect, doctor, version. Every command has examples in its --help, and --json.
 
 Whatever is raised ends in `main`: one line on stderr, exit 2 for what can never work, else 1.
 """
@@ -326,6 +326,24 @@ def bench_media(
             _write(Path(json_to), text)
     if not report.ok:
         raise typer.Exit(1)
+
+
+@app.command(
+    epilog="Examples: **mmcache doctor** · **mmcache doctor --connect mmcache://127.0.0.1:7700** · "
+    "**mmcache doctor --json**"
+)
+def doctor(url: Url = DEFAULT_URL, as_json: Json = False) -> None:
+    """Say what this machine can do for mmcache, by trying it, and why the rest cannot. Run it where the engine runs."""
+    from mmcache.doctor import examine
+
+    found = examine(url)
+    if as_json:
+        print(json.dumps([finding._asdict() for finding in found]))
+        return
+    table = Table(box=None, show_header=False, padding=(0, 2))
+    for finding in found:
+        table.add_row(finding.what, finding.state, finding.text)
+    Console().print(table)
 
 
 @app.command(

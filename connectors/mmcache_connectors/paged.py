@@ -2,8 +2,7 @@
 
 An engine keeps the KV of one block spread over its layers, in one of several physical orders. What is stored is always
 `[layers, heads, tokens, content]`, contiguous, so that engines of another layout read the same bytes. Shared by the
-connectors: it knows torch and mmcache, no engine. It is the plain reference: what replaces it for a device must give
-the same bytes.
+connectors: it knows torch and mmcache, no engine. Host memory is copied here; a GPU's by device.py, the same bytes.
 """
 
 from __future__ import annotations
@@ -19,6 +18,7 @@ from numpy.typing import NDArray
 from mmcache.errors import TensorError
 from mmcache.frame import DTYPES
 from mmcache.tensors import Labelled, Pieces, as_dtype
+from mmcache_connectors.device import Copy, DeviceBlocks, Ended
 
 _WORDS: Final[dict[int, Any]] = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 _PIECE_NBYTES: Final = 256 << 10  # gathered from one layer at once: numpy's copy in between stays in the CPU's cache
@@ -54,9 +54,15 @@ class PagedGroup:
         self._split = (len(layers), heads, self._ratio, tokens, content)
         self._word = _WORDS[first.element_size()]  # not every operation knows every dtype: words are moved, not numbers
         self._views = [_split_blocks(layer.detach().view(self._word), self._ratio) for layer in layers]
-        self._on_host = self.device.type == "cpu"
-        self._rows = [_as_rows(view) for view in self._views] if self._on_host else []
+        on_host = self.device.type == "cpu"
+        self._device = None if on_host else DeviceBlocks(self._views)
+        self._rows = [_as_rows(view) for view in self._views] if on_host else []
         self._grid = _as_grid(layers, self._rows)
+
+    @property
+    def on_device(self) -> bool:
+        """Whether the blocks are in a device's memory, not the host's."""
+        return self._device is not None
 
     def spec(self) -> BlockSpec:
         """How a block is stored. A dtype that frames have no name for is stored as its bytes: uint8, content wider.
@@ -70,49 +76,81 @@ class PagedGroup:
             return BlockSpec(self.shape, name, nbytes)
         return BlockSpec((layers, heads, tokens, content * itemsize), "uint8", nbytes)
 
-    def gather(self, block_ids: Sequence[int] | NDArray[Any], out: torch.Tensor) -> None:
-        """Copy blocks into `out`: contiguous host memory `[len(block_ids), *shape]` of `dtype`. A block may come twice.
+    def gather(self, block_ids: Sequence[int] | NDArray[Any], out: torch.Tensor) -> Copy | None:
+        """Copy blocks into `out`: contiguous host memory `[len(block_ids), *shape]` of `dtype`, page-locked for a GPU.
+        A block may come twice. `out` is filled once the returned copy is synchronized; the blocks themselves may change
+        as soon as the engine's stream goes on. None: too many copies are under way, and nothing was done.
 
         Raises ValueError before anything is written: for block 0 (the engine's null block), an id outside
         1 .. num_blocks - 1, and an `out` of another form.
         """
         ids = self._checked(block_ids, out)
-        if not len(ids):
-            return
         words = out.detach().view(self._word)
-        if self._on_host:
-            places = self._by_layer(words)
-            step = max(1, _PIECE_NBYTES * len(places) // self.spec().nbytes)
-            for start in range(0, len(ids), step):
-                some = ids[start : start + step]
-                for rows, target in zip(self._rows, places, strict=True):
-                    target[start : start + step] = rows[some]
-            return
-        index = torch.from_numpy(ids).to(self.device)
-        gathered = torch.empty_like(words, device=self.device)
-        split = gathered.view(len(ids), *self._split)
-        for layer, view in enumerate(self._views):
-            split[:, layer] = view.index_select(0, index)
-        words.copy_(gathered)
+        if not len(ids):
+            return Ended()
+        if self._device is not None:
+            return self._device.gather(ids, self._as_frames(words))
+        places = self._by_layer(words)
+        step = max(1, _PIECE_NBYTES * len(places) // self.spec().nbytes)
+        for start in range(0, len(ids), step):
+            some = ids[start : start + step]
+            for rows, target in zip(self._rows, places, strict=True):
+                target[start : start + step] = rows[some]
+        return Ended()
 
-    def scatter(self, block_ids: Sequence[int] | NDArray[Any], staged: torch.Tensor) -> None:
-        """Copy `staged`, as `gather` filled it, into the blocks; no other block changes.
+    def scatter(self, block_ids: Sequence[int] | NDArray[Any], staged: torch.Tensor, after: Any = None) -> None:
+        """Copy `staged`, as `gather` filled it, into the blocks, and wait until they hold it; no other block changes.
+        On a GPU the copy begins once the engine has reached `after` (see `mark`).
 
         Raises ValueError before anything is written: as `gather`, and for an id that comes twice.
         """
+        for copy in self._scattering(block_ids, staged, after, by_layer=False):
+            copy.synchronize()
+
+    def scatter_by_layer(
+        self, block_ids: Sequence[int] | NDArray[Any], staged: torch.Tensor, after: Any = None
+    ) -> list[Copy]:
+        """As `scatter`, without waiting: a copy for each layer, in order. `staged` stays until the last has ended."""
+        return self._scattering(block_ids, staged, after, by_layer=True)
+
+    def _scattering(
+        self, block_ids: Sequence[int] | NDArray[Any], staged: torch.Tensor, after: Any, *, by_layer: bool
+    ) -> list[Copy]:
         ids = self._checked(block_ids, staged)
         _check_unique(ids)
+        ended: list[Copy] = [Ended()] * self.shape[0]
         if not len(ids):
-            return
+            return ended
         words = staged.detach().view(self._word)
-        if self._on_host:
+        if self._device is None:
             for rows, source in zip(self._rows, self._by_layer(words), strict=True):
                 rows[ids] = source
-            return
-        index = torch.from_numpy(ids).to(self.device)
-        split = words.to(self.device).view(len(ids), *self._split)
-        for layer, view in enumerate(self._views):
-            view.index_copy_(0, index, split[:, layer])
+            return ended
+        if by_layer:
+            return self._device.scatter_by_layer(ids, self._as_frames(words), after)
+        return [self._device.scatter(ids, self._as_frames(words), after)]
+
+    def reads(self, memory: NDArray[np.uint8]) -> bool:
+        """Whether `scatter_from` can take frames that lie in this host memory."""
+        return self._device is not None and self._device.reads(memory)
+
+    def scatter_from(self, block_ids: Sequence[int], addresses: Sequence[int], after: Any = None) -> None:
+        """As `scatter`, from stored blocks at these addresses (multiples of 16) in memory that `reads` said yes to.
+
+        What lies there must have the form of `spec`, and stay until this returns: the caller holds the leases.
+        """
+        assert self._device is not None
+        ids = self._checked_ids(block_ids)
+        _check_unique(ids)
+        if len(ids):
+            self._device.scatter_from(ids, addresses, after).synchronize()
+
+    def mark(self) -> Any:
+        """What the engine's stream has to do until now: loads begin after it. None for blocks in host memory."""
+        return self._device.mark() if self._device is not None else None
+
+    def _as_frames(self, words: torch.Tensor) -> torch.Tensor:
+        return words.view(len(words), *self._split)
 
     def rows(self, staged: torch.Tensor) -> list[Labelled]:
         """The blocks of `staged`, each a value for `Client.put` and a destination for `Client.get_into`.

@@ -4,6 +4,15 @@ Knows torch, and Triton where it is installed; nothing of mmcache or of any engi
 """
 
 from mmcache_kernels.layout import KernelInputError, PagedLayout, describe
-from mmcache_kernels.mover import Mover, TorchMover, mover_for, why_no_kernels
+from mmcache_kernels.mover import Mover, TorchMover, TritonMover, mover_for, why_no_kernels
 
-__all__ = ["KernelInputError", "Mover", "PagedLayout", "TorchMover", "describe", "mover_for", "why_no_kernels"]
+__all__ = [
+    "KernelInputError",
+    "Mover",
+    "PagedLayout",
+    "TorchMover",
+    "TritonMover",
+    "describe",
+    "mover_for",
+    "why_no_kernels",
+]

@@ -9,8 +9,9 @@ from __future__ import annotations
 import functools
 import importlib
 import logging
+import threading
 from collections.abc import Sequence
-from typing import Any, Protocol
+from typing import Any, Final, Protocol
 
 import torch
 
@@ -18,6 +19,7 @@ from mmcache_kernels import reference
 from mmcache_kernels.layout import KernelInputError, PagedLayout, describe, frame_table
 
 log = logging.getLogger("mmcache.kernels")
+_LAUNCH: Final = threading.Lock()  # Triton compiles at the first launch, and its interpreter runs one at a time
 
 
 class Mover(Protocol):
@@ -68,16 +70,20 @@ class TritonMover:
 
     def gather(self, block_ids: torch.Tensor, frames: torch.Tensor) -> None:
         """See Mover."""
-        self._kernels.move(self.paged, self._table(frames), block_ids, to_frames=True)
+        self._move(self._table(frames), block_ids, to_frames=True)
 
     def scatter(self, block_ids: torch.Tensor, frames: torch.Tensor, layers: range | None = None) -> None:
         """See Mover."""
-        self._kernels.move(self.paged, self._table(frames), block_ids, to_frames=False, layers=layers)
+        self._move(self._table(frames), block_ids, to_frames=False, layers=layers)
 
     def scatter_from(self, block_ids: torch.Tensor, addresses: torch.Tensor) -> None:
         """As `scatter`, from frames at these addresses (int64 `[blocks]` on the device, multiples of 16), which the
         device must be able to read: an arena that was registered with it."""
-        self._kernels.move(self.paged, addresses, block_ids, to_frames=False)
+        self._move(addresses, block_ids, to_frames=False)
+
+    def _move(self, addresses: torch.Tensor, block_ids: torch.Tensor, **how: Any) -> None:
+        with _LAUNCH:
+            self._kernels.move(self.paged, addresses, block_ids, **how)
 
     def _table(self, frames: torch.Tensor) -> torch.Tensor:
         """The frames' addresses, made on the device: a table copied from the host would have to be waited for."""

@@ -124,7 +124,7 @@ def _move(
             quantized = tl.load(values + value, mask=here, other=0)
             scale = tl.load(scales + row, mask=row < ROWS, other=0.0)
             rows = _dequantize(quantized, scale, MODE, LARGEST)
-            if DTYPE == tl.bfloat16:
+            if tl.bfloat16 == DTYPE:
                 tl.store(page + place, _to_bfloat16(rows), mask=here)
             else:
                 tl.store(page + place, rows.to(DTYPE), mask=here)

@@ -24,6 +24,7 @@ from mmcache.tensors import Bytes, HostTensor, destinations
 from mmcache.transport.base import HIT, MAX_RING_NBYTES, RING_SLOTS, SLICE_NBYTES, Found, Outcome, Result
 
 PARALLEL_NBYTES: Final = 8 << 20
+PIECES_NBYTES: Final = 1 << 20  # of pieces, as SLICE_NBYTES: fewer calls are worth more than a nearer cache
 _SIZE_SEALS: Final = fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW
 
 
@@ -119,17 +120,18 @@ def copy_hashed(source: Bytes, target: Bytes) -> bytes:
 
 
 def _copy_pieces(source: Bytes, target: Bytes) -> bytes:
-    """As `copy_hashed`, into the rows of `target`, several in one call: numpy moves each as one element."""
+    """As `copy_hashed`, into the rows of `target`, many in one call.
+
+    Bytes, not elements as large as a row: numpy keeps the GIL while it moves those.
+    """
     state = xxhash.xxh3_128()
     count, nbytes = target.shape
-    if count and nbytes:
-        element = np.dtype((np.void, nbytes))
-        rows, packed = target.view(element)[:, 0], source.view(element)
-        step = max(1, SLICE_NBYTES // nbytes)
-        for start in range(0, count, step):
-            rows[start : start + step] = packed[start : start + step]
-            for piece in target[start : start + step]:
-                state.update(piece)
+    packed = source.reshape(target.shape)
+    step = max(1, PIECES_NBYTES // max(1, nbytes))
+    for start in range(0, count, step):
+        np.copyto(target[start : start + step], packed[start : start + step])
+        for piece in target[start : start + step]:
+            state.update(piece)
     return state.digest()
 
 

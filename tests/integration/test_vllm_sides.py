@@ -6,11 +6,13 @@ import os
 import signal
 import time
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 
 from mmcache.testing.process import ServerProcess
 from mmcache_connectors.vllm.groups import Group
+from mmcache_kernels import TorchMover, TritonMover
 from tests.integration.support import suspend
 from tests.integration.toy_blocks import Request
 from tests.integration.toy_cases import (
@@ -55,6 +57,23 @@ def test_another_engine_loads_what_one_saved(
     assert run_one(second, "another", prompt(3, 50)).external == 0
     assert run_one(second, "short", tokens[:4]).external == 0
     assert second.wrong == 0
+
+
+@pytest.mark.parametrize("mover", [TorchMover, TritonMover])
+@pytest.mark.parametrize(("groups", "tp", "load_async"), CONFIGURATIONS)
+def test_an_engine_on_a_device_loads_what_one_in_host_memory_saved_and_the_other_way(
+    server: ServerProcess, groups: list[Group], tp: int, load_async: bool, mover: Any
+) -> None:
+    tokens, more = prompt(1, 50), prompt(2, 40)
+    run_one(ToyEngine(server.url, groups, tp=tp), "cold", tokens)
+    device = ToyEngine(server.url, groups, tp=tp, load_async=load_async, mover=mover)
+    assert run_one(device, "same", tokens).external == 48
+    assert run_one(device, "more", more).external == 0
+    device.close()
+    assert device.wrong == 0
+    host = ToyEngine(server.url, groups, tp=tp, load_async=load_async)
+    assert run_one(host, "more", more).external == 36
+    assert host.wrong == 0
 
 
 @pytest.mark.parametrize(("groups", "tp", "load_async"), CONFIGURATIONS)

@@ -39,7 +39,8 @@ class ToyEngine:
 
     def __init__(
         self, url: str, groups: Sequence[Group], *, tp: int = 1, load_async: bool = True, num_blocks: int = 64,
-        chunk_tokens: int = 1000, save_blocks_per_step: int = 10**6, **settings: Any,
+        chunk_tokens: int = 1000, save_blocks_per_step: int = 10**6, mover: Any = None,
+        **settings: Any,
     ) -> None:  # fmt: skip
         self.settings = Settings(url=url, **{"deadline_s": 8.0, **settings})
         self.groups, self.tp, self.load_async, self.chunk_tokens = groups, tp, load_async, chunk_tokens
@@ -57,7 +58,7 @@ class ToyEngine:
             reads=True, writes=True, load_async=load_async, save_blocks_per_step=save_blocks_per_step,
             evict=self.pools[0].evict,
         )  # fmt: skip
-        self.memory = [Memory(groups, num_blocks, rank, tp) for rank in range(tp)]
+        self.memory = [Memory(groups, num_blocks, rank, tp, mover) for rank in range(tp)]
         self.workers = []
         for rank, memory in enumerate(self.memory):
             parts = [rank_part(group, len(groups), rank, tp, None) for group in groups]

@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 
 import mmcache
 from mmcache.keyset import Keys
+from mmcache_connectors.device import DeviceBlocks
 from mmcache_connectors.paged import PagedGroup
 from mmcache_connectors.vllm.groups import Group, Parts
 from mmcache_connectors.vllm.lookup import STORED_LAYOUT
@@ -57,9 +58,10 @@ def adapter_bytes(folder: str) -> bytes:
 
 
 class Memory:
-    """One rank's paged memory: an array [blocks, layers, heads, tokens, content] for each KV group."""
+    """One rank's paged memory: an array [blocks, layers, heads, tokens, content] for each KV group. With a `mover` it
+    is treated as a device's."""
 
-    def __init__(self, groups: Sequence[Group], num_blocks: int, rank: int, tp: int) -> None:
+    def __init__(self, groups: Sequence[Group], num_blocks: int, rank: int, tp: int, mover: Any) -> None:
         pages = [
             torch.full((num_blocks, LAYERS, group.heads, BLOCK, CONTENT), 255, dtype=torch.uint8) for group in groups
         ]
@@ -68,6 +70,8 @@ class Memory:
             PagedGroup([one[:, layer] for layer in range(LAYERS)], num_blocks=num_blocks, block_tokens=BLOCK)
             for one in pages
         ]
+        for paged in self.paged if mover is not None else ():
+            paged._grid, paged._device = None, DeviceBlocks(paged._views, mover(paged._views))
         self._rank, self._tp = rank, tp
 
     def holds(self, group: Group, blocks: Sequence[int], first: int, value: Bytes) -> bool:

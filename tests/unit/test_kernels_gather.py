@@ -13,7 +13,6 @@ pytest.importorskip("triton")
 from mmcache_kernels import KernelInputError, TorchMover, describe, mover, mover_for, why_no_kernels  # noqa: E402
 from mmcache_kernels.layout import check_blocks, frame_table  # noqa: E402
 from mmcache_kernels.mover import TritonMover, try_kernels  # noqa: E402
-
 from tests.unit.paged_bed import BLOCKS, DTYPES, ORDERS, POISON, SHAPES, as_bytes, paged  # noqa: E402
 
 CPU = torch.device("cpu")

@@ -14,12 +14,19 @@ import mmcache  # noqa: E402
 from mmcache.tensors import host_tensor  # noqa: E402
 from mmcache.testing.process import ServerProcess  # noqa: E402
 from mmcache_connectors import paged as paged_module  # noqa: E402
+from mmcache_connectors.device import DeviceBlocks  # noqa: E402
 from mmcache_connectors.paged import PagedGroup  # noqa: E402
 from tests.unit.paged_bed import BLOCKS, DTYPES, ORDERS, POISON, SHAPES, as_bytes, paged  # noqa: E402
 
 
 def group_of(layers: list[Any], shape: tuple[int, int, int, int, int]) -> PagedGroup:
     return PagedGroup(layers, num_blocks=BLOCKS, block_tokens=shape[2])
+
+
+def as_device(group: PagedGroup) -> PagedGroup:
+    """The same memory, copied in the way of a device, by the reference."""
+    group._device = DeviceBlocks(group._views)
+    return group
 
 
 def staging(group: PagedGroup, count: int) -> Any:
@@ -46,7 +53,7 @@ def test_blocks_come_out_and_go_in_exactly(
     dtype = getattr(torch, name)
     layers, truth = paged(order, dtype, shape)
     group = group_of(layers, shape)
-    group._on_host = on_host  # the way of a device, which copies through memory of its own, on this one
+    group = group if on_host else as_device(group)
     ids = [5, 1, 6, 2]
     staged = staging(group, len(ids))
     staged.view(torch.uint8).fill_(POISON)
@@ -55,7 +62,7 @@ def test_blocks_come_out_and_go_in_exactly(
 
     other, before = paged(order, dtype, shape, seed=1)
     group = group_of(other, shape)
-    group._on_host = on_host
+    group = group if on_host else as_device(group)
     group.scatter(ids, staged)
     expected = before.copy()
     expected[ids] = truth[ids]
@@ -97,7 +104,7 @@ def test_layers_may_lie_in_memory_each_in_its_own_way(on_host: bool) -> None:
     shape = (1, 2, 16, 8, 1)
     made = [paged(order, torch.float16, shape, seed) for seed, order in enumerate(ORDERS)]
     group = group_of([layers[0] for layers, _ in made], shape)
-    group._on_host = on_host
+    group = group if on_host else as_device(group)
     staged = staging(group, 2)
     group.gather([6, 2], staged)
     assert np.array_equal(as_bytes(staged), np.concatenate([truth[[6, 2]] for _, truth in made], axis=1))
@@ -142,7 +149,7 @@ def test_tensors_of_inference_mode_are_copied_in_and_out_of_it(
     with caches():
         layers = [torch.zeros(BLOCKS, 2, 8, 4, dtype=torch.bfloat16) for _ in range(2)]
     group = PagedGroup(layers, num_blocks=BLOCKS, block_tokens=8)
-    group._on_host = on_host
+    group = group if on_host else as_device(group)
     with buffers():
         staged, back = staging(group, 1).fill_(3), staging(group, 1)
     with caller():

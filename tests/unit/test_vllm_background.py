@@ -8,8 +8,8 @@ import time
 
 import pytest
 
+from mmcache_connectors.buffers import BufferPool
 from mmcache_connectors.vllm.background import Background
-from mmcache_connectors.vllm.buffers import BufferPool
 
 
 def test_results_come_back_and_an_exception_is_none_and_logged(caplog: pytest.LogCaptureFixture) -> None:

@@ -70,6 +70,7 @@ class MMCacheKVConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc]
         self._worker: WorkerSide | None = None
         self._worker_facts: dict[str, str] | None = None
         self._idle_step = False
+        self._layer_numbers: dict[str, int] = {}
         deadline_s = settings.lookup_s if role == KVConnectorRole.SCHEDULER else settings.load_s
         self._client = mmcache.connect(_with_one_copy_thread(settings.url), deadline_s=deadline_s, lazy=True)
         reads = self._kv_transfer_config.is_kv_consumer
@@ -219,6 +220,9 @@ class MMCacheKVConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc]
             layers = [kv_caches[name] for name in group.layer_names if name in kv_caches]
             paged = PagedGroup(layers, num_blocks=self._engine.num_blocks, block_tokens=self._engine.block_tokens)
             memory.append(GroupMemory(paged, *self._engine.part_of(group, tp_rank, pp_rank)))
+            if len(self._engine.groups) == 1:  # of several, loads are asynchronous
+                held = [name for name in group.layer_names if name in kv_caches]
+                self._layer_numbers = {name: number for number, name in enumerate(held)}
         self._worker = WorkerSide(self._settings, self._client, memory)
         self._worker_facts = worker_facts(self._vllm_config, list(kv_caches))
         atexit.register(self.shutdown)
@@ -234,8 +238,11 @@ class MMCacheKVConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc]
         if self._worker is not None and self.has_connector_metadata():
             self._worker.start_loads(self._get_connector_metadata().loads, asynchronous=self._load_async)
 
+    @_never_raises(lambda: None)
     def wait_for_layer_load(self, layer_name: str) -> None:
-        """Nothing to wait for: loads end between steps, or before the forward pass."""
+        """Have the engine's device wait for this layer of synchronous loads; others have ended before."""
+        if self._worker is not None and layer_name in self._layer_numbers:
+            self._worker.pass_layer(self._layer_numbers[layer_name])
 
     def save_kv_layer(self, layer_name: str, kv_layer: torch.Tensor, attn_metadata: Any, **kwargs: Any) -> None:
         """Nothing: whole blocks of all layers are copied once the step is computed."""
@@ -244,6 +251,7 @@ class MMCacheKVConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc]
     def wait_for_save(self) -> None:
         """Copy the blocks this step completed out of the paged memory; they are stored in the background."""
         if self._worker is not None and self.has_connector_metadata():
+            self._worker.end_layers()
             self._worker.save(self._get_connector_metadata().saves)
 
     @_never_raises(KVConnectorTransferResults)

@@ -23,9 +23,11 @@ from mmcache.client.blocking import Client
 from mmcache.errors import MMCacheError
 from mmcache.keyset import Keys, Part
 from mmcache.transport.base import Outcome, Result
+from mmcache_connectors.buffers import BufferPool
+from mmcache_connectors.device import Copy
+from mmcache_connectors.fill import Filler, LayerGate, as_blocks, leading
 from mmcache_connectors.paged import PagedGroup
 from mmcache_connectors.vllm.background import Background
-from mmcache_connectors.vllm.buffers import BufferPool
 from mmcache_connectors.vllm.plan import Blocks, Job
 from mmcache_connectors.vllm.settings import Settings
 
@@ -56,6 +58,8 @@ class _Load:
     request_id: str
     open_pieces: int
     started_s: float
+    after: list[Any]  # by group: what the engine had started on its device by then
+    gate: LayerGate | None = None
     loaded: int = 0
     invalid: set[int] = field(default_factory=set)  # blocks that hold nothing valid
 
@@ -68,7 +72,9 @@ class WorkerSide:
         self._several_groups = len(groups) > 1
         pinned = any(group.paged.device.type == "cuda" for group in groups)
         largest = max(group.paged.spec().nbytes for group in groups)
-        self._load_buffers = BufferPool(max(largest, LOAD_BUFFER_NBYTES), LOAD_THREADS, pinned)
+        load_buffers = BufferPool(max(largest, LOAD_BUFFER_NBYTES), LOAD_THREADS, pinned)
+        self._load_buffers, self._filler = load_buffers, Filler(client, load_buffers)
+        self._gate: LayerGate | None = None  # of this step's synchronous loads into a device
         save_nbytes = max(largest, SAVE_BUFFER_NBYTES)
         self._save_buffers = BufferPool(save_nbytes, max(1, (settings.save_buffer_mib << 20) // save_nbytes), pinned)
         self._loader = Background("mmcache-load", LOAD_THREADS)
@@ -85,10 +91,17 @@ class WorkerSide:
 
     # ------------------------------------------------------------------ loading
     def start_loads(self, jobs: Iterable[Job], *, asynchronous: bool) -> None:
-        """Begin to fill blocks; without `asynchronous` they are filled, or reported invalid, on return."""
+        """Begin to fill blocks; without `asynchronous` they are filled, or reported invalid, on return. On a device
+        they may be on their way then, layer by layer: see `pass_layer`."""
         self._spoilt = False
+        jobs = list(jobs)
+        if not jobs:
+            return
+        after = [group.paged.mark() for group in self._groups]
+        if not asynchronous and any(group.paged.on_device for group in self._groups):
+            self._gate = LayerGate(self._load_buffers)
         for job in jobs:
-            self._begin(job)
+            self._begin(job, after, None if asynchronous else self._gate)
         if asynchronous:
             return
         with self._one_ended:
@@ -98,10 +111,21 @@ class WorkerSide:
         self._invalid = set().union(*(invalid for _, invalid in ended))
         self._spoilt = bool(self._invalid)
 
-    def _begin(self, job: Job) -> None:
+    def pass_layer(self, layer: int) -> None:
+        """The engine computes with this layer now: have it wait, on its device, for what is loaded into it."""
+        if self._gate is not None:
+            self._gate.pass_layer(layer)
+
+    def end_layers(self) -> None:
+        """The step is started: buffers that still feed its layers are given back when they have."""
+        gate, self._gate = self._gate, None
+        if gate is not None:
+            self._loader.submit(gate.give_back_all)
+
+    def _begin(self, job: Job, after: list[Any], gate: LayerGate | None) -> None:
         """Cut a load into pieces for all loading threads, so that one reads while another scatters."""
         pieces = [piece for blocks in job.blocks for piece in self._pieces(blocks)]
-        load = _Load(job.request_id, len(pieces), time.monotonic())
+        load = _Load(job.request_id, len(pieces), time.monotonic(), after, gate)
         load.invalid |= set(job.lost)
         with self._lock:
             self._open_loads += 1
@@ -126,7 +150,7 @@ class WorkerSide:
     def _load_piece(self, load: _Load, blocks: Blocks) -> None:
         done = 0
         try:
-            done = self._load_group(blocks)
+            done = self._load_group(blocks, load)
         finally:
             self._piece_done(load, blocks, done)
 
@@ -147,7 +171,7 @@ class WorkerSide:
             self._ended.append((load.request_id, load.invalid))
             self._one_ended.notify_all()
 
-    def _load_group(self, blocks: Blocks) -> int:
+    def _load_group(self, blocks: Blocks, load: _Load) -> int:
         """How many leading blocks were filled. It may take as long as a cache that stopped answering may delay a
         request, and longer as far as the cache delivers."""
         give_up_s = time.monotonic() + self._settings.load_s
@@ -160,27 +184,14 @@ class WorkerSide:
                 self._count(load_timeouts=1)
                 return start
             some = keys[start : start + size]
-            results = self._fill(group.paged, some, blocks.block_ids[start : start + size])
-            good = _leading(results)
+            ids = blocks.block_ids[start : start + size]
+            results = self._filler.fill(group.paged, some, ids, load.after[blocks.group], load.gate)
+            good = leading(results)
             if good < len(some):
                 self._note_failure(some[good : len(results)], results[good:])
                 return start + good
             give_up_s += len(some) * nbytes / LEAST_LOAD_RATE
         return len(keys)
-
-    def _fill(self, paged: PagedGroup, keys: Keys, block_ids: Sequence[int]) -> list[Result]:
-        """Read blocks to where they belong: straight there if they lie in one allocation, else through a buffer; then
-        only what leads up to the first failure arrives. No results: there is no memory for a buffer."""
-        if places := paged.in_place(block_ids):
-            return self._client.get_into(keys, places)
-        with self._load_buffers.borrow() as buffer:
-            if buffer is None:
-                return []
-            staged = _as_blocks(buffer, len(block_ids), paged)
-            results = self._client.get_into(keys, paged.rows(staged))
-            if good := _leading(results):
-                paged.scatter(block_ids[:good], staged[:good])
-            return results
 
     def _note_failure(self, keys: Keys, results: Sequence[Result]) -> None:
         """Count; and drop entries of another form than this engine's under its keys, which would fail every time. (The
@@ -267,14 +278,21 @@ class WorkerSide:
                 self._count(saves_dropped=len(keys) - start)
                 return start
             ids = block_ids[start : start + size]
-            staged = _as_blocks(buffer, len(ids), group.paged)
-            group.paged.gather(ids, staged)
-            self._saver.submit(self._storing(group, keys[start : start + size], staged, buffer))
+            staged = as_blocks(buffer, len(ids), group.paged)
+            copy = group.paged.gather(ids, staged)
+            if copy is None:  # the link to the host is behind
+                self._save_buffers.give_back(buffer)
+                self._count(saves_dropped=len(keys) - start)
+                return start
+            self._saver.submit(self._storing(group, keys[start : start + size], staged, buffer, copy))
         return len(keys)
 
-    def _storing(self, group: GroupMemory, keys: Any, staged: torch.Tensor, buffer: torch.Tensor) -> Callable[[], None]:
+    def _storing(
+        self, group: GroupMemory, keys: Any, staged: torch.Tensor, buffer: torch.Tensor, copy: Copy
+    ) -> Callable[[], None]:
         def store() -> None:
             try:
+                copy.synchronize()
                 results = self._client.put(keys.for_part(group.part), group.paged.rows(staged))
                 outcomes = Counter(result.outcome for result in results)
                 stored = outcomes[Outcome.STORED]
@@ -312,13 +330,3 @@ class WorkerSide:
         """A copy of the counters."""
         with self._lock:
             return dict(self.counters)
-
-
-def _leading(results: Sequence[Result]) -> int:
-    """How many results are good before the first that is not."""
-    return next((row for row, result in enumerate(results) if not result), len(results))
-
-
-def _as_blocks(buffer: torch.Tensor, count: int, paged: PagedGroup) -> torch.Tensor:
-    """The first bytes of a buffer as `count` blocks."""
-    return buffer[: count * paged.spec().nbytes].view(paged.dtype).view(count, *paged.shape)

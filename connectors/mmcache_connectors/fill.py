@@ -1,0 +1,173 @@
+"""Stored blocks to where an engine keeps them, by the shortest way there is.
+
+Blocks in host memory are read in place where each is a few even pieces. A GPU takes them straight from the server's
+memory where the driver maps that for it: checked where they lie, and right if the lease was held until they had
+arrived. Everything else goes through a page-locked buffer. Shared by the connectors: it knows no engine.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+from collections import deque
+from collections.abc import Sequence
+from typing import Any, Final
+
+import numpy as np
+import torch
+
+from mmcache.client.blocking import Client
+from mmcache.errors import FrameError
+from mmcache.frame_view import Frame
+from mmcache.keyset import Keys
+from mmcache.transport.base import HIT, Outcome, Result
+from mmcache_connectors.buffers import BufferPool
+from mmcache_connectors.device import Copy
+from mmcache_connectors.paged import BlockSpec, PagedGroup
+
+_LOST: Final = Result(Outcome.MISS, "the lease expired while the blocks were being read")
+
+
+class LayerGate:
+    """Copies of one engine step that arrive layer by layer, while the engine already computes with the first.
+
+    `pass_layer` has the engine's stream wait for one layer; buffers are given back once what they hold has arrived.
+    """
+
+    def __init__(self, buffers: BufferPool) -> None:
+        self._buffers = buffers
+        self._lock = threading.Lock()
+        self._copies: list[list[Copy]] = []
+        self._held: deque[tuple[Copy, torch.Tensor]] = deque()
+
+    def add(self, copies: list[Copy], buffer: torch.Tensor) -> None:
+        """One buffer's blocks are on their way, a copy a layer."""
+        with self._lock:
+            self._copies.append(copies)
+            self._held.append((copies[-1], buffer))
+
+    def pass_layer(self, layer: int) -> None:
+        """On the engine's thread: what it starts from now on finds this layer's blocks filled."""
+        with self._lock:
+            events = [copies[layer] for copies in self._copies]
+        for event in events:
+            if isinstance(event, torch.cuda.Event):
+                torch.cuda.current_stream().wait_event(event)
+
+    def give_back_one(self) -> bool:
+        """Wait for the oldest buffer's blocks and give it back; False if there is none."""
+        with self._lock:
+            if not self._held:
+                return False
+            copy, buffer = self._held.popleft()
+        copy.synchronize()
+        self._buffers.give_back(buffer)
+        return True
+
+    def give_back_all(self) -> None:
+        """Wait for every buffer's blocks and give them back; off the engine's thread."""
+        while self.give_back_one():
+            pass
+
+
+class Filler:
+    """Fills blocks from one cache. Thread-safe; a load's blocks belong to it until `fill` returns, or its gate says."""
+
+    def __init__(self, client: Client, buffers: BufferPool) -> None:
+        self._client, self._buffers = client, buffers
+
+    def fill(
+        self, paged: PagedGroup, keys: Keys, block_ids: Sequence[int], after: Any = None, gate: LayerGate | None = None
+    ) -> list[Result]:
+        """One Result a block, in order; what is no hit, and all behind it, holds nothing valid. No results at all:
+        there is no memory for a buffer. On a GPU nothing is written before the engine has reached `after`."""
+        if places := paged.in_place(block_ids):
+            return self._client.get_into(keys, places)
+        results = self._from_arena(paged, keys, block_ids, after) if paged.on_device else []
+        done = len(results)
+        if done < len(keys) and all(results):
+            results += self._staged(paged, keys[done:], block_ids[done:], after, gate)
+        return results
+
+    def _from_arena(self, paged: PagedGroup, keys: Keys, block_ids: Sequence[int], after: Any) -> list[Result]:
+        """Straight from the server's memory, as many leading blocks as are there as they should be: the other way says
+        what is wrong with the next."""
+        with contextlib.closing(_Leased(self._client, keys)) as leased:
+            addresses = leased.addresses(paged)
+            if not addresses:
+                return []
+            paged.scatter_from(block_ids[: len(addresses)], addresses, after)
+            held = leased.release()
+        return [HIT if held else _LOST] * len(addresses)
+
+    def _staged(
+        self, paged: PagedGroup, keys: Keys, block_ids: Sequence[int], after: Any, gate: LayerGate | None
+    ) -> list[Result]:
+        buffer = self._buffers.take()
+        while buffer is None and gate is not None and gate.give_back_one():
+            buffer = self._buffers.take()
+        if buffer is None:
+            return []
+        kept = False
+        try:
+            staged = as_blocks(buffer, len(block_ids), paged)
+            results = self._client.get_into(keys, paged.rows(staged))
+            good = leading(results)
+            if good and gate is not None:
+                gate.add(paged.scatter_by_layer(block_ids[:good], staged[:good], after), buffer)
+                kept = True
+            elif good:
+                paged.scatter(block_ids[:good], staged[:good], after)
+            return results
+        finally:
+            if not kept:
+                self._buffers.give_back(buffer)
+
+
+class _Leased:
+    """Stored blocks in the server's memory, which stay as they are until `release`, if that says so."""
+
+    def __init__(self, client: Client, keys: Keys) -> None:
+        self._lease = client.acquire(keys)
+
+    def addresses(self, paged: PagedGroup) -> list[int]:
+        """Where the leading blocks lie that have `paged`'s form and the bytes that were stored; none if its device
+        cannot read there."""
+        memory, found = self._lease.memory, []
+        if memory is None or not paged.reads(memory):
+            return []
+        for frame in self._lease.frames:
+            address = None if frame is None else _address(frame, paged.spec())
+            if address is None:
+                break
+            found.append(address)
+        return found
+
+    def release(self) -> bool:
+        """Give the lease back; whether it was held until now."""
+        return self._lease.release()
+
+    def close(self) -> None:
+        """As `release`, if that was not called."""
+        self._lease.release()
+
+
+def _address(frame: Frame, spec: BlockSpec) -> int | None:
+    """Where a stored block's bytes lie; None if it is not of this form, or its bytes are not what was stored."""
+    if len(frame.header.tensors) != 1 or frame.header.tensors[0].spec[1:] != (spec.dtype, spec.shape):
+        return None
+    try:
+        frame.verify()
+    except FrameError:
+        return None
+    return int(np.frombuffer(frame.payload(frame.header.tensors[0]), np.uint8).ctypes.data)
+
+
+def leading(results: Sequence[Result]) -> int:
+    """How many results are good before the first that is not."""
+    return next((row for row, result in enumerate(results) if not result), len(results))
+
+
+def as_blocks(buffer: torch.Tensor, count: int, paged: PagedGroup) -> torch.Tensor:
+    """The first bytes of a buffer as `count` blocks."""
+    return buffer[: count * paged.spec().nbytes].view(paged.dtype).view(count, *paged.shape)

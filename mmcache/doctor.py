@@ -1,0 +1,91 @@
+"""What this machine can do for mmcache, tried rather than guessed, and why the rest cannot.
+
+Other distributions and packages add their findings through the entry-point group `mmcache.doctor`: functions that
+return (what, state, text) rows. Nothing here imports torch; what does is only asked.
+"""
+
+from __future__ import annotations
+
+import mmap
+import os
+import platform
+from collections.abc import Callable, Iterable
+from importlib import metadata
+from typing import Final, NamedTuple
+
+from mmcache.connect import connect
+from mmcache.errors import MMCacheError
+from mmcache.store.arena import MEMORY_SHARE, Arena, memory_left_nbytes
+
+GROUP: Final = "mmcache.doctor"
+GOOD: Final = "yes"
+BAD: Final = "no"
+ASK_S: Final = 2.0
+_TRIED_NBYTES: Final = 1 << 20
+
+
+class Finding(NamedTuple):
+    """One thing that was looked at. `state`: "yes", "no", or a word of its own, such as a number."""
+
+    what: str
+    state: str
+    text: str
+
+
+def examine(url: str) -> list[Finding]:
+    """Everything, in the order in which people ask. Never raises: what fails is a finding."""
+    looks: list[Callable[[], Iterable[Finding]]] = [_machine, _shared_memory, lambda: _server(url), _added]
+    found: list[Finding] = []
+    for look in looks:
+        try:
+            found += look()
+        except Exception as error:
+            found.append(Finding(getattr(look, "__name__", "?").strip("_"), BAD, f"{type(error).__name__}: {error}"))
+    return found
+
+
+def _machine() -> Iterable[Finding]:
+    system = f"{platform.system()} {platform.release()}, Python {platform.python_version()}, {platform.machine()}"
+    yield Finding("cores", str(os.cpu_count()), f"{system}; a client and a server want one each")
+    left, source = memory_left_nbytes()
+    most = f"the most `mmcache serve --memory` takes: {MEMORY_SHARE:.0%} of what {source} leaves"
+    yield Finding("memory", f"{left * MEMORY_SHARE / 2**30:.1f} GiB", most)
+
+
+def _shared_memory() -> Iterable[Finding]:
+    try:
+        arena = Arena(_TRIED_NBYTES)
+    except MMCacheError as error:
+        yield Finding("shared memory", BAD, f"{error}; clients use sockets")
+        return
+    try:
+        mmap.mmap(arena.fd, _TRIED_NBYTES, flags=mmap.MAP_SHARED, prot=mmap.PROT_READ | mmap.PROT_WRITE).close()
+    except PermissionError:
+        yield Finding("shared memory", GOOD, "sealed: clients on this host read it in place, only the server writes")
+    else:
+        yield Finding("shared memory", BAD, "the kernel let a second writable map through: do not share this host")
+    finally:
+        arena.close()
+
+
+def _server(url: str) -> Iterable[Finding]:
+    try:
+        with connect(url, deadline_s=ASK_S) as client:
+            stat = client.stat()
+    except MMCacheError as error:
+        yield Finding("server", BAD, str(error))
+        return
+    how = {
+        "shm": "read in shared memory",
+        "unix": "read over its unix socket, as the URL asks",
+        "tcp": "read over TCP: its unix socket is off or on another host, or the URL asks for it",
+    }
+    yield Finding("server", GOOD, f"{stat['server']} at {url} answers; {how[stat['transport']]}")
+
+
+def _added() -> Iterable[Finding]:
+    for entry in sorted(metadata.entry_points(group=GROUP)):
+        try:
+            yield from (Finding(*row) for row in entry.load()())
+        except Exception as error:
+            yield Finding(entry.name, BAD, f"{type(error).__name__}: {error}")
