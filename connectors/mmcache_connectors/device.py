@@ -110,7 +110,7 @@ class DeviceBlocks:
     def scatter_by_layer(self, block_ids: NDArray[np.int64], staged: torch.Tensor, after: Any = None) -> list[Copy]:
         """As `scatter`, layer after layer, a copy each, so that the engine may begin with the first; one copy where the
         device cannot read host memory by itself."""
-        if not self.mover.reaches_host or not self._cuda:
+        if not (self.mover.reaches_host and self._cuda and staged.is_pinned()):
             return [self.scatter(block_ids, staged, after)] * len(self._views)
         index: list[torch.Tensor] = []
         copies = []

@@ -64,6 +64,11 @@ class PagedGroup:
         """Whether the blocks are in a device's memory, not the host's."""
         return self._device is not None
 
+    @property
+    def pins(self) -> bool:
+        """Whether host memory that blocks are copied to and from should be page-locked."""
+        return bool(self.device.type == "cuda")
+
     def spec(self) -> BlockSpec:
         """How a block is stored. A dtype that frames have no name for is stored as its bytes: uint8, content wider.
 

@@ -89,7 +89,7 @@ def bed(request: pytest.FixtureRequest, server: Server) -> Iterator[Bed]:
     with mmcache.connect(f"{url(server)}?transport={request.param}", deadline_s=LEASE_S / 4) as client:
         stored = blocks(source, IDS)
         assert all(client.put(keys, source.rows(stored)))
-        yield Bed(client, keys, stored, BufferPool(4 * source.spec().nbytes, 1, pinned=False))
+        yield Bed(client, keys, stored, BufferPool(4 * source.spec().nbytes, 1, pinned="no"))
 
 
 KINDS = [("", "LBHNC"), ("", "LBNHC"), ("kernels", "LBHNC"), ("kernels", "LBNHC"), ("torch", "LBNHC")]

@@ -50,6 +50,18 @@ def test_blocks_come_out_and_go_in_as_the_reference_moves_them(order: str, name:
     assert all(map(np.array_equal, *map(content_of, targets)))
 
 
+def test_pools_that_keep_keys_and_values_apart_as_sglang_does() -> None:
+    page, heads, content = 4, 2, 8
+    pools = [torch.randn(BLOCKS * page, heads, content).to(torch.bfloat16) for _ in range(2 * 2)]  # k, v of two layers
+    pages = [pool.view(torch.int16).view(BLOCKS, page, heads, content).permute(0, 2, 1, 3) for pool in pools]
+    frames, ids = frames_for(pages, 3), torch.tensor([6, 2, 3])
+    TritonMover(pages).gather(ids, frames)
+    for number, block in enumerate(ids):
+        for layer, pool in enumerate(pools):
+            tokens = pool.view(torch.int16)[block * page : (block + 1) * page]
+            assert torch.equal(frames[number, layer].transpose(0, 1), tokens)
+
+
 @pytest.mark.parametrize("layers", [range(0, 1), range(1, 3), range(2, 2), range(0, 3)])
 def test_some_layers_of_a_block_are_scattered(layers: range) -> None:
     shape = SHAPES[0]

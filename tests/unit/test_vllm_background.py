@@ -7,6 +7,7 @@ import threading
 import time
 
 import pytest
+import torch
 
 from mmcache_connectors.buffers import BufferPool
 from mmcache_connectors.vllm.background import Background
@@ -50,7 +51,7 @@ def test_a_ticket_can_be_asked_without_waiting() -> None:
 
 
 def test_buffers_are_bounded_and_used_again() -> None:
-    pool = BufferPool(64, 2, pinned=False)
+    pool = BufferPool(64, 2, pinned="no")
     first, second = pool.take(), pool.take()
     assert first is not None
     assert second is not None
@@ -58,7 +59,20 @@ def test_buffers_are_bounded_and_used_again() -> None:
     assert pool.free_share() == 0
     pool.give_back(first)
     assert pool.free_share() == 0.5
-    with pool.borrow() as again:
-        assert again is first
-        assert pool.take() is None
     assert pool.take() is first
+    assert pool.take() is None
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is page-locked memory here")
+def test_without_page_locked_memory_loads_use_ordinary_and_saves_none(caplog: pytest.LogCaptureFixture) -> None:
+    wanted, must = BufferPool(64, 2, pinned="wanted"), BufferPool(64, 2, pinned="must")
+    with caplog.at_level(logging.WARNING):
+        assert wanted.take() is not None
+        assert wanted.take() is not None
+        assert must.take() is None
+        assert must.take() is None
+    assert must.free_share() == 1
+    assert [record.message.rsplit("; ")[-1] for record in caplog.records] == [
+        "ordinary memory is used",
+        "blocks are not stored without one",
+    ]

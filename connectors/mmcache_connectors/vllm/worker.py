@@ -36,6 +36,7 @@ LOAD_THREADS: Final = 2
 LOAD_BUFFER_NBYTES: Final = 16 << 20
 SPLIT_NBYTES: Final = 4 << 20  # a load of less is one thread's
 SAVE_BUFFER_NBYTES: Final = 4 << 20
+DEVICE_SAVE_NBYTES: Final = 16 << 20  # a launch and a copy for each
 IDLE_WAIT_S: Final = 0.005
 ROOM_AGAIN: Final = 0.5  # of the save buffers free
 LEAST_LOAD_RATE: Final = 200e6  # bytes a second: a cache slower than this is not waited for
@@ -70,13 +71,15 @@ class WorkerSide:
     def __init__(self, settings: Settings, client: Client, groups: Sequence[GroupMemory]) -> None:
         self._settings, self._client, self._groups = settings, client, groups
         self._several_groups = len(groups) > 1
-        pinned = any(group.paged.device.type == "cuda" for group in groups)
+        on_device = any(group.paged.on_device for group in groups)
         largest = max(group.paged.spec().nbytes for group in groups)
-        load_buffers = BufferPool(max(largest, LOAD_BUFFER_NBYTES), LOAD_THREADS, pinned)
+        load_nbytes = max(largest, LOAD_BUFFER_NBYTES)
+        load_buffers = BufferPool(load_nbytes, LOAD_THREADS, "wanted" if groups[0].paged.pins else "no")
         self._load_buffers, self._filler = load_buffers, Filler(client, load_buffers)
         self._gate: LayerGate | None = None  # of this step's synchronous loads into a device
-        save_nbytes = max(largest, SAVE_BUFFER_NBYTES)
-        self._save_buffers = BufferPool(save_nbytes, max(1, (settings.save_buffer_mib << 20) // save_nbytes), pinned)
+        save_nbytes = max(largest, DEVICE_SAVE_NBYTES if on_device else SAVE_BUFFER_NBYTES)
+        save_count = max(1, (settings.save_buffer_mib << 20) // save_nbytes)
+        self._save_buffers = BufferPool(save_nbytes, save_count, "must" if groups[0].paged.pins else "no")
         self._loader = Background("mmcache-load", LOAD_THREADS)
         self._saver = Background("mmcache-save", 1)
         self._lock = threading.Lock()
