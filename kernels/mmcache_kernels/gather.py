@@ -39,7 +39,9 @@ def _move(
         run = word // RUN
         inside = word % RUN
         outer = run // SIZE2
-        place = (outer // SIZE1) * stride0 + (outer % SIZE1) * stride1 + (run % SIZE2) * stride2 + inside
+        # In 64 bits: layouts with heads outermost have strides of the whole pool's size.
+        place = (outer // SIZE1).to(tl.int64) * stride0 + (outer % SIZE1).to(tl.int64) * stride1
+        place += (run % SIZE2).to(tl.int64) * stride2 + inside
         page += block * block_stride
         frame += layer.to(tl.int64) * LAYER_WORDS
         here = word < LAYER_WORDS

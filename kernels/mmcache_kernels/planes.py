@@ -19,9 +19,9 @@ PIECE_VALUES: Final = 2048  # of one program
 
 @triton.jit
 def _move(
-    layer_table, frame_table, block_ids, num_blocks, block_stride, stride0, stride1, stride2, layers,
-    SIZE1: tl.constexpr, SIZE2: tl.constexpr, RUN: tl.constexpr, COUNT: tl.constexpr, PIECES: tl.constexpr,
-    PIECE: tl.constexpr, TO_FRAME: tl.constexpr,
+    layer_table, frame_table, block_ids, num_blocks, block_stride, stride0, stride1, stride2,
+    LAYERS: tl.constexpr, SIZE1: tl.constexpr, SIZE2: tl.constexpr, RUN: tl.constexpr, COUNT: tl.constexpr,
+    PIECES: tl.constexpr, PIECE: tl.constexpr, ALIGNED: tl.constexpr, TO_FRAME: tl.constexpr,
 ):  # fmt: skip
     """As gather._move, in values of 16 bits; COUNT of them in one layer's share of a block."""
     item = tl.program_id(0) // PIECES
@@ -29,12 +29,19 @@ def _move(
     layer = tl.program_id(1)
     block = tl.load(block_ids + item)
     if (block > 0) & (block < num_blocks):
-        page = tl.load(layer_table + layer).to(tl.pointer_type(tl.int16)) + block * block_stride
-        exponents = tl.load(frame_table + item).to(tl.pointer_type(tl.uint8)) + layer.to(tl.int64) * COUNT
-        rest = exponents + layers.to(tl.int64) * COUNT
+        page = tl.load(layer_table + layer).to(tl.pointer_type(tl.int16))
+        exponents = tl.load(frame_table + item).to(tl.pointer_type(tl.uint8))
+        if ALIGNED:
+            page = tl.multiple_of(page, 16)
+            exponents = tl.multiple_of(exponents, 16)
+        page += block * block_stride
+        exponents += layer.to(tl.int64) * COUNT
+        rest = exponents + LAYERS * COUNT
         run = value // RUN
         outer = run // SIZE2
-        place = (outer // SIZE1) * stride0 + (outer % SIZE1) * stride1 + (run % SIZE2) * stride2 + value % RUN
+        # In 64 bits: layouts with heads outermost have strides of the whole pool's size.
+        place = (outer // SIZE1).to(tl.int64) * stride0 + (outer % SIZE1).to(tl.int64) * stride1
+        place += (run % SIZE2).to(tl.int64) * stride2 + value % RUN
         here = value < COUNT
         if TO_FRAME:
             bits = tl.load(page + place, mask=here, other=0).to(tl.int32)
@@ -59,7 +66,6 @@ def move(paged: PagedLayout, frames: torch.Tensor, block_ids: torch.Tensor, *, t
     stride0, stride1, stride2 = (stride // 2 for stride in paged.strides)
     _move[(len(block_ids) * pieces, len(paged.views))](
         paged.layer_table, frames, block_ids, paged.num_blocks, paged.block_stride // 2, stride0, stride1, stride2,
-        len(paged.views),
-        SIZE1=paged.sizes[1], SIZE2=paged.sizes[2], RUN=paged.run_nbytes // 2, COUNT=count, PIECES=pieces,
-        PIECE=piece, TO_FRAME=to_frames,
+        LAYERS=len(paged.views), SIZE1=paged.sizes[1], SIZE2=paged.sizes[2], RUN=paged.run_nbytes // 2,
+        COUNT=count, PIECES=pieces, PIECE=piece, ALIGNED=paged.aligned_nbytes == 16, TO_FRAME=to_frames,
     )  # fmt: skip

@@ -98,7 +98,7 @@ def _move(
     layer_table, value_table, scale_table, block_ids, num_blocks, block_stride, stride0, stride1, stride2,
     SIZE1: tl.constexpr, SIZE2: tl.constexpr, RUN: tl.constexpr, ROWS: tl.constexpr, N: tl.constexpr,
     PIECES: tl.constexpr, TILE_ROWS: tl.constexpr, TILE_N: tl.constexpr, DTYPE: tl.constexpr, MODE: tl.constexpr,
-    LARGEST: tl.constexpr, TO_FRAME: tl.constexpr,
+    LARGEST: tl.constexpr, ALIGNED: tl.constexpr, TO_FRAME: tl.constexpr,
 ):  # fmt: skip
     """As gather._move, but in values of DTYPE, TILE_ROWS rows of N values at once."""
     item = tl.program_id(0) // PIECES
@@ -106,15 +106,24 @@ def _move(
     layer = tl.program_id(1)
     block = tl.load(block_ids + item)
     if (block > 0) & (block < num_blocks):
-        page = tl.load(layer_table + layer).to(tl.pointer_type(DTYPE)) + block * block_stride
-        values = tl.load(value_table + item).to(tl.pointer_type(tl.int8)) + layer.to(tl.int64) * (ROWS * N)
-        scales = tl.load(scale_table + item).to(tl.pointer_type(tl.float32)) + layer.to(tl.int64) * ROWS
+        page = tl.load(layer_table + layer).to(tl.pointer_type(DTYPE))
+        values = tl.load(value_table + item).to(tl.pointer_type(tl.int8))
+        scales = tl.load(scale_table + item).to(tl.pointer_type(tl.float32))
+        if ALIGNED:
+            page = tl.multiple_of(page, 16)
+            values = tl.multiple_of(values, 16)
+            scales = tl.multiple_of(scales, 16)
+        page += block * block_stride
+        values += layer.to(tl.int64) * (ROWS * N)
+        scales += layer.to(tl.int64) * ROWS
         column = tl.arange(0, TILE_N)
         value = row[:, None] * N + column[None, :]
         here = (row < ROWS)[:, None] & (column < N)[None, :]
         run = value // RUN
         outer = run // SIZE2
-        place = (outer // SIZE1) * stride0 + (outer % SIZE1) * stride1 + (run % SIZE2) * stride2 + value % RUN
+        # In 64 bits: layouts with heads outermost have strides of the whole pool's size.
+        place = (outer // SIZE1).to(tl.int64) * stride0 + (outer % SIZE1).to(tl.int64) * stride1
+        place += (run % SIZE2).to(tl.int64) * stride2 + value % RUN
         if TO_FRAME:
             rows = tl.load(page + place, mask=here, other=0.0).to(tl.float32)
             quantized, scale = _quantize(rows, MODE)
@@ -134,7 +143,8 @@ def move(
     paged: PagedLayout, values: torch.Tensor, scales: torch.Tensor, block_ids: torch.Tensor, *,
     values_per_scale: int, mode: str, to_frames: bool,
 ) -> None:  # fmt: skip
-    """Launch on the current stream; tables and ids as in `gather.move`. Nothing is waited for.
+    """Launch on the current stream; tables and ids as in `gather.move`: addresses are multiples of 16 where the paged
+    memory's are. Nothing is waited for.
 
     Raises KernelInputError for a dtype that cannot be quantised, and rows that do not divide a block.
     """
@@ -155,5 +165,6 @@ def move(
         stride0, stride1, stride2,
         SIZE1=paged.sizes[1], SIZE2=paged.sizes[2], RUN=paged.run_nbytes // dtype.itemsize,
         ROWS=count // values_per_scale, N=values_per_scale, PIECES=pieces, TILE_ROWS=tile_rows, TILE_N=tile_n,
-        DTYPE=DTYPES[dtype], MODE=MODES[mode], LARGEST=torch.finfo(dtype).max, TO_FRAME=to_frames,
+        DTYPE=DTYPES[dtype], MODE=MODES[mode], LARGEST=torch.finfo(dtype).max,
+        ALIGNED=paged.aligned_nbytes == 16, TO_FRAME=to_frames,
     )  # fmt: skip
