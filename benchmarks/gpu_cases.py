@@ -84,7 +84,44 @@ def _wrong(case: Case) -> Iterator[str]:
     TorchMover(targets[1]).scatter(ids, frames[0])
     if not all(map(torch.equal, *targets)):
         yield "scatter"
+    yield from _wrong_streams(case)
     yield from _wrong_numbers(case)
+
+
+def _wrong_streams(case: Case) -> Iterator[str]:
+    """To the host and back as connectors do it: on streams of their own, in the order of the engine's work."""
+    device = importlib.import_module("mmcache_connectors.device")
+    views, ids = [view.clone(memory_format=torch.preserve_format) for view in case.views], case.ids.cpu().numpy()
+    blocks, cuda = device.DeviceBlocks(views, TritonMover(views)), case.ids.device.type == "cuda"
+    shape = (len(ids), len(views), *views[0].shape[1:])
+    host = torch.zeros(shape, dtype=torch.int16, pin_memory=cuda)
+    truth = torch.stack([view[case.ids] for view in case.views], 1).cpu()
+    _busy(case.ids.device)
+    for view in views:
+        view.add_(1)  # the engine's last work on these blocks
+    copy = blocks.gather(ids, host)
+    for view in views:
+        view.zero_()  # and its next: the blocks are used again
+    copy.synchronize()
+    if not torch.equal(host, truth + 1):
+        yield "gather to the host while the engine works"
+    for by_layer in (False, True):
+        _busy(case.ids.device)
+        for view in views:
+            view.fill_(3)
+        after = blocks.mark()
+        scattered = blocks.scatter_by_layer(ids, host, after) if by_layer else [blocks.scatter(ids, host, after)]
+        scattered[-1].synchronize()
+        if not torch.equal(torch.stack([view[case.ids] for view in views], 1).cpu(), host):
+            yield f"scatter from the host while the engine works{', by layer' if by_layer else ''}"
+
+
+def _busy(device: torch.device) -> None:
+    """Give the engine's stream some milliseconds of work, so that what does not wait for it comes too early."""
+    if device.type == "cuda":
+        matrix = torch.ones(4096, 4096, device=device)
+        for _ in range(20):
+            matrix = matrix @ matrix
 
 
 def _wrong_numbers(case: Case) -> Iterator[str]:
@@ -105,6 +142,13 @@ def _wrong_numbers(case: Case) -> Iterator[str]:
         same = torch.equal(values, wanted.view(torch.uint8))
         if not (same and torch.equal(scales.nan_to_num(-1), wanted_scales.nan_to_num(-1))):
             yield f"quantise to {mode}"
+        target = [torch.zeros_like(view) for view in numbers]
+        quantize.move(describe(target), *tables, ids, values_per_scale=shape[-1], mode=mode, to_frames=False)
+        restore = reference.dequantize_fp8 if mode == "fp8" else reference.dequantize_int8
+        right = restore(values if mode == "fp8" else values.view(torch.int8), scales, torch.bfloat16)
+        back = torch.stack([view[ids] for view in target], 1)
+        if not torch.equal(back.nan_to_num(7.0), right.nan_to_num(7.0)) or not torch.equal(back.isnan(), right.isnan()):
+            yield f"restore from {mode}"
     frames = torch.zeros(len(ids), 2, each, dtype=torch.uint8, device=device)
     table = rows * frames[0].nbytes + frames.data_ptr()
     planes.move(paged, table, ids, to_frames=True)

@@ -34,13 +34,18 @@ class Finding(NamedTuple):
 
 def examine(url: str) -> list[Finding]:
     """Everything, in the order in which people ask. Never raises: what fails is a finding."""
-    looks: list[Callable[[], Iterable[Finding]]] = [_machine, _shared_memory, lambda: _server(url), _added]
+    looks: dict[str, Callable[[], Iterable[Finding]]] = {
+        "machine": _machine,
+        "shared memory": _shared_memory,
+        "server": lambda: _server(url),
+        "packages": _added,
+    }
     found: list[Finding] = []
-    for look in looks:
+    for name, look in looks.items():
         try:
             found += look()
         except Exception as error:
-            found.append(Finding(getattr(look, "__name__", "?").strip("_"), BAD, f"{type(error).__name__}: {error}"))
+            found.append(Finding(name, BAD, f"{type(error).__name__}: {error}"))
     return found
 
 

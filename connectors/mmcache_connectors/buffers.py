@@ -27,10 +27,10 @@ class BufferPool:
         for _ in range(count):
             self._free.put(None)
 
-    def take(self) -> torch.Tensor | None:
-        """A buffer, or None if all are in use, or the host has no memory for another."""
+    def take(self, wait_s: float = 0.0) -> torch.Tensor | None:
+        """A buffer, or None if all are in use, for longer than `wait_s`, or the host has no memory for another."""
         try:
-            buffer = self._free.get(block=False)
+            buffer = self._free.get(block=wait_s > 0, timeout=wait_s or None)
         except queue.Empty:
             return None
         if buffer is None:

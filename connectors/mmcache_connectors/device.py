@@ -7,9 +7,9 @@ by a thread that is not the engine's. On devices that have no CUDA streams every
 
 from __future__ import annotations
 
-import logging
 import threading
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any, Final, Protocol
 
@@ -17,12 +17,10 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from mmcache_connectors.registered import REGISTRY, MappedMemory
 from mmcache_kernels import Mover, TritonMover, mover_for
 
-log = logging.getLogger("mmcache.kernels")
 SAVE_SLOTS: Final = 8  # gathered chunks on their way to the host; with none free, a save is put off
-# cudaHostRegister: for every context, in the GPU's address space, to be read only.
-_MAPPED_READ_ONLY: Final = 0x01 | 0x02 | 0x08
 
 
 class Copy(Protocol):
@@ -63,7 +61,6 @@ class DeviceBlocks:
         self.mover = mover or mover_for(views)
         self._cuda = self.device.type == "cuda"
         self._slots = [_Slot() for _ in range(SAVE_SLOTS)]
-        self._registered: dict[int, bool] = {}
         self._own = threading.local()
         if self._cuda:
             self._gathers, self._copies = torch.cuda.Stream(self.device), torch.cuda.Stream(self.device)
@@ -109,41 +106,28 @@ class DeviceBlocks:
 
     def scatter_by_layer(self, block_ids: NDArray[np.int64], staged: torch.Tensor, after: Any = None) -> list[Copy]:
         """As `scatter`, layer after layer, a copy each, so that the engine may begin with the first; one copy where the
-        device cannot read host memory by itself."""
+        device cannot read host memory by itself. If it raises, nothing reads `staged` any more."""
         if not (self.mover.reaches_host and self._cuda and staged.is_pinned()):
             return [self.scatter(block_ids, staged, after)] * len(self._views)
-        index: list[torch.Tensor] = []
-        copies = []
-        for layer in range(len(self._views)):
+        copies: list[Copy] = []
 
-            def move(layer: int = layer) -> None:
-                index.append(index[0] if index else self._on_device(block_ids))
-                self.mover.scatter(index[0], staged, range(layer, layer + 1))
+        def move() -> None:
+            index = self._on_device(block_ids)
+            for layer in range(len(self._views)):
+                self.mover.scatter(index, staged, range(layer, layer + 1))
+                copies.append(torch.cuda.current_stream(self.device).record_event())
 
-            copies.append(self._loading(after, move))
+        self._loading(after, move)
         return copies
 
-    def reads(self, memory: NDArray[np.uint8]) -> bool:
-        """Whether kernels can read this host memory where it is: a server's arena, registered with the device once."""
+    def reading(self, arena: MappedMemory) -> AbstractContextManager[bool]:
+        """Whether, inside the `with`, kernels can read this server's memory where it is."""
         if not isinstance(self.mover, TritonMover):
-            return False
-        place = int(memory.ctypes.data)
-        if place not in self._registered:
-            self._registered[place] = not self._cuda or self._register(place, memory.nbytes)
-        return self._registered[place]
-
-    def _register(self, place: int, nbytes: int) -> bool:
-        error = int(torch.cuda.cudart().cudaHostRegister(place, nbytes, _MAPPED_READ_ONLY))
-        if error:
-            log.warning(
-                "mmcache: the driver does not map the cache's memory for the GPU (cudaHostRegister: error %d); blocks "
-                "are loaded through page-locked buffers",
-                error,
-            )
-        return not error
+            return nullcontext(False)
+        return REGISTRY.reading(arena, self.device) if self._cuda else nullcontext(True)
 
     def scatter_from(self, block_ids: NDArray[np.int64], addresses: Sequence[int], after: Any = None) -> Copy:
-        """As `scatter`, straight from frames' payloads at these addresses in memory that `reads` said yes to."""
+        """As `scatter`, straight from frames' payloads at these addresses in memory that is being read."""
         assert isinstance(self.mover, TritonMover)
         mover, places = self.mover, np.array(addresses, np.int64)
         return self._loading(after, lambda: mover.scatter_from(self._on_device(block_ids), self._on_device(places)))
@@ -155,12 +139,17 @@ class DeviceBlocks:
             return Ended()
         stream = getattr(self._own, "stream", None)
         if stream is None:
+            torch.cuda.set_device(self.device)  # or torch would come back to device 0 after each `with`
             stream = self._own.stream = torch.cuda.Stream(self.device)
         with torch.cuda.stream(stream):
             if after is not None:
                 stream.wait_event(after)
-            move()
-            return stream.record_event()  # type: ignore[no-any-return]
+            try:
+                move()
+                return stream.record_event()  # type: ignore[no-any-return]
+            except Exception:
+                stream.synchronize()  # what was started may still read the caller's buffer
+                raise
 
     def _brought(self, staged: torch.Tensor) -> torch.Tensor:
         return staged.to(self.device, non_blocking=True) if self._cuda else staged

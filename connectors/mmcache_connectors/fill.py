@@ -7,14 +7,15 @@ arrived. Everything else goes through a page-locked buffer. Shared by the connec
 
 from __future__ import annotations
 
-import contextlib
+import logging
 import threading
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, Final
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from mmcache.client.blocking import Client
 from mmcache.errors import FrameError
@@ -25,6 +26,8 @@ from mmcache_connectors.buffers import BufferPool
 from mmcache_connectors.device import Copy
 from mmcache_connectors.paged import BlockSpec, PagedGroup
 
+log = logging.getLogger("mmcache.kernels")
+BUFFER_WAIT_S: Final = 0.5
 _LOST: Final = Result(Outcome.MISS, "the lease expired while the blocks were being read")
 
 
@@ -49,10 +52,14 @@ class LayerGate:
     def pass_layer(self, layer: int) -> None:
         """On the engine's thread: what it starts from now on finds this layer's blocks filled."""
         with self._lock:
-            events = [copies[layer] for copies in self._copies]
-        for event in events:
-            if isinstance(event, torch.cuda.Event):
-                torch.cuda.current_stream().wait_event(event)
+            copies = [copies[layer] for copies in self._copies]
+        _pass(copies)
+
+    def pass_all(self) -> None:
+        """As `pass_layer`, for every layer."""
+        with self._lock:
+            copies = [copies[-1] for copies in self._copies]
+        _pass(copies)
 
     def give_back_one(self) -> bool:
         """Wait for the oldest buffer's blocks and give it back; False if there is none."""
@@ -68,6 +75,12 @@ class LayerGate:
         """Wait for every buffer's blocks and give them back; off the engine's thread."""
         while self.give_back_one():
             pass
+
+
+def _pass(copies: Sequence[Copy]) -> None:
+    for copy in copies:
+        if isinstance(copy, torch.cuda.Event):
+            torch.cuda.current_stream().wait_event(copy)
 
 
 class Filler:
@@ -91,13 +104,28 @@ class Filler:
 
     def _from_arena(self, paged: PagedGroup, keys: Keys, block_ids: Sequence[int], after: Any) -> list[Result]:
         """Straight from the server's memory, as many leading blocks as are there as they should be: the other way says
-        what is wrong with the next."""
-        with contextlib.closing(_Leased(self._client, keys)) as leased:
-            addresses = leased.addresses(paged)
-            if not addresses:
-                return []
-            paged.scatter_from(block_ids[: len(addresses)], addresses, after)
-            held = leased.release()
+        what is wrong with the next, and is taken where this one fails."""
+        arena = self._client.shared_memory
+        if arena is None:
+            return []
+        try:
+            with paged.reading(arena) as readable:
+                return self._from_leased(arena.data, paged, keys, block_ids, after) if readable else []
+        except Exception:
+            log.exception("mmcache: blocks could not be taken from the cache's memory; they are read through a buffer")
+            return []
+
+    def _from_leased(
+        self, memory: NDArray[np.uint8], paged: PagedGroup, keys: Keys, block_ids: Sequence[int], after: Any
+    ) -> list[Result]:
+        lease = self._client.acquire(keys)
+        held = False
+        try:
+            addresses = list(_addresses(lease.frames, memory, paged.spec()))
+            if addresses:
+                paged.scatter_from(block_ids[: len(addresses)], addresses, after)
+        finally:
+            held = lease.release()
         return [HIT if held else _LOST] * len(addresses)
 
     def _staged(
@@ -106,6 +134,8 @@ class Filler:
         buffer = self._buffers.take()
         while buffer is None and gate is not None and gate.give_back_one():
             buffer = self._buffers.take()
+        if buffer is None:
+            buffer = self._buffers.take(BUFFER_WAIT_S)  # of the step before, whose blocks may still be on their way
         if buffer is None:
             return []
         kept = False
@@ -124,43 +154,23 @@ class Filler:
                 self._buffers.give_back(buffer)
 
 
-class _Leased:
-    """Stored blocks in the server's memory, which stay as they are until `release`, if that says so."""
-
-    def __init__(self, client: Client, keys: Keys) -> None:
-        self._lease = client.acquire(keys)
-
-    def addresses(self, paged: PagedGroup) -> list[int]:
-        """Where the leading blocks lie that have `paged`'s form and the bytes that were stored; none if its device
-        cannot read there."""
-        memory, found = self._lease.memory, []
-        if memory is None or not paged.reads(memory):
-            return []
-        for frame in self._lease.frames:
-            address = None if frame is None else _address(frame, paged.spec())
-            if address is None:
-                break
-            found.append(address)
-        return found
-
-    def release(self) -> bool:
-        """Give the lease back; whether it was held until now."""
-        return self._lease.release()
-
-    def close(self) -> None:
-        """As `release`, if that was not called."""
-        self._lease.release()
-
-
-def _address(frame: Frame, spec: BlockSpec) -> int | None:
-    """Where a stored block's bytes lie; None if it is not of this form, or its bytes are not what was stored."""
-    if len(frame.header.tensors) != 1 or frame.header.tensors[0].spec[1:] != (spec.dtype, spec.shape):
-        return None
-    try:
-        frame.verify()
-    except FrameError:
-        return None
-    return int(np.frombuffer(frame.payload(frame.header.tensors[0]), np.uint8).ctypes.data)
+def _addresses(frames: Sequence[Frame | None], memory: NDArray[np.uint8], spec: BlockSpec) -> Iterator[int]:
+    """Where in `memory` the leading blocks lie that have this form and the bytes that were stored."""
+    begin = int(memory.ctypes.data)
+    for frame in frames:
+        if frame is None or len(frame.header.tensors) != 1:
+            return
+        (tensor,) = frame.header.tensors
+        if tensor.spec[1:] != (spec.dtype, spec.shape):
+            return
+        try:
+            frame.verify()
+        except FrameError:
+            return
+        address = int(np.frombuffer(frame.payload(tensor), np.uint8).ctypes.data)
+        if not begin <= address <= begin + memory.nbytes - tensor.nbytes:  # of a server that came after
+            return
+        yield address
 
 
 def leading(results: Sequence[Result]) -> int:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Final, NamedTuple
 
 import numpy as np
@@ -19,6 +20,7 @@ from mmcache.errors import TensorError
 from mmcache.frame import DTYPES
 from mmcache.tensors import Labelled, Pieces, as_dtype
 from mmcache_connectors.device import Copy, DeviceBlocks, Ended
+from mmcache_connectors.registered import MappedMemory
 
 _WORDS: Final[dict[int, Any]] = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 _PIECE_NBYTES: Final = 256 << 10  # gathered from one layer at once: numpy's copy in between stays in the CPU's cache
@@ -135,12 +137,12 @@ class PagedGroup:
             return self._device.scatter_by_layer(ids, self._as_frames(words), after)
         return [self._device.scatter(ids, self._as_frames(words), after)]
 
-    def reads(self, memory: NDArray[np.uint8]) -> bool:
-        """Whether `scatter_from` can take frames that lie in this host memory."""
-        return self._device is not None and self._device.reads(memory)
+    def reading(self, arena: MappedMemory) -> AbstractContextManager[bool]:
+        """Whether, inside the `with`, `scatter_from` can take frames that lie in this server's memory."""
+        return self._device.reading(arena) if self._device is not None else nullcontext(False)
 
     def scatter_from(self, block_ids: Sequence[int], addresses: Sequence[int], after: Any = None) -> None:
-        """As `scatter`, from stored blocks at these addresses (multiples of 16) in memory that `reads` said yes to.
+        """As `scatter`, from stored blocks at these addresses (multiples of 16) in memory that is being read.
 
         What lies there must have the form of `spec`, and stay until this returns: the caller holds the leases.
         """

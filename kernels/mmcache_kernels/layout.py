@@ -126,13 +126,11 @@ def check_blocks(block_ids: Sequence[int], num_blocks: int, *, unique: bool) -> 
     return ids
 
 
-def frame_table(frames: Sequence[torch.Tensor], nbytes: int, device: torch.device) -> torch.Tensor:
-    """The frames' addresses: int64 `[frames]` on the device. Raises KernelInputError for one that is too small, not
-    contiguous, or in memory the device cannot reach (not its own, and not page-locked host memory)."""
-    for place, frame in enumerate(frames):
-        if not frame.is_contiguous() or frame.nbytes < nbytes:
-            form = "not contiguous" if not frame.is_contiguous() else f"{frame.nbytes} bytes"
-            raise KernelInputError(f"frame {place} is {form}; a block needs {nbytes} contiguous bytes")
-        if frame.device != device and not (frame.device.type == "cpu" and frame.is_pinned()):
-            raise KernelInputError(f"frame {place} is on {frame.device}, out of reach of {device}; pass pinned memory")
-    return torch.tensor([frame.data_ptr() for frame in frames], dtype=torch.int64, device=device)
+def check_frame(frame: torch.Tensor, nbytes: int, device: torch.device) -> None:
+    """Raise KernelInputError for a frame that is too small, not contiguous, or in memory the device cannot reach (not
+    its own, and not page-locked host memory)."""
+    if not frame.is_contiguous() or frame.nbytes < nbytes:
+        form = "not contiguous" if not frame.is_contiguous() else f"{frame.nbytes} bytes"
+        raise KernelInputError(f"a frame is {form}; a block needs {nbytes} contiguous bytes")
+    if frame.device != device and not (frame.device.type == "cpu" and frame.is_pinned()):
+        raise KernelInputError(f"a frame is on {frame.device}, out of reach of {device}; pass pinned memory")

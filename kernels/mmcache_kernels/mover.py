@@ -16,7 +16,7 @@ from typing import Any, Final, Protocol
 import torch
 
 from mmcache_kernels import reference
-from mmcache_kernels.layout import KernelInputError, PagedLayout, describe, frame_table
+from mmcache_kernels.layout import KernelInputError, PagedLayout, check_frame, describe
 
 log = logging.getLogger("mmcache.kernels")
 _LAUNCH: Final = threading.Lock()  # Triton compiles at the first launch, and its interpreter runs one at a time
@@ -67,6 +67,10 @@ class TritonMover:
     def __init__(self, views: Sequence[torch.Tensor]) -> None:
         self.paged: PagedLayout = describe(views)
         self._kernels: Any = importlib.import_module("mmcache_kernels.gather")
+        # Compiled now, not in the engine's first step: block 0 is skipped, so nothing moves.
+        null = torch.zeros(1, dtype=torch.int64, device=self.paged.device)
+        for to_frames in (True, False):
+            self._move(null, null, to_frames=to_frames)
 
     def gather(self, block_ids: torch.Tensor, frames: torch.Tensor) -> None:
         """See Mover."""
@@ -91,7 +95,7 @@ class TritonMover:
         if frames.nbytes != len(frames) * block_nbytes:
             wanted = f"{len(frames)} frames of {block_nbytes} bytes"
             raise KernelInputError(f"{wanted} are wanted, not {frames.nbytes} bytes; allocate that")
-        frame_table([frames[:1]] if len(frames) else [], block_nbytes, paged.device)
+        check_frame(frames, frames.nbytes, paged.device)
         if frames.data_ptr() % 16:
             raise KernelInputError("frames must begin at multiples of 16 bytes; pass an allocation of their own")
         return torch.arange(len(frames), device=paged.device) * block_nbytes + frames.data_ptr()

@@ -58,9 +58,10 @@ def _from_e4m3(quantized):
 
 @triton.jit
 def _to_bfloat16(values):
-    """To nearest, ties to even; in integers, as Triton's interpreter cuts off instead."""
+    """To nearest, ties to even; in integers, as Triton's interpreter cuts off instead. NaN has many forms: one here."""
     bits = values.to(tl.int32, bitcast=True)
-    return ((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16).to(tl.int16).to(tl.bfloat16, bitcast=True)
+    rounded = tl.where(values == values, (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16, 0x7FC0)
+    return rounded.to(tl.int16).to(tl.bfloat16, bitcast=True)
 
 
 @triton.jit

@@ -34,7 +34,7 @@ def quantize_fp8(values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     comes back as NaN throughout, never as a plausible number.
     """
     rows, largest, finite = _finite_rows(values)
-    scale = power_of_two(largest / FP8_MAX)
+    scale = power_of_two(largest / torch.full_like(largest, FP8_MAX))
     scaled = (rows / scale[..., None]).clamp(-FP8_MAX, FP8_MAX)
     return scaled.to(torch.float8_e4m3fn).view(torch.uint8), torch.where(finite, scale, torch.nan)
 
@@ -51,7 +51,8 @@ def quantize_int8(values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     rounding), or 2**-119 where that is more. Rows with infinities or NaN come back as NaN throughout.
     """
     rows, largest, finite = _finite_rows(values)
-    scale = largest / INT8_MAX
+    # Not by a plain number: on GPUs torch multiplies with its rounded inverse then.
+    scale = largest / torch.full_like(largest, INT8_MAX)
     divisor = torch.where(largest > TINY, scale, 1.0)
     scaled = torch.floor(rows / divisor[..., None] + 0.5).clamp(-INT8_MAX, INT8_MAX)
     return scaled.to(torch.int8), torch.where(finite, scale, torch.nan)

@@ -29,7 +29,7 @@ from mmcache.keyset import Key, Keys
 from mmcache.pb import cache_pb2 as pb
 from mmcache.tensors import HostTensor, check_count, named_tensors, specs_of
 from mmcache.transport.base import HIT, MISS, Op, Outcome, Result
-from mmcache.transport.shm import Copier
+from mmcache.transport.shm import ArenaMap, Copier
 from mmcache.transport.tcp import Channel
 
 log = logging.getLogger("mmcache.client")
@@ -53,7 +53,8 @@ class Client:
         self.announces = True
         self._breaker = Breaker()
         self._renew_lock()
-        self._pool = Pool(Dialer(config, attach), config.max_connections, self._renew_lock)
+        self._dialer = Dialer(config, attach)
+        self._pool = Pool(self._dialer, config.max_connections, self._renew_lock)
         self._copier = Copier(config.copy_threads)
 
     def __repr__(self) -> str:
@@ -73,6 +74,13 @@ class Client:
     def answering(self) -> bool:
         """False while a server that did not answer is left alone: calls made now would be misses."""
         return self._breaker.allows(time.monotonic())
+
+    @property
+    def shared_memory(self) -> ArenaMap | None:
+        """The server's memory as this process maps it, to be registered with a device, say; its `data` may only be read
+        under a lease. None where it is not mapped, or not all of its pages exist yet (`serve --prefault`)."""
+        arena = self._dialer.arena
+        return arena if arena is not None and arena.prefaulted else None
 
     # ------------------------------------------------------------------ data operations
 

@@ -9,7 +9,6 @@ from mmcache.client.link import Link
 from mmcache.errors import FrameError, LeaseLost, RequestRefused
 from mmcache.frame import check_expected, parse_header
 from mmcache.frame_view import Frame
-from mmcache.tensors import Bytes
 from mmcache.transport.base import Found
 
 
@@ -17,9 +16,8 @@ class LeasedFrames:
     """`frames[i]` is the i-th key's Frame, or None for a miss. A context manager; leaving it gives the lease back.
 
     Tensors of a frame are seen with `mmcache.tensors.as_numpy(spec, frame.payload(tensor))`. Do not keep views after
-    leaving: the memory is reused then. `memory` is all of the server's memory, as this process maps it (to register it
-    with a device, say), None where frames were received. Raises LeaseLost on leaving if the lease had expired, since
-    what the views showed may then have been another entry's bytes.
+    leaving: the memory is reused then. Raises LeaseLost on leaving if the lease had expired, since what the views
+    showed may then have been another entry's bytes.
     """
 
     def __init__(
@@ -27,10 +25,8 @@ class LeasedFrames:
         frames: Sequence[Frame | None],
         lease_ids: Sequence[int] = (),
         release: Callable[[Sequence[int]], bool] | None = None,
-        memory: Bytes | None = None,
     ) -> None:
         self.frames = list(frames)
-        self.memory = memory
         self._lease_ids, self._release = list(lease_ids), release
 
     @classmethod
@@ -62,8 +58,7 @@ class LeasedFrames:
             for lease_id in lease_ids:
                 link.run(link.conversation.release_quietly(lease_id), deadline)
             raise
-        memory = link.arena.data if link.arena is not None else None
-        return cls(frames + [None] * (len(digests) - len(frames)), lease_ids, release, memory)
+        return cls(frames + [None] * (len(digests) - len(frames)), lease_ids, release)
 
     def __enter__(self) -> LeasedFrames:
         return self

@@ -161,6 +161,11 @@ class Dialer:
         self._addresses: list[tuple[int, tuple[Any, ...]]] = []
         self._warned = False
 
+    @property
+    def arena(self) -> ArenaMap | None:
+        """The map of the server's memory that its links use, None where they have none."""
+        return self._arena[1] if self._arena is not None else None
+
     def open(self, deadline: float) -> Link:
         """A joined link. Raises TransportError when no path works."""
         config = self.config

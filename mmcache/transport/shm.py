@@ -50,6 +50,7 @@ class ArenaMap:
             raise TransportError(f"the server's arena could not be mapped: {error}") from error
         finally:
             os.close(fd)
+        self.prefaulted = populate
         self.view = memoryview(self._map)
         self.data: Bytes = np.frombuffer(self._map, np.uint8)
 

@@ -36,7 +36,7 @@ MOVERS: dict[str, Any] = {"kernels": TritonMover, "torch": TorchMover}
 
 @pytest.fixture
 def server() -> Iterator[Server]:
-    running = Server(ServerConfig(listen="127.0.0.1:0", memory_nbytes=16 << 20, lease_s=LEASE_S))
+    running = Server(ServerConfig(listen="127.0.0.1:0", memory_nbytes=16 << 20, lease_s=LEASE_S, prefault=True))
     running.start()
     yield running
     running.stop()
@@ -149,6 +149,31 @@ def test_a_lease_that_was_lost_makes_every_block_a_miss(bed: Bed, monkeypatch: p
     assert bed.fill(paged) == ["miss"] * 4
     monkeypatch.undo()
     assert bed.fill(paged) == ["hit"] * 4
+
+
+def test_what_cannot_be_taken_from_memory_is_asked_for_once(bed: Bed, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[str] = []
+    acquire = Client.acquire
+
+    def noted(self: Client, keys: Any) -> Any:
+        asked.append("acquire")
+        return acquire(self, keys)
+
+    monkeypatch.setattr(Client, "acquire", noted)
+    assert bed.fill(group(1, "torch")) == ["hit"] * 4
+    assert asked == []
+    assert bed.fill(group(1, "kernels")) == ["hit"] * 4
+    assert asked == (["acquire"] if bed.client.stat()["transport"] == "shm" else [])
+
+
+def test_a_way_that_fails_is_another_ones_turn(
+    bed: Bed, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    paged = group(1, "kernels")
+    monkeypatch.setattr(TritonMover, "scatter_from", lambda *given: 1 / 0)
+    assert bed.fill(paged) == ["hit"] * 4
+    assert torch.equal(blocks(paged, TARGETS), bed.stored)
+    assert ("ZeroDivisionError" in caplog.text) == (bed.client.stat()["transport"] == "shm")
 
 
 def test_without_a_free_buffer_nothing_is_filled_or_a_gate_gives_one(bed: Bed) -> None:

@@ -13,7 +13,9 @@ import pytest
 
 import mmcache
 from mmcache.testing.process import ServerProcess
+from mmcache_connectors.device import DeviceBlocks
 from mmcache_connectors.vllm.groups import Group
+from mmcache_kernels import TorchMover
 from tests.integration.support import suspend
 from tests.integration.toy_blocks import Request
 from tests.integration.toy_cases import CONFIGURATIONS, ONE, Gate, answered, entries, finish, prompt, run_one
@@ -214,3 +216,30 @@ def test_what_is_stored_of_a_request_that_ends_too_soon_has_no_holes(
             assert entries(engine, request.all_token_ids)[1] == 0
             found += sum(flags)
     assert 0 < found < 3 * 12 or room == "buffer"
+
+
+def test_a_gather_that_fails_costs_its_blocks_and_no_buffer(
+    server: ServerProcess, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine = ToyEngine(server.url, ONE, mover=TorchMover, save_buffer_mib=4)
+    monkeypatch.setattr(DeviceBlocks, "gather", lambda *given: 1 / 0)
+    for seed in range(4):
+        run_one(engine, f"failing {seed}", prompt(seed, 30))
+    assert engine.workers[0]._save_buffers.free_share() == 1
+    assert engine.workers[0].counters["saves_dropped"] > 0
+    monkeypatch.undo()
+    run_one(engine, "working", prompt(9, 30))
+    engine.close()
+    assert run_one(ToyEngine(server.url, ONE), "again", prompt(9, 30)).external == 28
+
+
+@pytest.mark.parametrize("load_async", [True, False])
+def test_loads_that_cannot_be_put_in_order_with_the_engine_are_reported_as_failed(
+    server: ServerProcess, monkeypatch: pytest.MonkeyPatch, load_async: bool
+) -> None:
+    run_one(ToyEngine(server.url, ONE), "cold", prompt(1, 30))
+    engine = ToyEngine(server.url, ONE, mover=TorchMover, load_async=load_async)
+    monkeypatch.setattr(DeviceBlocks, "mark", lambda *given: 1 / 0)
+    run_one(engine, "hit", prompt(1, 30))
+    assert engine.wrong == 0
+    assert engine.counts["loads_failed"] == 1

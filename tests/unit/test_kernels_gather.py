@@ -11,7 +11,7 @@ torch: Any = pytest.importorskip("torch")
 pytest.importorskip("triton")
 
 from mmcache_kernels import KernelInputError, TorchMover, describe, mover, mover_for, why_no_kernels  # noqa: E402
-from mmcache_kernels.layout import check_blocks, frame_table  # noqa: E402
+from mmcache_kernels.layout import check_blocks, check_frame  # noqa: E402
 from mmcache_kernels.mover import TritonMover, try_kernels  # noqa: E402
 from tests.unit.paged_bed import BLOCKS, DTYPES, ORDERS, POISON, SHAPES, as_bytes, paged  # noqa: E402
 
@@ -162,9 +162,9 @@ def test_frames_are_checked() -> None:
     with pytest.raises(KernelInputError, match="multiples of 16"):
         moves.gather(ids[:1], frames.view(-1)[1:241].view(1, 240))
     with pytest.raises(KernelInputError, match="a block needs 100"):
-        frame_table([torch.zeros(99, dtype=torch.uint8)], 100, CPU)
+        check_frame(torch.zeros(99, dtype=torch.uint8), 100, CPU)
     with pytest.raises(KernelInputError, match="out of reach"):
-        frame_table([torch.zeros(100, dtype=torch.uint8)], 100, torch.device("meta"))
+        check_frame(torch.zeros(100, dtype=torch.uint8), 100, torch.device("meta"))
 
 
 def test_which_mover_is_taken_and_why(monkeypatch: pytest.MonkeyPatch) -> None:

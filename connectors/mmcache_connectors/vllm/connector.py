@@ -108,6 +108,11 @@ class MMCacheKVConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc]
         return "LBHNC"
 
     @classmethod
+    def requires_piecewise_for_cudagraph(cls, extra_config: dict[str, Any]) -> bool:
+        """Synchronous loads arrive layer by layer, and a whole graph's replay would not wait for them."""
+        return extra_config.get("load_mode") == "sync"
+
+    @classmethod
     def build_kv_connector_stats(cls, data: dict[str, Any] | None = None) -> CacheStats:
         """The form in which vLLM's log and metrics take the counts."""
         return CacheStats(data=data or {})

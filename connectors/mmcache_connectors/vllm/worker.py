@@ -97,10 +97,11 @@ class WorkerSide:
         """Begin to fill blocks; without `asynchronous` they are filled, or reported invalid, on return. On a device
         they may be on their way then, layer by layer: see `pass_layer`."""
         self._spoilt = False
+        self.end_layers()
         jobs = list(jobs)
         if not jobs:
             return
-        after = [group.paged.mark() for group in self._groups]
+        after = self._marks()
         if not asynchronous and any(group.paged.on_device for group in self._groups):
             self._gate = LayerGate(self._load_buffers)
         for job in jobs:
@@ -114,6 +115,14 @@ class WorkerSide:
         self._invalid = set().union(*(invalid for _, invalid in ended))
         self._spoilt = bool(self._invalid)
 
+    def _marks(self) -> list[Any] | None:
+        """By group, what the engine has started on its device; None if it does not say: nothing may be loaded then."""
+        try:
+            return [group.paged.mark() for group in self._groups]
+        except Exception:
+            log.exception("mmcache: loads cannot be put in order with the engine; it computes these blocks")
+            return None
+
     def pass_layer(self, layer: int) -> None:
         """The engine computes with this layer now: have it wait, on its device, for what is loaded into it."""
         if self._gate is not None:
@@ -123,13 +132,16 @@ class WorkerSide:
         """The step is started: buffers that still feed its layers are given back when they have."""
         gate, self._gate = self._gate, None
         if gate is not None:
+            gate.pass_all()
             self._loader.submit(gate.give_back_all)
 
-    def _begin(self, job: Job, after: list[Any], gate: LayerGate | None) -> None:
+    def _begin(self, job: Job, after: list[Any] | None, gate: LayerGate | None) -> None:
         """Cut a load into pieces for all loading threads, so that one reads while another scatters."""
-        pieces = [piece for blocks in job.blocks for piece in self._pieces(blocks)]
-        load = _Load(job.request_id, len(pieces), time.monotonic(), after, gate)
+        pieces = [piece for blocks in job.blocks for piece in self._pieces(blocks)] if after is not None else []
+        load = _Load(job.request_id, len(pieces), time.monotonic(), after or [], gate)
         load.invalid |= set(job.lost)
+        if after is None:
+            load.invalid |= {block_id for blocks in job.blocks for block_id in blocks.block_ids}
         with self._lock:
             self._open_loads += 1
         if not pieces:
@@ -282,13 +294,28 @@ class WorkerSide:
                 return start
             ids = block_ids[start : start + size]
             staged = as_blocks(buffer, len(ids), group.paged)
-            copy = group.paged.gather(ids, staged)
-            if copy is None:  # the link to the host is behind
+            copy = self._gather(group.paged, ids, staged)
+            if copy is None:
                 self._save_buffers.give_back(buffer)
                 self._count(saves_dropped=len(keys) - start)
                 return start
-            self._saver.submit(self._storing(group, keys[start : start + size], staged, buffer, copy))
+            store = self._storing(group, keys[start : start + size], staged, buffer, copy)
+            try:
+                self._saver.submit(store)
+            except RuntimeError:  # no more threads
+                log.exception("mmcache: blocks could not be handed on to be stored")
+                copy.synchronize()
+                self._save_buffers.give_back(buffer)
+                return start
         return len(keys)
+
+    def _gather(self, paged: PagedGroup, block_ids: Sequence[int], staged: torch.Tensor) -> Copy | None:
+        """None if the link to the host is behind, or the device has no memory for it."""
+        try:
+            return paged.gather(block_ids, staged)
+        except Exception:
+            log.exception("mmcache: blocks could not be copied out of the paged memory; they are not stored")
+            return None
 
     def _storing(
         self, group: GroupMemory, keys: Any, staged: torch.Tensor, buffer: torch.Tensor, copy: Copy
