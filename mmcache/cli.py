@@ -10,18 +10,16 @@ import logging
 import platform
 import signal
 import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from datetime import UTC, datetime
-from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 from rich.console import Console
-from rich.progress import Progress
 from rich.table import Table
 
 from mmcache._version import __version__
+from mmcache.cli_bench import bench_app
+from mmcache.cli_common import progress_bar, size_text
 from mmcache.config import ServerConfig, parse_nbytes, server_config
 from mmcache.connect import connect
 from mmcache.errors import ConfigError, FrameError, MMCacheError, UsageError
@@ -34,12 +32,6 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     epilog="Examples: **mmcache serve --memory 8GiB** · **mmcache stat** · **mmcache bench media** · "
     "**mmcache serve --help** for the settings",
-)
-bench_app = typer.Typer(
-    no_args_is_help=True,
-    rich_markup_mode="markdown",
-    help="Measure with real data. Needs the bench extra: pip install 'mmcache[bench]' (in a clone: make demo).",
-    epilog="Examples: **mmcache bench media** · **mmcache bench media --help** for what it can do",
 )
 app.add_typer(bench_app, name="bench")
 
@@ -65,35 +57,12 @@ def _top(
     """One content-addressed, verified cache for KV blocks, media embeddings and latents."""
 
 
-def _size(nbytes: int) -> str:
-    """Bytes for people: '512 B', '64.0 KiB', '1.0 GiB'."""
-    if nbytes < 1024:
-        return f"{nbytes} B"
-    power = min((nbytes.bit_length() - 1) // 10, 4)
-    return f"{nbytes / 1024**power:,.1f} {'KMGT'[power - 1]}iB"
-
-
 def _setting(name: str, text: str, *flags: str, metavar: str | None = None) -> Any:
     """An option of `serve` for a field of ServerConfig: its help ends with the default and the environment variable."""
     value = getattr(DEFAULTS, name)
-    shown = _size(value) if name.endswith("_nbytes") else "off" if value is False else str(value)
+    shown = size_text(value) if name.endswith("_nbytes") else "off" if value is False else str(value)
     variable = f"MMCACHE_{name.removesuffix('_nbytes').upper()}"
     return typer.Option(*flags, metavar=metavar, help=f"{text} (default: {shown}; {variable})")
-
-
-@contextmanager
-def _progress(what: str) -> Iterator[Callable[[int, int], None]]:
-    """Shows (done, total) as a bar on stderr from the first call on; shows nothing where stderr is no terminal."""
-    if not sys.stderr.isatty():
-        yield lambda done, total: None
-        return
-    with Progress(console=Console(stderr=True), transient=True) as bar:
-
-        def show(done: int, total: int) -> None:
-            task = bar.task_ids[0] if bar.task_ids else bar.add_task(what)
-            bar.update(task, completed=done, total=total)
-
-        yield show
 
 
 @app.command(
@@ -157,7 +126,7 @@ def serve(
     )
     if not config.listen and not config.unix_path:
         raise ConfigError("there is nothing to listen on; give --listen HOST:PORT or --unix PATH")
-    with _progress("taking memory") as show:
+    with progress_bar("taking memory") as show:
         server = Server(config, progress=show)
     server.start()
     _run_until_signal(server, as_json=as_json)
@@ -189,7 +158,7 @@ def stat(url: Url = DEFAULT_URL, as_json: Json = False) -> None:
     table.add_column("counter", no_wrap=True)
     table.add_column("value", justify="right", no_wrap=True)
     for name, value in report["counters"].items():
-        table.add_row(name, _size(value) if "bytes" in name.split("_") else f"{value:,}")
+        table.add_row(name, size_text(value) if "bytes" in name.split("_") else f"{value:,}")
     Console().print(table)
 
 
@@ -263,69 +232,6 @@ def _describe(header_bytes: bytes, kind: str, facts: dict[str, str]) -> dict[str
         ],
         "namespace_facts": facts,
     }  # fmt: skip
-
-
-def _write(path: Path, text: str, mode: str = "w") -> None:
-    try:
-        with path.open(mode) as file:
-            file.write(text)
-    except OSError as error:
-        raise ConfigError(f"cannot write {path}: {error.strerror}; give --json a file that can be written") from None
-
-
-@bench_app.command(
-    "media",
-    epilog="Examples: **mmcache bench media** · **mmcache bench media --memory 10%** · "
-    "**mmcache bench media --inject corrupt** (must be caught) · **--inject wrong --no-verify** (must show as wrong)",
-)
-def bench_media(
-    url: Annotated[
-        str | None, typer.Option("--connect", "-c", metavar="URL", help="A running server; default: its own.")
-    ] = None,
-    memory: Annotated[
-        str, typer.Option(metavar="SIZE", help="Of its own server: a size, a share of the working set, or auto.")
-    ] = "auto",
-    scale: Annotated[str, typer.Option(help="full or quick.")] = "full",
-    questions: Annotated[
-        int | None, typer.Option(help="Questions about each photo and video, 1 to 6; default: full 4, quick 3.")
-    ] = None,
-    inject: Annotated[str | None, typer.Option(help="Damage stored entries: wrong or corrupt.", metavar="KIND")] = None,
-    verify: Annotated[bool, typer.Option(help="Verify what is read.")] = True,
-    seed: Annotated[int, typer.Option(help="Of the encoder, the order of requests and the damage; 0 or more.")] = 0,
-    json_to: Annotated[
-        str | None, typer.Option("--json", metavar="FILE", help="Write JSON to FILE, or - for stdout.")
-    ] = None,
-) -> None:
-    """Ask questions about photos and videos, and compare every value that comes back with a recomputation.
-
-    The photos are those scikit-image ships; the videos are camera moves over them, really encoded to mp4 and decoded.
-    Reports the hit rate of each kind beside the ideal (an endless cache) and an exact LRU, bytes and latencies. Exits 1
-    if anything wrong was read, if damage that was planted did not show, or if the server stopped answering.
-    """
-    from mmcache.bench.media import MediaOptions, run
-
-    options = MediaOptions(
-        connect=url,
-        memory=memory,
-        scale=scale,
-        questions=questions,
-        inject=inject,  # type: ignore[arg-type]  # MediaOptions checks it
-        verify=verify,
-        seed=seed,
-    )
-    if json_to not in (None, "-"):
-        _write(Path(json_to), "", "a")  # find out now, not after the run
-    with _progress("requests") as show:
-        report = run(options, show)
-    report.print(Console(stderr=json_to == "-"))
-    if json_to is not None:
-        text = json.dumps(report.to_dict()) + "\n"
-        if json_to == "-":
-            print(text, end="")
-        else:
-            _write(Path(json_to), text)
-    if not report.ok:
-        raise typer.Exit(1)
 
 
 @app.command(

@@ -1,0 +1,168 @@
+"""`mmcache bench`: measure with real data, or replay what was recorded."""
+
+from __future__ import annotations
+
+import gzip
+import json
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from mmcache.bench.trace import Row, Trace
+from mmcache.cli_common import progress_bar, write_text
+from mmcache.errors import ConfigError, UsageError
+
+bench_app = typer.Typer(
+    no_args_is_help=True,
+    rich_markup_mode="markdown",
+    help="Measure with real data. `media` needs the bench extra: pip install 'mmcache[bench]' (in a clone: make demo).",
+    epilog="Examples: **mmcache bench media** · **mmcache bench trace FILE** · **mmcache bench media --help** for what it "
+    "can do",
+)
+JsonTo = Annotated[str | None, typer.Option("--json", metavar="FILE", help="Write JSON to FILE, or - for stdout.")]
+
+
+@bench_app.command(
+    "media",
+    epilog="Examples: **mmcache bench media** · **mmcache bench media --memory 10%** · "
+    "**mmcache bench media --inject corrupt** (must be caught) · **--inject wrong --no-verify** (must show as wrong)",
+)
+def bench_media(
+    url: Annotated[
+        str | None, typer.Option("--connect", "-c", metavar="URL", help="A running server; default: its own.")
+    ] = None,
+    memory: Annotated[
+        str, typer.Option(metavar="SIZE", help="Of its own server: a size, a share of the working set, or auto.")
+    ] = "auto",
+    scale: Annotated[str, typer.Option(help="full or quick.")] = "full",
+    questions: Annotated[
+        int | None, typer.Option(help="Questions about each photo and video, 1 to 6; default: full 4, quick 3.")
+    ] = None,
+    inject: Annotated[str | None, typer.Option(help="Damage stored entries: wrong or corrupt.", metavar="KIND")] = None,
+    verify: Annotated[bool, typer.Option(help="Verify what is read.")] = True,
+    seed: Annotated[int, typer.Option(help="Of the encoder, the order of requests and the damage; 0 or more.")] = 0,
+    json_to: JsonTo = None,
+) -> None:
+    """Ask questions about photos and videos, and compare every value that comes back with a recomputation.
+
+    The photos are those scikit-image ships; the videos are camera moves over them, really encoded to mp4 and decoded.
+    Reports the hit rate of each kind beside the ideal (an endless cache) and an exact LRU, bytes and latencies. Exits 1
+    if anything wrong was read, if damage that was planted did not show, or if the server stopped answering.
+    """
+    from mmcache.bench.media import MediaOptions, run
+
+    options = MediaOptions(
+        connect=url,
+        memory=memory,
+        scale=scale,
+        questions=questions,
+        inject=inject,  # type: ignore[arg-type]  # MediaOptions checks it
+        verify=verify,
+        seed=seed,
+    )
+    if json_to not in (None, "-"):
+        write_text(Path(json_to), "", "a")  # find out now, not after the run
+    with progress_bar("requests") as show:
+        report = run(options, show)
+    report.print(Console(stderr=json_to == "-"))
+    if json_to is not None:
+        text = json.dumps(report.to_dict()) + "\n"
+        if json_to == "-":
+            print(text, end="")
+        else:
+            write_text(Path(json_to), text)
+    if not report.ok:
+        raise typer.Exit(1)
+
+
+@bench_app.command(
+    "trace",
+    epilog="Examples: **mmcache bench trace conversation_trace.jsonl.gz** · "
+    "**mmcache bench trace FILE --capacity 500k,2M --json -**",
+)
+def bench_trace(
+    file: Annotated[Path, typer.Argument(metavar="FILE", help="JSON lines with hash_ids, or the same in gzip.")],
+    capacity: Annotated[
+        str, typer.Option(metavar="TOKENS", help="How many tokens the caches hold, such as 500k or 1M,3M.")
+    ] = "1M,3M,10M,20M",
+    block_tokens: Annotated[
+        int, typer.Option(help="Tokens in a block; 0: what the trace's input_length says.", min=0)
+    ] = 0,
+    json_to: JsonTo = None,
+) -> None:
+    """Replay a trace of prompts over caches of several sizes: what would hit, by eviction policy, and what could.
+
+    Reads Mooncake's and Qwen-Bailian's format: `hash_ids`, a prompt's blocks in order; `input_length`. Identities are
+    replayed, no server and no tensors. LRU is what the server does; the optimum (Belady) knows the future.
+    """
+    from mmcache.bench import trace as traces
+
+    sizes = [_tokens(text) for text in capacity.split(",")]
+    if json_to not in (None, "-"):
+        write_text(Path(json_to), "", "a")  # find out now, not after the run
+    trace = traces.parse(_lines(file), block_tokens)
+    rows = []
+    for size in sizes:
+        with progress_bar(f"{size:,} tokens, each policy") as show:
+            rows.append(traces.replay(trace, size, show))
+    ideal = traces.endless(trace)
+    result = {
+        "workload": "trace",
+        "requests": len(trace.requests),
+        "blocks": trace.blocks,
+        "unique_blocks": trace.unique_blocks,
+        "block_tokens": trace.block_tokens,
+        "ideal_hit_rate": ideal,
+        "capacities": [
+            {"tokens": row.capacity_tokens, "blocks": row.capacity_blocks, "lru": row.lru, "s3_fifo": row.s3_fifo,
+             "optimal": row.optimal, "s3_fifo_gap_closed": row.gap_closed}
+            for row in rows
+        ],
+    }  # fmt: skip
+    if json_to != "-":
+        _print_trace(file, trace, rows, ideal)
+    if json_to is not None:
+        text = json.dumps(result) + "\n"
+        print(text, end="") if json_to == "-" else write_text(Path(json_to), text)
+
+
+def _print_trace(file: Path, trace: Trace, rows: list[Row], ideal: float) -> None:
+    table = Table(box=None, padding=(0, 2))
+    for name in ("capacity, tokens", "blocks", "LRU", "S3-FIFO", "optimum", "gap that S3-FIFO closes"):
+        table.add_column(name, justify="right")
+    for row in rows:
+        closed = "none to close" if row.gap_closed is None else f"{row.gap_closed:.0%}"
+        rates = [f"{rate:.2%}" for rate in (row.lru, row.s3_fifo, row.optimal)]
+        table.add_row(f"{row.capacity_tokens:,}", f"{row.capacity_blocks:,}", *rates, closed)
+    console = Console()
+    console.print(
+        f"{file.name}: {len(trace.requests):,} requests, {trace.blocks:,} blocks of {trace.block_tokens} tokens, "
+        f"{trace.unique_blocks:,} different; an endless cache hits {ideal:.2%}",
+        soft_wrap=True,
+    )
+    console.print(table)
+    console.print("of all blocks asked for, those found: a prompt's leading blocks that are there", style="dim")
+
+
+def _lines(file: Path) -> Iterator[str]:
+    try:
+        with file.open("rb") as raw:
+            packed = raw.read(2) == b"\x1f\x8b"
+        with gzip.open(file, "rt") if packed else file.open() as text:
+            yield from text
+    except (OSError, EOFError, UnicodeDecodeError) as error:
+        raise ConfigError(f"cannot read {file}: {error}; give a trace in JSON lines, plain or gzip") from None
+
+
+def _tokens(text: str) -> int:
+    """A number of tokens such as 500k or 3M."""
+    found = re.fullmatch(r"(\d{1,12}(?:\.\d+)?)([kmg]?)", text.strip(), re.IGNORECASE)
+    tokens = int(float(found[1]) * {"": 1, "k": 1e3, "m": 1e6, "g": 1e9}[found[2].lower()]) if found else 0
+    if tokens < 1:
+        raise UsageError(f"--capacity {text!r} is no number of tokens; give such as 500k or 1M,3M")
+    return tokens

@@ -1,0 +1,162 @@
+"""Replaying traces: hand-worked cases, the optimum against every possible choice, and lines that are no trace."""
+
+from __future__ import annotations
+
+import gzip
+import itertools
+import json
+from collections.abc import Sequence
+from functools import lru_cache
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from mmcache.bench.trace import LRU, MAX_LINE_CHARS, Cache, Optimal, Request, S3Fifo, endless, hit_blocks, parse, replay
+from mmcache.errors import UsageError
+from tests.integration.support import run_cli
+
+
+def line(*blocks: int, tokens: int | None = None) -> str:
+    return json.dumps(
+        {"timestamp": 0, "hash_ids": list(blocks), **({} if tokens is None else {"input_length": tokens})}
+    )
+
+
+def chains(draws: Sequence[Sequence[int]]) -> list[Request]:
+    """Prompts over a tree: a block's number says which path leads to it, as a hash of a prefix does."""
+    names: dict[tuple[int, ...], int] = {}
+    return [
+        tuple(names.setdefault(tuple(draw[: depth + 1]), len(names)) for depth in range(len(draw))) for draw in draws
+    ]
+
+
+prompts = st.lists(st.lists(st.integers(0, 2), min_size=1, max_size=4), min_size=1, max_size=7).map(chains)
+
+
+def best_possible(requests: list[Request], capacity: int) -> int:
+    """The most leading blocks any choice of what to keep could find, by trying all of them."""
+
+    @lru_cache(None)
+    def most(turn: int, kept: frozenset[int]) -> int:
+        if turn == len(requests):
+            return 0
+        request = requests[turn]
+        hits = next((depth for depth, block in enumerate(request) if block not in kept), len(request))
+        there = sorted(kept | set(request))
+        choices = itertools.combinations(there, min(capacity, len(there)))
+        return hits + max(most(turn + 1, frozenset(choice)) for choice in choices)
+
+    return most(0, frozenset())
+
+
+@given(prompts, st.integers(1, 4))
+def test_the_optimum_is_what_the_best_choice_finds(requests: list[Request], capacity: int) -> None:
+    assert hit_blocks(requests, Optimal(capacity, requests)) == best_possible(requests, capacity)
+
+
+@given(prompts, st.integers(1, 6))
+def test_no_policy_holds_more_than_its_capacity_or_beats_the_optimum(requests: list[Request], capacity: int) -> None:
+    blocks = {block for request in requests for block in request}
+    optimum = hit_blocks(requests, Optimal(capacity, requests))
+    policies: list[Cache] = [LRU(capacity), S3Fifo(capacity)]
+    for cache in policies:
+        assert hit_blocks(requests, cache) <= optimum
+        assert sum(block in cache for block in blocks) <= capacity
+
+
+def test_lru_keeps_a_prompts_beginning_longest() -> None:
+    cache = LRU(3)
+    assert hit_blocks([(1, 2, 3, 4)], cache) == 0
+    assert [block in cache for block in (1, 2, 3, 4)] == [True, True, True, False]
+    assert hit_blocks([(1, 2, 9)], cache) == 2
+    assert [block in cache for block in (1, 2, 3, 9)] == [True, True, False, True]
+
+
+def test_s3_fifo_lets_a_scan_pass_and_remembers_what_left_too_early() -> None:
+    s3_fifo, lru = S3Fifo(10), LRU(10)
+    policies: list[Cache] = [s3_fifo, lru]
+    for cache in policies:
+        for request in ((1, 2, 3), (1, 2, 3), tuple(range(100, 200))):
+            cache.use(request)
+    assert [block in s3_fifo for block in (1, 2, 3)] == [True] * 3  # used again, so they reached the main queue
+    assert [block in lru for block in (1, 2, 3)] == [False] * 3
+    assert 190 not in s3_fifo
+    s3_fifo.use((190,))  # it left the small queue a moment ago: now it goes to the main one
+    s3_fifo.use(tuple(range(300, 400)))
+    assert 190 in s3_fifo
+    assert 350 not in s3_fifo
+
+
+def test_an_endless_cache_finds_every_repetition() -> None:
+    trace = parse([line(1, 2, 3, tokens=48), line(1, 2, 4, tokens=40), "", line(1, 2, 4), line(5)])
+    assert (trace.blocks, trace.unique_blocks, trace.block_tokens) == (10, 5, 16)
+    assert endless(trace) == 5 / 10
+    row = replay(trace, 16 * 5)
+    assert (row.capacity_blocks, row.lru, row.optimal, row.gap_closed) == (5, 0.5, 0.5, None)
+
+
+@pytest.mark.parametrize(("blocks", "tokens", "size"), [(14, 6758, 512), (2, 1024, 512), (100, 1600, 16), (3, 33, 16)])
+def test_the_size_of_a_block_follows_from_the_lengths(blocks: int, tokens: int, size: int) -> None:
+    assert parse([line(*range(blocks), tokens=tokens)]).block_tokens == size
+    assert parse([line(*range(blocks), tokens=tokens)], 7).block_tokens == 7
+
+
+@pytest.mark.parametrize(
+    ("lines", "why"),
+    [
+        ([], "no request"),
+        (["", "\n"], "no request"),
+        ([line(1, 2, tokens=32), "{"], "line 2: not JSON"),
+        (["[" * 100_000], "line 1: not JSON"),
+        (["[1]"], "line 1: a list"),
+        (['{"hash_ids": null}'], "line 1: hash_ids is missing"),
+        (['{"other": 1}'], "line 1: hash_ids is missing"),
+        (['{"hash_ids": [1, "2"]}'], "line 1: hash_ids is .*integers"),
+        (['{"hash_ids": [1, true]}'], "line 1: hash_ids"),
+        ([line(1, 2, tokens=32), '{"hash_ids": [1, 2], "input_length": "9"}'], "line 2: input_length is '9'"),
+        (['{"hash_ids": [1, 2], "input_length": -9}'], "line 1: input_length is -9"),
+        ([line(1, 2)], "--block-tokens"),
+        ([" " * (MAX_LINE_CHARS + 1)], "line 1: longer than"),
+    ],
+)
+def test_what_is_no_trace_is_told_by_line_and_field(lines: list[str], why: str) -> None:
+    with pytest.raises(UsageError, match=why):
+        parse(lines)
+
+
+def test_a_capacity_below_one_block_is_refused() -> None:
+    with pytest.raises(UsageError, match="holds no block of 16"):
+        replay(parse([line(1, 2, tokens=32)]), 15)
+
+
+@pytest.mark.parametrize("packed", [True, False])
+def test_the_command_prints_a_table_and_json(tmp_path: Path, packed: bool) -> None:
+    text = "\n".join(line(*range(number % 7, number % 7 + 4), tokens=64) for number in range(70))
+    file = tmp_path / "trace"
+    file.write_bytes(gzip.compress(text.encode()) if packed else text.encode())
+    shown = run_cli("bench", "trace", str(file), "--capacity", "80,0.16k")
+    assert shown.returncode == 0, shown.stderr
+    assert "70 requests, 280 blocks of 16 tokens, 10 different" in shown.stdout
+    result = json.loads(run_cli("bench", "trace", str(file), "--capacity", "80,0.16k", "--json", "-").stdout)
+    assert [row["blocks"] for row in result["capacities"]] == [5, 10]
+    assert result["capacities"][1]["lru"] == result["ideal_hit_rate"]
+    assert result["capacities"][0]["lru"] < result["capacities"][0]["optimal"] <= result["ideal_hit_rate"]
+
+
+@pytest.mark.parametrize(
+    ("words", "why"),
+    [
+        (["no-such-file"], "cannot read no-such-file"),
+        (["{file}", "--capacity", "many"], "no number of tokens"),
+        (["{file}", "--capacity", "1M,"], "no number of tokens"),
+        (["{file}", "--json", "no/such/folder"], "cannot write"),
+    ],
+)
+def test_bad_arguments_say_what_to_do(tmp_path: Path, words: list[str], why: str) -> None:
+    file = tmp_path / "trace"
+    file.write_text(line(1, 2, tokens=32))
+    ended = run_cli("bench", "trace", *(word.format(file=file) for word in words))
+    assert ended.returncode == 2
+    assert why in ended.stderr
