@@ -21,8 +21,7 @@ bench_app = typer.Typer(
     no_args_is_help=True,
     rich_markup_mode="markdown",
     help="Measure with real data. `media` needs the bench extra: pip install 'mmcache[bench]' (in a clone: make demo).",
-    epilog="Examples: **mmcache bench media** · **mmcache bench trace FILE** · **mmcache bench media --help** for what it "
-    "can do",
+    epilog="Examples: **mmcache bench media** · **mmcache bench trace FILE** · **mmcache bench media --help**",
 )
 JsonTo = Annotated[str | None, typer.Option("--json", metavar="FILE", help="Write JSON to FILE, or - for stdout.")]
 
