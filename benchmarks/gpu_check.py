@@ -126,8 +126,8 @@ def waited(move: Callable[[], Any], nbytes: int) -> float:
     return nbytes / statistics.median(seconds) / 1e9
 
 
-def engine_waits(case: Case) -> float:
-    """Seconds that the engine's stream is held up by a gather to the host: what a kernel behind it is late by."""
+def held_up_us(case: Case) -> int:
+    """Microseconds that the engine's stream is held up by a gather to the host: what a kernel behind it is late by."""
     device_module = importlib.import_module("mmcache_connectors.device")
     blocks = device_module.DeviceBlocks(case.views)
     ids = case.ids.cpu().numpy()
@@ -146,7 +146,7 @@ def engine_waits(case: Case) -> float:
         copy.synchronize()
         if number >= WARM_UP:
             seconds.append(begin.elapsed_time(end) / 1e3)
-    return float(statistics.median(seconds))
+    return int(statistics.median(seconds) * 1e6)
 
 
 @dataclass(frozen=True)
@@ -184,7 +184,7 @@ def registered(case: Case) -> str:
     return "yes, and right"
 
 
-def vllm_rows(case: Case, ceiling: float) -> Iterator[Row]:
+def vllm_rows(case: Case) -> Iterator[Row]:
     """vLLM's own block copy inside the device, where vLLM is installed."""
     try:
         swap_blocks = importlib.import_module("vllm._custom_ops").swap_blocks
@@ -194,7 +194,15 @@ def vllm_rows(case: Case, ceiling: float) -> Iterator[Row]:
     target, pairs = torch.empty_like(source), torch.stack([case.ids.cpu(), case.ids.cpu()], 1)
     nbytes = 2 * source[0].nbytes * len(case.ids)
     gbps = timed(lambda: swap_blocks(source, target, source[0].nbytes, pairs), nbytes)
+    ceiling = timed(lambda: target.copy_(source), 2 * source.nbytes)
     yield Row(f"{case.name}: vLLM swap_blocks, one layer", gbps, gbps / ceiling)
+
+
+def _told(what: str, find: Callable[[], object]) -> str:
+    try:
+        return f"{what}: {find()}"
+    except Exception as error:
+        return f"{what}: {type(error).__name__}: {error}"
 
 
 def table(rows: list[Row]) -> list[str]:
@@ -225,17 +233,24 @@ def main() -> int:
     print("\n  ".join(["moved wrong:", *wrong]) if wrong else f"right: {len(LAYOUTS)} layouts, every form and mode")
     if wrong or arguments.dry_run:
         return 1 if wrong else 0
+    print("\n".join(table([])))
     rows: list[Row] = []
+    notes: list[str] = []
     for case in cases(device):
-        inside = list(device_rows(case))
-        rows += [*inside, *vllm_rows(case, inside[0].gbps), *host_rows(case)]
-        held_up_us = engine_waits(case) * 1e6
-        print(f"{case.name}: the engine's stream is held up for {held_up_us:.0f} us by a gather to the host")
-    print(f"loads straight from shared memory (cudaHostRegister, read-only): {registered(memory(device, 'LBHNC'))}")
-    print("\n".join(table(rows)))
+        for section in (device_rows, vllm_rows, host_rows):
+            try:
+                for row in section(case):
+                    rows.append(row)
+                    print(table([row])[-1], flush=True)
+            except Exception as error:  # what follows is worth having all the same
+                notes.append(f"{case.name}: {section.__name__} ended with {type(error).__name__}: {error}")
+        what = f"{case.name}: us that a gather to the host holds up the engine"
+        notes.append(_told(what, lambda case=case: held_up_us(case)))  # type: ignore[misc]
+    notes.append(_told("loads straight from shared memory", lambda: registered(memory(device, "LBHNC"))))
+    print("\n".join(notes))
     if arguments.json:
         with open(arguments.json, "w") as file:
-            json.dump({"chip": chip, "rows": [asdict(row) for row in rows]}, file)
+            json.dump({"chip": chip, "rows": [asdict(row) for row in rows], "notes": notes}, file)
     return 0
 
 

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import gzip
+import io
 import json
 import re
+import zlib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated
@@ -13,7 +15,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from mmcache.bench.trace import Row, Trace
+from mmcache.bench.trace import MAX_LINE_CHARS, Row, Trace
 from mmcache.cli_common import progress_bar, write_text
 from mmcache.errors import ConfigError, UsageError
 
@@ -85,7 +87,7 @@ def bench_media(
     "**mmcache bench trace FILE --capacity 500k,2M --json -**",
 )
 def bench_trace(
-    file: Annotated[Path, typer.Argument(metavar="FILE", help="JSON lines with hash_ids, or the same in gzip.")],
+    file: Annotated[Path, typer.Argument(metavar="FILE", help="JSON lines with hash_ids, plain or gzip; -: stdin.")],
     capacity: Annotated[
         str, typer.Option(metavar="TOKENS", help="How many tokens the caches hold, such as 500k or 1M,3M.")
     ] = "1M,3M,10M,20M",
@@ -102,9 +104,12 @@ def bench_trace(
     from mmcache.bench import trace as traces
 
     sizes = [_tokens(text) for text in capacity.split(",")]
+    if json_to not in (None, "-") and Path(json_to).exists() and file.exists() and Path(json_to).samefile(file):
+        raise UsageError(f"--json {json_to} is the trace itself; name another file")
     if json_to not in (None, "-"):
         write_text(Path(json_to), "", "a")  # find out now, not after the run
     trace = traces.parse(_lines(file), block_tokens)
+    inferred = "" if block_tokens else " (by the requests' lengths; --block-tokens says otherwise)"
     rows = []
     for size in sizes:
         with progress_bar(f"{size:,} tokens, each policy") as show:
@@ -124,13 +129,13 @@ def bench_trace(
         ],
     }  # fmt: skip
     if json_to != "-":
-        _print_trace(file, trace, rows, ideal)
+        _print_trace(file, trace, rows, ideal, inferred)
     if json_to is not None:
         text = json.dumps(result) + "\n"
         print(text, end="") if json_to == "-" else write_text(Path(json_to), text)
 
 
-def _print_trace(file: Path, trace: Trace, rows: list[Row], ideal: float) -> None:
+def _print_trace(file: Path, trace: Trace, rows: list[Row], ideal: float, inferred: str) -> None:
     table = Table(box=None, padding=(0, 2))
     for name in ("capacity, tokens", "blocks", "LRU", "S3-FIFO", "optimum", "gap that S3-FIFO closes"):
         table.add_column(name, justify="right")
@@ -138,10 +143,10 @@ def _print_trace(file: Path, trace: Trace, rows: list[Row], ideal: float) -> Non
         closed = "none to close" if row.gap_closed is None else f"{row.gap_closed:.0%}"
         rates = [f"{rate:.2%}" for rate in (row.lru, row.s3_fifo, row.optimal)]
         table.add_row(f"{row.capacity_tokens:,}", f"{row.capacity_blocks:,}", *rates, closed)
-    console = Console()
+    console, blocks = Console(), f"{trace.blocks:,} blocks of {trace.block_tokens} tokens{inferred}"
     console.print(
-        f"{file.name}: {len(trace.requests):,} requests, {trace.blocks:,} blocks of {trace.block_tokens} tokens, "
-        f"{trace.unique_blocks:,} different; an endless cache hits {ideal:.2%}",
+        f"{file.name}: {len(trace.requests):,} requests, {blocks}, {trace.unique_blocks:,} different; "
+        f"an endless cache hits {ideal:.2%}",
         soft_wrap=True,
     )
     console.print(table)
@@ -149,12 +154,14 @@ def _print_trace(file: Path, trace: Trace, rows: list[Row], ideal: float) -> Non
 
 
 def _lines(file: Path) -> Iterator[str]:
+    """The lines of a file, a pipe or "-", plain or gzip; none is read further than a trace's line may be long."""
     try:
-        with file.open("rb") as raw:
-            packed = raw.read(2) == b"\x1f\x8b"
-        with gzip.open(file, "rt") if packed else file.open() as text:
-            yield from text
-    except (OSError, EOFError, UnicodeDecodeError) as error:
+        with open(0 if str(file) == "-" else file, "rb", closefd=str(file) != "-") as raw:
+            packed = raw.peek(2)[:2] == b"\x1f\x8b"
+            with io.TextIOWrapper(gzip.open(raw) if packed else raw, encoding="utf-8-sig") as text:
+                while line := text.readline(MAX_LINE_CHARS + 1):
+                    yield line
+    except (OSError, EOFError, UnicodeDecodeError, zlib.error) as error:
         raise ConfigError(f"cannot read {file}: {error}; give a trace in JSON lines, plain or gzip") from None
 
 

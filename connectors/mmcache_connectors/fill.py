@@ -88,6 +88,7 @@ class Filler:
 
     def __init__(self, client: Client, buffers: BufferPool) -> None:
         self._client, self._buffers = client, buffers
+        self._said = False
 
     def fill(
         self, paged: PagedGroup, keys: Keys, block_ids: Sequence[int], after: Any = None, gate: LayerGate | None = None
@@ -112,7 +113,9 @@ class Filler:
             with paged.reading(arena) as readable:
                 return self._from_leased(arena.data, paged, keys, block_ids, after) if readable else []
         except Exception:
-            log.exception("mmcache: blocks could not be taken from the cache's memory; they are read through a buffer")
+            if not self._said:
+                self._said = True
+                log.exception("mmcache: blocks could not be taken from the cache's memory; they go through a buffer")
             return []
 
     def _from_leased(

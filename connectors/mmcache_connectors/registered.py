@@ -12,7 +12,7 @@ import logging
 import threading
 import weakref
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any, Final, Protocol
 
@@ -22,7 +22,6 @@ from numpy.typing import NDArray
 
 log = logging.getLogger("mmcache.kernels")
 _MAPPED_READ_ONLY: Final = 0x01 | 0x02 | 0x08  # cudaHostRegister: for every context, in its address space, to read
-_ALREADY: Final = 712
 
 
 class MappedMemory(Protocol):
@@ -34,32 +33,38 @@ class MappedMemory(Protocol):
 
 
 def _cuda_register(place: int, nbytes: int, device: torch.device) -> str:
-    """Why the driver refused, or ""."""
+    """Why the driver refused, or "". Memory that somebody registered before may be other pages: refused too."""
     torch.cuda.set_device(device)
     error = int(torch.cuda.cudart().cudaHostRegister(place, nbytes, _MAPPED_READ_ONLY))
-    return "" if error in (0, _ALREADY) else f"cudaHostRegister: error {error}"
+    return f"cudaHostRegister: error {error}" if error else ""
 
 
-def _cuda_unregister(place: int) -> None:
-    torch.cuda.cudart().cudaHostUnregister(place)
+def _cuda_unregister(place: int, device: torch.device) -> str:
+    """Why the driver refused, or ""."""
+    torch.cuda.set_device(device)
+    error = int(torch.cuda.cudart().cudaHostUnregister(place))
+    return f"cudaHostUnregister: error {error}" if error else ""
 
 
 @dataclass(slots=True)
 class _Entry:
-    """One server's memory: who maps it, the map itself, and whether a device may read it (None: not known yet)."""
+    """One server's memory: who maps it, the map itself (which keeps its address taken), and whether the device may read
+    it (None: not known yet). `leaving`: it is being given up."""
 
     owner: weakref.ref[MappedMemory]
     data: Any
+    device: torch.device
     allowed: bool | None = None
     readers: int = 0
+    leaving: bool = False
 
 
 class Registry:
-    """Thread-safe. `register` and `unregister` are the driver's, by default."""
+    """Thread-safe. `register` and `unregister` are the driver's, by default; both say why they refused."""
 
     def __init__(
         self, register: Callable[[int, int, torch.device], str] = _cuda_register,
-        unregister: Callable[[int], None] = _cuda_unregister,
+        unregister: Callable[[int, torch.device], str] = _cuda_unregister,
     ) -> None:  # fmt: skip
         self._register, self._unregister = register, unregister
         self._lock = threading.Lock()
@@ -75,40 +80,74 @@ class Registry:
             if entry is not None:
                 with self._lock:
                     entry.readers -= 1
+                if entry.owner() is None:
+                    self._soon(self._sweep)
 
     def _find(self, arena: MappedMemory, device: torch.device) -> _Entry | None:
         with self._lock:
             entry = next((entry for entry in self._entries if entry.owner() is arena), None)
-            if entry is None:
-                entry = _Entry(weakref.ref(arena), arena.data)
-                self._entries.append(entry)
-                work = threading.Thread(target=self._settle, args=(entry, device), name="mmcache-register", daemon=True)
-                work.start()
-            if not entry.allowed:
-                return None
-            entry.readers += 1
-            return entry
+            if entry is not None:
+                if not entry.allowed:
+                    return None
+                entry.readers += 1
+                return entry
+            entry = _Entry(weakref.ref(arena), arena.data, device)
+            self._entries.append(entry)
+        weakref.finalize(arena, self._soon, self._sweep).atexit = False
+        if not self._soon(lambda: self._settle(entry)):
+            self._answer(entry, "no thread can be started")
+        return None
 
-    def _settle(self, entry: _Entry, device: torch.device) -> None:
-        """Give up what no client maps any more, and ask the driver for this one."""
-        with self._lock:
-            gone = [one for one in self._entries if one.owner() is None and not one.readers and one.allowed is not None]
-            self._entries = [one for one in self._entries if one not in gone]
+    def _soon(self, work: Callable[[], None]) -> bool:
+        """Whether `work` was begun on a thread of its own."""
+        with suppress(RuntimeError):  # no more threads, or the interpreter is ending
+            threading.Thread(target=work, name="mmcache-register", daemon=True).start()
+            return True
+        return False
+
+    def _settle(self, entry: _Entry) -> None:
+        """Ask the driver for this memory."""
         try:
-            for one in gone:
-                if one.allowed:
-                    self._unregister(int(one.data.ctypes.data))
-            refused = self._register(int(entry.data.ctypes.data), entry.data.nbytes, device)
+            refused = self._register(int(entry.data.ctypes.data), entry.data.nbytes, entry.device)
         except Exception as error:  # a driver that fails in whichever way
             refused = f"{type(error).__name__}: {error}"
+        self._answer(entry, refused)
+        if entry.owner() is None:
+            self._sweep()
+
+    def _answer(self, entry: _Entry, refused: str) -> None:
         if refused:
             log.warning(
-                "mmcache: the driver does not let the GPU read the cache's memory (%s); blocks are loaded through "
+                "mmcache: the GPU cannot read the cache's memory where it is (%s); blocks are loaded through "
                 "page-locked buffers",
                 refused,
             )
         with self._lock:
             entry.allowed = not refused
+            if refused:
+                entry.data = None
+
+    def _sweep(self) -> None:
+        """Give up what no client maps any more and nobody reads. What the driver does not let go stays mapped."""
+        with self._lock:
+            known = [entry for entry in self._entries if entry.allowed is not None and not entry.leaving]
+            gone = [entry for entry in known if entry.owner() is None and not entry.readers]
+            for entry in gone:
+                entry.leaving = True
+        for entry in gone:
+            refused = ""
+            if entry.allowed:
+                try:
+                    refused = self._unregister(int(entry.data.ctypes.data), entry.device)
+                except Exception as error:
+                    refused = f"{type(error).__name__}: {error}"
+            if refused:
+                log.warning(
+                    "mmcache: %d MiB of a server that is gone stay pinned (%s)", entry.data.nbytes >> 20, refused
+                )
+                continue
+            with self._lock:
+                self._entries.remove(entry)
 
 
 REGISTRY: Final = Registry()

@@ -18,7 +18,7 @@ from mmcache_kernels.layout import PagedLayout
 PIECE_WORDS: Final = 2048  # a program's share: 16 KiB of 8-byte words
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["layer0"])  # a kernel for all layers, not one for layer 1
 def _move(
     layer_table, frame_table, block_ids, num_blocks, block_stride, stride0, stride1, stride2, layer0,
     SIZE1: tl.constexpr, SIZE2: tl.constexpr, RUN: tl.constexpr, LAYER_WORDS: tl.constexpr, PIECES: tl.constexpr,

@@ -1,8 +1,8 @@
 """Replays a trace of prompts over caches of several sizes: what would have hit, by policy, and what could have.
 
 A trace is JSON lines, one request each, as Mooncake (FAST'25) and Qwen-Bailian publish them: `hash_ids`, the prompt's
-blocks in order, each hash standing for all blocks up to it; `timestamp`, milliseconds; `input_length`, tokens. Only
-identities are replayed: no tensor is made. PURE: lines in, counts out.
+blocks in order, each hash standing for all blocks up to it; `input_length`, tokens. Only identities are replayed: no
+tensor is made, and no time passes. PURE: lines in, counts out.
 """
 
 from __future__ import annotations
@@ -122,8 +122,8 @@ class LRU:
 
 
 class S3Fifo:
-    """S3-FIFO (Yang et al., SOSP'23): a small queue new blocks must be used again in, a main one, and a ghost of what
-    left the small one."""
+    """S3-FIFO (Yang et al., SOSP'23): a small queue, from which a block that was used twice more moves to the main one,
+    and a ghost of what left it otherwise, which comes back to the main one."""
 
     def __init__(self, capacity_blocks: int) -> None:
         self._capacity = capacity_blocks
@@ -154,7 +154,7 @@ class S3Fifo:
             return
         while self._small:
             block = self._small.popleft()
-            if self._uses[block]:
+            if self._uses[block] > 1:
                 self._main.append(block)
                 self._uses[block] = 0
                 continue

@@ -5,6 +5,8 @@ from __future__ import annotations
 import gzip
 import itertools
 import json
+import subprocess
+import sys
 from collections.abc import Sequence
 from functools import lru_cache
 from pathlib import Path
@@ -78,9 +80,10 @@ def test_s3_fifo_lets_a_scan_pass_and_remembers_what_left_too_early() -> None:
     s3_fifo, lru = S3Fifo(10), LRU(10)
     policies: list[Cache] = [s3_fifo, lru]
     for cache in policies:
-        for request in ((1, 2, 3), (1, 2, 3), tuple(range(100, 200))):
+        for request in ((1, 2, 3), (1, 2, 3), (1, 2, 3), (8, 9), (8, 9), tuple(range(100, 200))):
             cache.use(request)
     assert [block in s3_fifo for block in (1, 2, 3)] == [True] * 3  # used again, so they reached the main queue
+    assert 8 not in s3_fifo  # used again once: not enough
     assert [block in lru for block in (1, 2, 3)] == [False] * 3
     assert 190 not in s3_fifo
     s3_fifo.use((190,))  # it left the small queue a moment ago: now it goes to the main one
@@ -138,11 +141,29 @@ def test_the_command_prints_a_table_and_json(tmp_path: Path, packed: bool) -> No
     file.write_bytes(gzip.compress(text.encode()) if packed else text.encode())
     shown = run_cli("bench", "trace", str(file), "--capacity", "80,0.16k")
     assert shown.returncode == 0, shown.stderr
-    assert "70 requests, 280 blocks of 16 tokens, 10 different" in shown.stdout
+    assert (
+        "70 requests, 280 blocks of 16 tokens (by the requests' lengths; --block-tokens says otherwise), 10 diff"
+        in shown.stdout
+    )
     result = json.loads(run_cli("bench", "trace", str(file), "--capacity", "80,0.16k", "--json", "-").stdout)
     assert [row["blocks"] for row in result["capacities"]] == [5, 10]
     assert result["capacities"][1]["lru"] == result["ideal_hit_rate"]
     assert result["capacities"][0]["lru"] < result["capacities"][0]["optimal"] <= result["ideal_hit_rate"]
+
+
+def test_a_pipe_is_read_and_an_endless_line_is_not(tmp_path: Path) -> None:
+    text = gzip.compress(f"\ufeff{line(1, 2, tokens=32)}\n".encode())
+    command = [sys.executable, "-m", "mmcache", "bench", "trace", "-", "--capacity", "32", "--json", "-"]
+    ended = subprocess.run(command, input=text, capture_output=True)
+    assert json.loads(ended.stdout)["blocks"] == 2, ended.stderr
+    damaged = tmp_path / "damaged.gz"
+    damaged.write_bytes(text[:12] + b"\xff\xff" + text[14:])
+    assert "cannot read" in run_cli("bench", "trace", str(damaged)).stderr
+    assert "longer than" in run_cli("bench", "trace", "/dev/zero").stderr
+    whole = tmp_path / "whole"
+    whole.write_text(line(1, 2, tokens=32))
+    assert "name another file" in run_cli("bench", "trace", str(whole), "--json", str(whole)).stderr
+    assert whole.read_text() == line(1, 2, tokens=32)
 
 
 @pytest.mark.parametrize(

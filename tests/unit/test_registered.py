@@ -26,10 +26,10 @@ class Map:
 
 
 class Driver:
-    """Registers nothing, and tells what it was asked; `answer` is why it refuses."""
+    """Registers nothing, and tells what it was asked; `answer` and `parting` are why it refuses."""
 
-    def __init__(self, answer: str = "") -> None:
-        self.answer = answer
+    def __init__(self, answer: str = "", parting: str = "") -> None:
+        self.answer, self.parting = answer, parting
         self.registered: list[int] = []
         self.unregistered: list[int] = []
         self.go = threading.Event()
@@ -41,8 +41,12 @@ class Driver:
         self.registered.append(place)
         return self.answer
 
+    def unregister(self, place: int, device: Any) -> str:
+        self.unregistered.append(place)
+        return self.parting
+
     def registry(self) -> Registry:
-        return Registry(self.register, self.unregistered.append)
+        return Registry(self.register, self.unregister)
 
 
 def until(holds: Callable[[], bool]) -> None:
@@ -89,7 +93,7 @@ def test_a_refusal_is_said_once_and_stays(caplog: pytest.LogCaptureFixture) -> N
     assert len(driver.registered) == len(caplog.records) == 1
 
 
-def test_memory_stays_mapped_as_long_as_it_is_registered_and_is_given_up_with_its_server() -> None:
+def test_memory_is_given_up_when_its_client_is_gone_but_not_while_it_is_read() -> None:
     driver, held = Driver(), [Map()]
     registry = driver.registry()
     until(lambda: allowed(registry, held[0]))
@@ -101,8 +105,35 @@ def test_memory_stays_mapped_as_long_as_it_is_registered_and_is_given_up_with_it
         others = [Map() for _ in range(50)]  # a restarted server's memory may be mapped anywhere but there
         assert place not in [other.data.ctypes.data for other in others]
         until(lambda: allowed(registry, others[0]))
-        assert driver.unregistered == []  # it is still being read
-    until(lambda: allowed(registry, others[1]))
-    assert driver.unregistered == [place]
-    until(lambda: allowed(registry, others[2]))
-    assert driver.unregistered == [place]  # those whose servers are there stay
+        assert driver.unregistered == []
+    until(lambda: driver.unregistered == [place])
+    until(lambda: len(registry._entries) == 1)
+    assert allowed(registry, others[0])
+
+
+def test_what_the_driver_does_not_let_go_stays_mapped_and_what_it_never_took_does_not() -> None:
+    driver, held = Driver(parting="busy"), [Map()]
+    registry = driver.registry()
+    until(lambda: allowed(registry, held[0]))
+    place = held[0].data.ctypes.data
+    held.clear()
+    gc.collect()
+    until(lambda: driver.unregistered == [place])
+    assert registry._entries[0].data.ctypes.data == place
+    driver.answer = "no"
+    refused = Map()
+    assert not allowed(registry, refused)
+    until(lambda: registry._entries[1].allowed is False)
+    assert registry._entries[1].data is None
+
+
+def test_where_no_thread_can_be_started_the_answer_is_no(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(self: threading.Thread) -> None:
+        raise RuntimeError("can't start new thread")
+
+    driver, held = Driver(), Map()
+    registry = driver.registry()
+    monkeypatch.setattr(threading.Thread, "start", refuse)
+    assert not allowed(registry, held)
+    assert registry._entries[0].allowed is False
+    assert driver.registered == []

@@ -89,7 +89,7 @@ class WorkerSide:
         self._spoilt = False  # a synchronous load failed: what this step computes is not to be kept
         self._invalid: set[int] = set()  # to be reported with this step
         self._dropped: dict[str, int] = {}
-        self._dropping = self._corrupt = False
+        self._dropping = self._corrupt = self._gather_failed = False
         self.counters: Counter[str] = Counter()
 
     # ------------------------------------------------------------------ loading
@@ -304,8 +304,9 @@ class WorkerSide:
                 self._saver.submit(store)
             except RuntimeError:  # no more threads
                 log.exception("mmcache: blocks could not be handed on to be stored")
-                copy.synchronize()
+                copy.synchronize()  # the one wait on this thread: nobody else is there to give the buffer back
                 self._save_buffers.give_back(buffer)
+                self._count(saves_dropped=len(keys) - start)
                 return start
         return len(keys)
 
@@ -314,7 +315,9 @@ class WorkerSide:
         try:
             return paged.gather(block_ids, staged)
         except Exception:
-            log.exception("mmcache: blocks could not be copied out of the paged memory; they are not stored")
+            if not self._gather_failed:
+                self._gather_failed = True
+                log.exception("mmcache: blocks could not be copied out of the paged memory; they are not stored")
             return None
 
     def _storing(
