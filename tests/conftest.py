@@ -1,7 +1,0 @@
-"""For all tests: the Triton kernels are run by Triton's interpreter, which must be chosen before Triton is imported."""
-
-from __future__ import annotations
-
-import os
-
-os.environ.setdefault("TRITON_INTERPRET", "1")
