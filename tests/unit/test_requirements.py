@@ -74,7 +74,7 @@ def test_installing_changes_no_pinned_version(frozen: Path, extra: str) -> None:
 
 def test_the_base_install_has_neither_torch_nor_an_engine() -> None:
     names = {canonicalize_name(requirement.name) for _, requirement in asked_for(PROJECT["dependencies"])}
-    assert names.isdisjoint({"torch", "vllm", "sglang", "diffusers", "transformers", "grpcio-tools"})
+    assert names.isdisjoint({"torch", "triton", "vllm", "sglang", "diffusers", "transformers", "grpcio-tools"})
     assert {"numpy", "protobuf", "blake3", "xxhash", "typer", "rich", "markdown-it-py"} <= names  # the walk went deeper
 
 
