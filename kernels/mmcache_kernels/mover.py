@@ -109,6 +109,8 @@ def mover_for(views: Sequence[torch.Tensor]) -> Mover:
             return TritonMover(views)
         except KernelInputError as error:
             reason = str(error)
+        except Exception as error:  # a compiler or a driver that fails, in whichever way
+            reason = f"{type(error).__name__}: {error}"
     if views and views[0].device.type != "cpu":
         log.warning("mmcache: blocks are moved by torch, not by kernels: %s", reason)
     return TorchMover(views)

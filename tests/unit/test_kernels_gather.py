@@ -175,5 +175,8 @@ def test_which_mover_is_taken_and_why(monkeypatch: pytest.MonkeyPatch) -> None:
     assert mover_for([torch.zeros(7, 2, 8, 4)]).name == "triton"
     monkeypatch.setattr(mover.TritonMover, "gather", lambda *given: None)
     assert "other bytes than the reference" in try_kernels(CPU)
+    monkeypatch.setattr(mover.TritonMover, "_move", lambda *given, **how: 1 / 0)
+    assert mover_for([torch.zeros(7, 2, 8, 4)]).name == "torch"
+    monkeypatch.undo()
     monkeypatch.setattr(mover.TritonMover, "gather", lambda *given: 1 / 0)
     assert try_kernels(CPU) == "Triton ZeroDivisionError: division by zero"
