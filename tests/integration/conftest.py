@@ -1,4 +1,4 @@
-"""For the tests here: the Triton kernels are run by Triton's interpreter, which must be chosen before Triton is imported."""
+"""Triton's interpreter runs the kernels in the tests here: it must be chosen before Triton is imported."""
 
 from __future__ import annotations
 
