@@ -102,6 +102,10 @@ def serve(
             "insecure_network", "Allow an address other hosts can reach: no access control.", "--insecure-network"
         ),
     ] = None,
+    metrics: Annotated[
+        str | None,
+        _setting("metrics", "Serve a page for Prometheus here; port 0 picks one, '' serves none.", metavar="HOST:PORT"),
+    ] = None,
     verbose: Annotated[bool, typer.Option("--verbose", "-v", help="Log every dropped connection.")] = False,
     as_json: Json = False,
 ) -> None:
@@ -123,6 +127,7 @@ def serve(
         lease_s=lease_s,
         max_connections=max_connections,
         insecure_network=insecure_network,
+        metrics=metrics,
     )
     if not config.listen and not config.unix_path:
         raise ConfigError("there is nothing to listen on; give --listen HOST:PORT or --unix PATH")
@@ -138,10 +143,13 @@ def _run_until_signal(server: Server, *, as_json: bool) -> None:
     config = server.config
     if as_json:
         ready = {"ready": True, "url": url, "unix_path": server.unix_path, "memory_nbytes": config.memory_nbytes}
+        ready |= {"metrics_url": server.metrics_url} if server.metrics_url else {}
         print(json.dumps(ready), flush=True)
     else:
         size = f"{config.memory_nbytes / 2**20:.0f} MiB, {config.entries} entries"
-        print(f"mmcache {__version__} ready: {url} ({size}; unix socket {server.unix_path or 'off'})", flush=True)
+        page = f"; metrics {server.metrics_url}" if server.metrics_url else ""
+        socket = f"unix socket {server.unix_path or 'off'}"
+        print(f"mmcache {__version__} ready: {url} ({size}; {socket}{page})", flush=True)
     signal.sigwait(STOP_SIGNALS)
     server.stop()
 

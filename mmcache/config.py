@@ -75,6 +75,7 @@ class ServerConfig:
     io_timeout_s: float = 10.0
     drain_s: float = 5.0
     insecure_network: bool = False
+    metrics: str = ""  # HOST:PORT of a page for Prometheus; empty: none
 
     def __post_init__(self) -> None:
         positive = ("memory_nbytes", "lease_s", "max_connections", "max_batch_keys", "max_body_nbytes",

@@ -46,7 +46,12 @@ IMPURE = {"asyncio", "time", "random", "os", "socket", "threading", "grpc", "tor
 UNSAFE_MODULES = {"pickle", "cPickle", "marshal", "shelve", "dill", "cloudpickle", "joblib"}
 UNSAFE_CALLS = {"eval", "exec", "torch.load"}
 # What a distribution is imported as, where that is not its own name.
-IMPORT_NAMES = {"pillow": "PIL", "protobuf": "google", "scikit-image": "skimage"}
+IMPORT_NAMES = {
+    "pillow": "PIL",
+    "prometheus-client": "prometheus_client",
+    "protobuf": "google",
+    "scikit-image": "skimage",
+}
 FRAGMENT = re.compile(
     r"(?:\d+|\+[a-z0-9][a-z0-9-]*)\.(?:"
     + "|".join(kind["directory"] for kind in PYPROJECT["tool"]["towncrier"]["type"])

@@ -15,7 +15,7 @@ import tempfile
 import threading
 import time
 from pathlib import Path
-from typing import Final
+from typing import TYPE_CHECKING, Final
 
 from mmcache.config import ServerConfig, parse_host_port
 from mmcache.errors import ConfigError, TransportError
@@ -25,6 +25,9 @@ from mmcache.server.service import Service
 from mmcache.store.arena import Progress
 from mmcache.store.shard import Shard
 from mmcache.transport.tcp import Channel, connect_unix
+
+if TYPE_CHECKING:
+    from mmcache.metrics import MetricsPage
 
 log = logging.getLogger("mmcache.server")
 TICK_S: Final = 1.0
@@ -48,7 +51,9 @@ class Server:
         self._lock = threading.Lock()
         self._stopping = threading.Event()
         self._private_dir: tempfile.TemporaryDirectory[str] | None = None
-        addresses = _resolve(config) if config.listen else []
+        addresses = _resolve(config, config.listen, "--listen") if config.listen else []
+        self._metrics_at = _resolve(config, config.metrics, "--metrics")[0][1] if config.metrics else None
+        self._metrics: MetricsPage | None = None
         self.shard = Shard(config, progress=progress)
         self.service = Service(self.shard, config)
         try:
@@ -97,12 +102,21 @@ class Server:
         self._listeners.append(listener)
 
     def start(self) -> None:
-        """Begin to accept, on threads of this process. Raises TransportError if the unix socket cannot be bound."""
+        """Begin to accept, on threads of this process. Raises TransportError if an address cannot be had."""
         if self.config.unix_path:
             self._listen_unix()
+        if self._metrics_at is not None:
+            from mmcache.metrics import MetricsPage  # only where it is wanted: engines embed servers too
+
+            self._metrics = MetricsPage(*self._metrics_at, self.service.counters)
         for listener in self._listeners:
             threading.Thread(target=self._accept, args=(listener,), name="mmcache-accept", daemon=True).start()
         threading.Thread(target=self._tick, name="mmcache-tick", daemon=True).start()
+
+    @property
+    def metrics_url(self) -> str:
+        """Where Prometheus finds the metrics; empty: nowhere."""
+        return self._metrics.url if self._metrics is not None else ""
 
     def attach(self, sock: socket.socket) -> None:
         """Serve one already connected unix socket as a client on this host."""
@@ -111,6 +125,8 @@ class Server:
     def stop(self) -> None:
         """Stop accepting, let running requests end within `drain_s`, close every connection and free the memory."""
         self._stopping.set()
+        if self._metrics is not None:
+            self._metrics.close()
         for listener in self._listeners:
             with contextlib.suppress(OSError):
                 listener.shutdown(socket.SHUT_RDWR)
@@ -177,19 +193,20 @@ class Server:
             self.shard.tick()
 
 
-def _resolve(config: ServerConfig) -> list[tuple[int, tuple[str, int]]]:
+def _resolve(config: ServerConfig, place: str, option: str) -> list[tuple[int, tuple[str, int]]]:
     """The addresses to bind. Raises ConfigError for a bad name, or for an address that other hosts can reach."""
-    host, port = parse_host_port(config.listen)
+    host, port = parse_host_port(place)
     try:
         infos = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
     except OSError as error:
-        raise ConfigError(f"--listen {config.listen}: {error}") from None
+        raise ConfigError(f"{option} {place}: {error}") from None
     addresses = [(info[0], (str(info[4][0]), int(info[4][1]))) for info in infos]
     exposed = [address for _, (address, _) in addresses if not ipaddress.ip_address(address.split("%")[0]).is_loopback]
     if exposed and not config.insecure_network:
+        who = "read what is counted" if option == "--metrics" else "read and write the cache"
         raise ConfigError(
-            f"--listen {config.listen} reaches beyond this host ({exposed[0]}), where anyone could read and write the "
-            "cache: there is no authentication yet; listen on 127.0.0.1, or pass --insecure-network"
+            f"{option} {place} reaches beyond this host ({exposed[0]}), where anyone could {who}: there is no "
+            "authentication yet; use 127.0.0.1, or pass --insecure-network"
         )
     return [(int(family), address) for family, address in addresses]
 

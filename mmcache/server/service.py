@@ -241,9 +241,13 @@ class Service:
             facts=dict(declared.facts) if declared else {},
         )
 
+    def counters(self) -> dict[str, int]:
+        """Every number that is counted, by name: see mmcache.metrics."""
+        return {**self.shard.stat(), "inflight_bytes": self._inflight_nbytes, "connections": self.connections}
+
     def _stat(self, tenant: int, request: pb.StatRequest) -> Message:
         return pb.StatReply(
-            counters={**self.shard.stat(), "inflight_bytes": self._inflight_nbytes, "connections": self.connections},
+            counters=self.counters(),
             server=f"mmcache/{__version__}",
             server_id=self.server_id,
             uptime_s=time.monotonic() - self.started_at,

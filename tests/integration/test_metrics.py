@@ -1,0 +1,113 @@
+"""The page for Prometheus: the same numbers as STAT, each named once, and nobody beyond this host reads it."""
+
+from __future__ import annotations
+
+import re
+import urllib.error
+import urllib.request
+from pathlib import Path
+
+import numpy as np
+import pytest
+from prometheus_client.parser import text_string_to_metric_families
+
+import mmcache
+from mmcache.config import ServerConfig
+from mmcache.errors import ConfigError, TransportError
+from mmcache.metrics import KIND_PREFIX, KINDS, METRICS
+from mmcache.server.serve import Server
+from mmcache.testing import faults
+from tests.integration.support import blanks, keys_of, run_cli, values_of
+
+DOCS = Path(__file__).resolve().parents[2] / "docs"
+
+
+def scrape(url: str) -> dict[str, float]:
+    """Every sample by its name, and its label's value behind a colon."""
+    with urllib.request.urlopen(url, timeout=10) as answer:
+        families = list(text_string_to_metric_families(answer.read().decode()))
+    assert all(family.documentation for family in families)
+    return {
+        ":".join([sample.name, *sample.labels.values()]): sample.value for one in families for sample in one.samples
+    }
+
+
+def started(**settings: object) -> Server:
+    server = Server(ServerConfig(listen="127.0.0.1:0", memory_nbytes=16 << 20, **settings))  # type: ignore[arg-type]
+    server.start()
+    return server
+
+
+def test_the_page_shows_what_stat_shows_after_real_work() -> None:
+    server = started(metrics="127.0.0.1:0")
+    assert server.address is not None
+    with mmcache.connect("mmcache://{}:{}".format(*server.address)) as client:
+        keys = keys_of(5, "metrics")
+        assert all(client.put(keys[:3], values_of(keys[:3], 5000)))
+        client.put(keys[:1], values_of(keys[:1], 5000))
+        client.get_into(keys, blanks(5, 5000))
+        faults.flip_bit(server.shard, keys.digests[0], 8 * 1000)
+        client.get_into(keys[:1], blanks(1, 5000))
+        stat = client.stat()["counters"]
+        page = scrape(server.metrics_url)
+    assert page["mmcache_hits_total"] == 5  # flip_bit looked one up, too
+    assert page["mmcache_misses_total"] == 2
+    assert page["mmcache_corrupt_dropped_total"] == page["mmcache_put_present_total"] == 1
+    assert page[f"mmcache_build_info:{mmcache.__version__}"] == 1
+    for name, number in stat.items():
+        if name.removeprefix(KIND_PREFIX) in KINDS:
+            assert page[f"mmcache_stored_bytes:{name.removeprefix(KIND_PREFIX)}"] == number
+        else:
+            meaning = METRICS[name]  # a number without a meaning would be a KeyError here
+            assert page[f"mmcache_{meaning.name}{'_total' if meaning.grows else ''}"] == number
+    server.stop()
+    with pytest.raises(urllib.error.URLError):
+        scrape(server.metrics_url)
+
+
+def test_every_number_is_named_once_and_told_of() -> None:
+    names = [meaning.name for meaning in METRICS.values()]
+    assert len(set(names)) == len(names)
+    assert all(re.fullmatch(r"[a-z][a-z_]*", name) and not name.endswith("_total") for name in names)
+    told = (DOCS / "python.md").read_text()
+    assert [name for name in METRICS if f"`{name}`" not in told] == []
+    page = {f"mmcache_{meaning.name}{'_total' if meaning.grows else ''}" for meaning in METRICS.values()}
+    used = set(re.findall(r"mmcache_[a-z_]+", (DOCS / "operations.md").read_text()))
+    assert used - page == {"mmcache_stored_bytes"}
+
+
+def test_without_the_option_there_is_no_page_and_elsewhere_it_is_refused() -> None:
+    server = started()
+    assert server.metrics_url == ""
+    server.stop()
+    with pytest.raises(ConfigError, match=r"--metrics 0\.0\.0\.0:0 reaches beyond this host.*read what is counted"):
+        Server(ServerConfig(listen="127.0.0.1:0", memory_nbytes=16 << 20, metrics="0.0.0.0:0"))
+    with pytest.raises(ConfigError, match="is not HOST:PORT"):
+        Server(ServerConfig(listen="127.0.0.1:0", memory_nbytes=16 << 20, metrics="127.0.0.1:many"))
+
+
+def test_a_port_that_is_taken_is_told() -> None:
+    first = started(metrics="127.0.0.1:0")
+    place = first.metrics_url.removeprefix("http://").removesuffix("/metrics")
+    second = Server(ServerConfig(listen="127.0.0.1:0", unix_path="", memory_nbytes=16 << 20, metrics=place))
+    with pytest.raises(TransportError, match="choose another --metrics"):
+        second.start()
+    second.stop()
+    ended = run_cli("serve", "--listen", "127.0.0.1:0", "--memory", "16MiB", "--metrics", place)
+    assert ended.returncode == 1
+    assert "choose another --metrics" in ended.stderr
+    first.stop()
+
+
+def test_values_survive_many_scrapes() -> None:
+    server = started(metrics="127.0.0.1:0")
+    assert server.address is not None
+    with mmcache.connect("mmcache://{}:{}".format(*server.address)) as client:
+        keys, back = keys_of(1, "scraped"), blanks(1, 100_000)
+        (value,) = values_of(keys, 100_000)
+        client.put(keys, [value])
+        for number in range(20):
+            assert scrape(server.metrics_url)["mmcache_entries"] == 1
+            assert all(client.get_into(keys, back))
+            assert np.array_equal(back[0], value), number
+    server.stop()
