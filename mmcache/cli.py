@@ -60,7 +60,7 @@ def _top(
 def _setting(name: str, text: str, *flags: str, metavar: str | None = None) -> Any:
     """An option of `serve` for a field of ServerConfig: its help ends with the default and the environment variable."""
     value = getattr(DEFAULTS, name)
-    shown = size_text(value) if name.endswith("_nbytes") else "off" if value is False else str(value)
+    shown = size_text(value) if name.endswith("_nbytes") else "off" if value is False else str(value) or "none"
     variable = f"MMCACHE_{name.removesuffix('_nbytes').upper()}"
     return typer.Option(*flags, metavar=metavar, help=f"{text} (default: {shown}; {variable})")
 
