@@ -177,9 +177,10 @@ def test_the_help_of_serve_tells_every_default_and_environment_variable() -> Non
         "LEASE_S": "30.0",
         "MAX_CONNECTIONS": "256",
         "INSECURE_NETWORK": "off",
+        "METRICS": "none",
     }
     assert parse_nbytes(told["MEMORY"]) == ServerConfig().memory_nbytes
-    server_config({f"MMCACHE_{name}": {"off": "no"}.get(value, value) for name, value in told.items()})
+    server_config({f"MMCACHE_{name}": {"off": "no", "none": ""}.get(value, value) for name, value in told.items()})
 
 
 def test_a_counter_of_a_fresh_server_is_a_number() -> None:
