@@ -14,8 +14,6 @@ from typing import Final
 
 import torch
 
-NULL_BLOCK: Final = 0  # engines point at it where a block is not kept: it holds nobody's tokens
-WORDS: Final = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 _OUTER_DIMS: Final = 3  # that a kernel walks besides blocks, layers and the bytes of a run
 
 
@@ -111,19 +109,6 @@ def _merged(dims: Sequence[tuple[int, int]]) -> list[tuple[int, int]]:
         else:
             found.append((size, stride))
     return found
-
-
-def check_blocks(block_ids: Sequence[int], num_blocks: int, *, unique: bool) -> list[int]:
-    """The ids as a list. Raises KernelInputError for block 0, ids beyond the memory, and, where blocks are written
-    (`unique`), an id that comes twice."""
-    ids = [int(block) for block in block_ids]
-    for block in ids:
-        if not NULL_BLOCK < block < num_blocks:
-            what = "the null block, which holds nobody's tokens" if block == NULL_BLOCK else f"none of {num_blocks}"
-            raise KernelInputError(f"block id {block} is {what}; pass only blocks 1 .. {num_blocks - 1}")
-    if unique and len(set(ids)) != len(ids):
-        raise KernelInputError("a block id comes twice, and only one block's bytes would stay; pass it once")
-    return ids
 
 
 def check_frame(frame: torch.Tensor, nbytes: int, device: torch.device) -> None:

@@ -1,7 +1,7 @@
 """Which code moves blocks: the kernels where they run and have shown so, the reference elsewhere, with the reason.
 
 Both movers take blocks of one KV group to and from frames, on the device's current stream, and wait for nothing. Block
-ids are checked by the caller (`layout.check_blocks`): they come from the host, and a check must not wait for a device.
+ids are checked by the caller: they come from the host, and a check must not wait for a device.
 """
 
 from __future__ import annotations

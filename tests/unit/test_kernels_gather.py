@@ -11,7 +11,7 @@ torch: Any = pytest.importorskip("torch")
 pytest.importorskip("triton")
 
 from mmcache_kernels import KernelInputError, TorchMover, describe, mover, mover_for, why_no_kernels  # noqa: E402
-from mmcache_kernels.layout import check_blocks, check_frame  # noqa: E402
+from mmcache_kernels.layout import check_frame  # noqa: E402
 from mmcache_kernels.mover import TritonMover, try_kernels  # noqa: E402
 from tests.unit.paged_bed import BLOCKS, DTYPES, ORDERS, POISON, SHAPES, as_bytes, paged  # noqa: E402
 
@@ -135,21 +135,6 @@ def test_memory_that_cannot_be_walked_is_refused_with_the_remedy() -> None:
     with pytest.raises(KernelInputError, match="another KV layout"):
         describe([scrambled])
     assert mover_for([scrambled]).name == "torch"
-
-
-@pytest.mark.parametrize(
-    ("ids", "unique", "why"),
-    [
-        ([1, 0], False, "null block"),
-        ([7], False, "none of 7"),
-        ([-1], False, "none of 7"),
-        ([2, 3, 2], True, "comes twice"),
-    ],
-)
-def test_block_ids_are_checked(ids: list[int], unique: bool, why: str) -> None:
-    with pytest.raises(KernelInputError, match=why):
-        check_blocks(ids, BLOCKS, unique=unique)
-    assert check_blocks([2, 3, 2], BLOCKS, unique=False) == [2, 3, 2]
 
 
 def test_frames_are_checked() -> None:
