@@ -20,7 +20,7 @@ from mmcache.errors import ProtocolError, RequestRefused, TransportError
 from mmcache.frame import layout_of
 from mmcache.keyset import NamespaceId
 from mmcache.pb import cache_pb2 as pb
-from mmcache.transport.base import MAX_BODY_NBYTES, PRELUDE_NBYTES, PROTOCOL, Op, parse_prelude
+from mmcache.transport.base import MAX_BODY_NBYTES, OLDEST_PROTOCOL, PRELUDE_NBYTES, PROTOCOL, Op, parse_prelude
 from mmcache.transport.shm import ArenaMap, Ring
 from mmcache.transport.tcp import Channel, close_fds, connect_tcp, connect_unix, resolve
 
@@ -141,7 +141,11 @@ def _read_join(channel: Channel, head: bytes, deadline: float) -> pb.JoinReply:
             raise ProtocolError(f"the server answered {prelude.op.name} to JOIN")
         reply = pb.JoinReply.FromString(body)
         layout_of([], reply.alignment)
-        if reply.protocol != PROTOCOL or not reply.limits.batch_keys or not reply.limits.inline_nbytes:
+        if (
+            not OLDEST_PROTOCOL <= reply.protocol <= PROTOCOL
+            or not reply.limits.batch_keys
+            or not reply.limits.inline_nbytes
+        ):
             raise ProtocolError(f"the server's Join reply makes no sense: protocol {reply.protocol}, {reply.limits}")
         return reply
     except TransportError:

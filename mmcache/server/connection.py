@@ -16,11 +16,13 @@ from google.protobuf.message import Message
 
 from mmcache.errors import MMCacheError, ProtocolError, TransportError
 from mmcache.pb import cache_pb2 as pb
+from mmcache.server.caller import LOCAL
 from mmcache.server.service import BadRequest, Service, parse, status_of
 from mmcache.store.shard import Landing
 from mmcache.transport.base import (
     MAGIC,
     PRELUDE_NBYTES,
+    PROTOCOL,
     SLICE_NBYTES,
     SLOT_DONE,
     SLOT_NOTE,
@@ -53,9 +55,10 @@ def pack_error(request_id: int, code: int, message: str) -> bytes:
 class Connection:
     """Serves one client until it leaves, misbehaves, or the server drains."""
 
-    def __init__(self, channel: Channel, service: Service, *, same_host: bool, tenant: int = 0) -> None:
+    def __init__(self, channel: Channel, service: Service, *, same_host: bool) -> None:
         self.channel, self.service = channel, service
-        self.same_host, self.tenant = same_host, tenant
+        self.same_host, self.caller = same_host, LOCAL
+        self._protocol = PROTOCOL
         self.idle = True
         self._ring: RingView | None = None
         self._joined = False
@@ -116,7 +119,7 @@ class Connection:
             elif prelude.op == Op.RESERVE:
                 self._put(prelude, body)
             else:
-                reply = self.service.handle(prelude.op, self.tenant, body)
+                reply = self.service.handle(prelude.op, self.caller, body)
                 if prelude.request_id:
                     self._reply(prelude, reply)
         except BadRequest as error:
@@ -161,7 +164,7 @@ class Connection:
                 raise BadRequest(str(error)) from None
         with_arena = self.same_host and request.want_arena
         reply = self.service.join_reply(request, with_arena=with_arena)
-        self._joined = True
+        self._joined, self._protocol = True, reply.protocol
         if not with_arena:
             self._reply(prelude, reply)
             return
@@ -170,7 +173,7 @@ class Connection:
         self.channel.send_with_fds(head, [self.service.shard.arena.fd], self._deadline())
 
     def _acquire(self, prelude: Prelude, body: bytes) -> None:
-        reply, found, inline = self.service.acquire(self.tenant, body)
+        reply, found, inline = self.service.acquire(self.caller, body)
         if not inline:
             self._reply(prelude, reply)
             return
@@ -179,13 +182,13 @@ class Connection:
             self._reply(prelude, reply, [self.service.shard.view(entry) for entry in found])
         finally:
             if lease_id:
-                self.service.shard.release(self.tenant, lease_id)
+                self.service.shard.release(self.caller.tenant, lease_id)
 
     def _put(self, prelude: Prelude, body: bytes) -> None:
         request = parse(pb.ReserveRequest(), body)
         if request.ring and self._ring is None:
             raise BadRequest("the payload is to come through a ring, but this connection has none")
-        status, landings = self.service.reserve(self.tenant, request)
+        status, landings = self.service.reserve(self.caller, request)
         try:
             with self.service.inflight(sum(landing.left_nbytes for landing in landings)) as fits:
                 if not fits:

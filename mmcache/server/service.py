@@ -19,9 +19,10 @@ from mmcache.config import ServerConfig
 from mmcache.errors import KeyInputError, MMCacheError
 from mmcache.frame import Kind, parse_header
 from mmcache.pb import cache_pb2 as pb
+from mmcache.server.caller import Caller
 from mmcache.store.answers import Found, Refusal
 from mmcache.store.shard import Landing, Shard
-from mmcache.transport.base import PLACE, PROTOCOL, Op
+from mmcache.transport.base import OLDEST_PROTOCOL, PLACE, PROTOCOL, Op
 
 KEY_NBYTES: Final = 32
 MAX_RECHECK_KEYS: Final = 64  # each is hashed whole
@@ -75,23 +76,24 @@ class Service:
             Op.STAT: (pb.StatRequest, self._stat),
         }
 
-    def handle(self, op: Op, tenant: int, body: bytes) -> Message:
+    def handle(self, op: Op, caller: Caller, body: bytes) -> Message:
         """The reply to a request without payload. Raises BadRequest."""
         if op not in self._plain:
             raise BadRequest(f"{op.name} is not a request", pb.ErrorReply.UNSUPPORTED)
         make, answer = self._plain[op]
-        return answer(tenant, parse(make(), body))
+        return answer(caller, parse(make(), body))
 
     def join_reply(self, request: pb.JoinRequest, *, with_arena: bool) -> pb.JoinReply:
         """What a client is told when it joins. Raises BadRequest for a protocol this release does not speak."""
-        if request.protocol < PROTOCOL:
+        if request.protocol < OLDEST_PROTOCOL:
             raise BadRequest(
-                f"protocol {request.protocol} is too old; this server speaks {PROTOCOL}: upgrade the client",
+                f"protocol {request.protocol} is too old; this server speaks {OLDEST_PROTOCOL} to {PROTOCOL}: "
+                "upgrade the client",
                 pb.ErrorReply.UNSUPPORTED,
             )
         config = self.config
         return pb.JoinReply(
-            protocol=PROTOCOL,
+            protocol=min(request.protocol, PROTOCOL),
             server=f"mmcache/{__version__}",
             server_id=self.server_id,
             arena_nbytes=self.shard.arena.nbytes if with_arena else 0,
@@ -105,7 +107,7 @@ class Service:
             ),
         )
 
-    def acquire(self, tenant: int, body: bytes) -> tuple[pb.AcquireReply, list[Found], bool]:
+    def acquire(self, caller: Caller, body: bytes) -> tuple[pb.AcquireReply, list[Found], bool]:
         """Look up and pin: the reply, the found frames in order, and whether the client wants them inline.
 
         The lease is in the reply. With inline it does not expire: the caller must release it after sending, so that
@@ -113,10 +115,10 @@ class Service:
         """
         request = parse(pb.AcquireRequest(), body)
         if request.release:
-            self.shard.release(tenant, request.release)
+            self.shard.release(caller.tenant, request.release)
         keys = self.split(request.keys)
         lease_id, entries = self.shard.acquire(
-            tenant, keys, prefix=request.prefix, max_nbytes=self._limit(request), lasting=request.inline
+            caller.tenant, keys, prefix=request.prefix, max_nbytes=self._limit(request), lasting=request.inline
         )
         try:
             status = bytes([_FOUND if type(entry) is Found else _LATER if entry else _MISS for entry in entries])
@@ -124,7 +126,7 @@ class Service:
             places = b"".join([PLACE.pack(*entry) for entry in found])
             reply = pb.AcquireReply(lease_id=lease_id, status=status, places=places)
         except BaseException:
-            self.shard.release(tenant, lease_id)
+            self.shard.release(caller.tenant, lease_id)
             raise
         return reply, found, request.inline
 
@@ -132,7 +134,7 @@ class Service:
         limit = self.config.max_batch_nbytes
         return min(limit, request.max_nbytes) if request.max_nbytes else limit
 
-    def reserve(self, tenant: int, request: pb.ReserveRequest) -> tuple[bytes, list[Landing]]:
+    def reserve(self, caller: Caller, request: pb.ReserveRequest) -> tuple[bytes, list[Landing]]:
         """Decide on each key of a Reserve: its status bytes, and a landing for each WANTED one, in order."""
         keys, parents = self.split(request.keys), self.split(request.parents)
         sizes = request.frame_nbytes
@@ -152,7 +154,7 @@ class Service:
                 if landings and nbytes > room:
                     status.append(pb.OVERLOADED)
                     continue
-                answer = self.shard.reserve(tenant, key, parent, nbytes, kind)
+                answer = self.shard.reserve(caller.tenant, key, parent, nbytes, kind)
                 if isinstance(answer, Landing):
                     room -= nbytes
                     landings.append(answer)
@@ -196,42 +198,44 @@ class Service:
             )
         return [column[start : start + KEY_NBYTES] for start in range(0, len(column), KEY_NBYTES)]
 
-    def _declare(self, tenant: int, request: pb.DeclareRequest) -> Message:
+    def _declare(self, caller: Caller, request: pb.DeclareRequest) -> Message:
         try:
-            self.shard.declare(tenant, request.namespace, request.kind, request.facts)
+            self.shard.declare(caller.tenant, request.namespace, request.kind, request.facts)
         except KeyInputError as error:
             raise BadRequest(str(error)) from None
         return pb.DeclareReply()
 
-    def _contains(self, tenant: int, request: pb.ContainsRequest) -> Message:
-        present = self.shard.contains(tenant, self.split(request.keys), prefix=request.prefix)
+    def _contains(self, caller: Caller, request: pb.ContainsRequest) -> Message:
+        present = self.shard.contains(caller.tenant, self.split(request.keys), prefix=request.prefix)
         return pb.ContainsReply(present=bytes(present))
 
-    def _finish(self, tenant: int, request: pb.FinishRequest) -> Message:
-        return pb.FinishReply(held=self.shard.release(tenant, request.lease_id))
+    def _finish(self, caller: Caller, request: pb.FinishRequest) -> Message:
+        return pb.FinishReply(held=self.shard.release(caller.tenant, request.lease_id))
 
-    def _delete(self, tenant: int, request: pb.DeleteRequest) -> Message:
-        return pb.DeleteReply(deleted=bytes(self.shard.delete(tenant, self.split(request.keys))))
+    def _delete(self, caller: Caller, request: pb.DeleteRequest) -> Message:
+        return pb.DeleteReply(deleted=bytes(self.shard.delete(caller.tenant, self.split(request.keys))))
 
-    def _recheck(self, tenant: int, request: pb.RecheckRequest) -> Message:
+    def _recheck(self, caller: Caller, request: pb.RecheckRequest) -> Message:
         keys = self.split(request.keys)
         if len(keys) > MAX_RECHECK_KEYS:
             raise BadRequest(f"{len(keys)} keys to recheck; the limit is {MAX_RECHECK_KEYS}", pb.ErrorReply.LIMIT)
-        return pb.RecheckReply(dropped=bytes(self.shard.recheck(tenant, key) for key in keys))
+        return pb.RecheckReply(dropped=bytes(self.shard.recheck(caller.tenant, key) for key in keys))
 
-    def _inspect(self, tenant: int, request: pb.InspectRequest) -> Message:
+    def _inspect(self, caller: Caller, request: pb.InspectRequest) -> Message:
         keys = self.split(request.key)
         if len(keys) != 1:
             raise BadRequest("inspect takes one key")
-        lease_id, (found,) = self.shard.acquire(tenant, keys)
+        lease_id, (found,) = self.shard.acquire(caller.tenant, keys)
         if not isinstance(found, Found):
             return pb.InspectReply(found=False)
         try:
             header = bytes(self.shard.view(found)[: found.header_nbytes])
         finally:
-            self.shard.release(tenant, lease_id)
+            self.shard.release(caller.tenant, lease_id)
         try:
-            declared = self.shard.declared(tenant, parse_header(header, limit_nbytes=found.nbytes).meta.namespace)
+            declared = self.shard.declared(
+                caller.tenant, parse_header(header, limit_nbytes=found.nbytes).meta.namespace
+            )
         except MMCacheError:
             declared = None
         return pb.InspectReply(
@@ -245,7 +249,7 @@ class Service:
         """Every number that is counted, by name: see mmcache.metrics."""
         return {**self.shard.stat(), "inflight_bytes": self._inflight_nbytes, "connections": self.connections}
 
-    def _stat(self, tenant: int, request: pb.StatRequest) -> Message:
+    def _stat(self, caller: Caller, request: pb.StatRequest) -> Message:
         return pb.StatReply(
             counters=self.counters(),
             server=f"mmcache/{__version__}",

@@ -1,7 +1,7 @@
 """The framing every socket speaks and the outcomes a read can have. Pure: no sockets here.
 
 A message is a 24-byte prelude, a protobuf body, and, for some operations, payload bytes that follow raw. The prelude:
-magic "MMC1", protocol version (1 byte), operation (1), flags (2, zero), request id (4), body bytes (4), payload
+magic "MMC1", version of this framing (1 byte), operation (1), flags (2, zero), request id (4), body bytes (4), payload
 bytes (8), all little-endian. A reply repeats the request's operation and id.
 """
 
@@ -17,7 +17,9 @@ from numpy.typing import NDArray
 from mmcache.errors import ProtocolError
 
 MAGIC: Final = b"MMC1"
-PROTOCOL: Final = 1
+PRELUDE_VERSION: Final = 1
+PROTOCOL: Final = 2
+OLDEST_PROTOCOL: Final = 1  # N talks to N-1
 PRELUDE_NBYTES: Final = 24
 MAX_BODY_NBYTES: Final = 16 << 20  # what a client accepts; servers set their own, smaller limit
 SLICE_NBYTES: Final = 256 << 10  # what is copied before it is hashed, while still in the CPU cache
@@ -46,6 +48,12 @@ class Op(enum.IntEnum):
     RECHECK = 9
     INSPECT = 10
     STAT = 11
+    MODE = 12
+    REMOVE = 13
+    LIST = 14
+    AUDIT = 15
+    EXPLAIN = 16
+    RECENT = 17
 
 
 _OP_BY_CODE: Final = {int(op): op for op in Op}
@@ -62,7 +70,7 @@ class Prelude(NamedTuple):
 
 def pack_prelude(op: Op, request_id: int, body_nbytes: int, payload_nbytes: int = 0) -> bytes:
     """The 24 bytes before a body."""
-    return _PRELUDE.pack(MAGIC, PROTOCOL, op, 0, request_id, body_nbytes, payload_nbytes)
+    return _PRELUDE.pack(MAGIC, PRELUDE_VERSION, op, 0, request_id, body_nbytes, payload_nbytes)
 
 
 def parse_prelude(data: bytes | memoryview, max_body_nbytes: int) -> Prelude:
@@ -72,8 +80,10 @@ def parse_prelude(data: bytes | memoryview, max_body_nbytes: int) -> Prelude:
         if magic in _HTTP_STARTS:
             raise ProtocolError("this port speaks mmcache's framed protocol, not HTTP; use mmcache://HOST:PORT")
         raise ProtocolError(f"not an mmcache message (it starts with {magic!r}); is this an mmcache port?")
-    if version != PROTOCOL:
-        raise ProtocolError(f"protocol version {version} is not supported; this release speaks {PROTOCOL}")
+    if version != PRELUDE_VERSION:
+        raise ProtocolError(
+            f"message version {version} is not supported; this release reads {PRELUDE_VERSION}: upgrade it"
+        )
     op = _OP_BY_CODE.get(code)
     if op is None or flags:
         raise ProtocolError(f"operation {code} with flags {flags} is unknown to this release")
