@@ -1,4 +1,4 @@
-"""What every way to a shard must do alike: embedded, shared memory, a unix socket without it, and TCP.
+"""What every way to a shard must do alike: embedded, shared memory, a unix socket without it, TCP and TLS.
 
 The servers have small limits, so that batches and inline payloads are split on every path.
 """
@@ -23,6 +23,7 @@ from mmcache.keyset import Keys
 from mmcache.tensors import Pieces, as_dtype, as_numpy
 from mmcache.testing.process import ServerProcess
 from mmcache.transport.base import RING_SLOTS, SLICE_NBYTES, Outcome
+from tests.integration.certificates import Authority
 from tests.integration.support import blanks, eventually, keys_of, value_of, values_of
 
 MEMORY = 64 << 20
@@ -32,20 +33,32 @@ RING_NBYTES = RING_SLOTS * SLICE_NBYTES
 _fresh = count()
 
 
+LIMITS = {"MMCACHE_MAX_BATCH_KEYS": str(BATCH_KEYS), "MMCACHE_MAX_INLINE_NBYTES": str(INLINE_NBYTES)}
+
+
 @pytest.fixture(scope="module")
 def server() -> Iterator[ServerProcess]:
-    limits = {"MMCACHE_MAX_BATCH_KEYS": str(BATCH_KEYS), "MMCACHE_MAX_INLINE_NBYTES": str(INLINE_NBYTES)}
-    with ServerProcess(str(MEMORY), environment=limits) as process:
+    with ServerProcess(str(MEMORY), environment=LIMITS) as process:
         yield process
 
 
-@pytest.fixture(scope="module", params=["embedded", "shm", "unix", "tcp"])
+@pytest.fixture(scope="module")
+def tls_url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    authority = Authority(tmp_path_factory.mktemp("tls"))
+    cert, key = authority.issue("server")
+    with ServerProcess(str(MEMORY), "--tls-cert", cert, "--tls-key", key, environment=LIMITS) as process:
+        yield f"{process.url}?ca={authority.ca}&transport=tcp"
+
+
+@pytest.fixture(scope="module", params=["embedded", "shm", "unix", "tcp", "tls"])
 def cache(request: pytest.FixtureRequest, server: ServerProcess) -> Iterator[Client]:
     if request.param == "embedded":
         limits = ServerConfig(
             listen="", unix_path="", memory_nbytes=MEMORY, max_batch_keys=BATCH_KEYS, max_inline_nbytes=INLINE_NBYTES
         )
         client: Client = EmbeddedClient(ClientConfig(scheme="embedded", deadline_s=20), limits)
+    elif request.param == "tls":
+        client = mmcache.connect(request.getfixturevalue("tls_url"), deadline_s=20)
     else:
         url = {
             "shm": f"{server.url}?transport=shm",
