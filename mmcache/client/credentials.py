@@ -34,6 +34,10 @@ class Credentials:
         self._context: ssl.SSLContext | None = None
         self._token()
         if config.scheme == "mmcaches":
+            try:
+                (config.server_name or config.host).encode("idna")
+            except UnicodeError as error:
+                raise ConfigError(f"{config.server_name or config.host!r} cannot name a server: {error}") from None
             self._signature, self._context = signature(self._files), self._make_context()
 
     def __getstate__(self) -> None:
@@ -75,9 +79,9 @@ class Credentials:
             channel = secured
             secured.handshake(deadline)
             return secured
-        except ValueError as error:  # a name that can be none
+        except ValueError as error:  # a name that OpenSSL does not take
             channel.close()
-            raise TransportError(f"server_name={self._config.server_name!r} cannot be a host: {error}") from None
+            raise TransportError(f"server_name cannot be checked: {error}") from None
         except BaseException:
             channel.close()
             raise
