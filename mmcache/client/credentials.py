@@ -10,7 +10,6 @@ import os
 import socket
 import ssl
 import struct
-import threading
 from typing import Final
 
 from mmcache.config import ClientConfig
@@ -29,22 +28,19 @@ class Credentials:
     def __init__(self, config: ClientConfig) -> None:
         self._config = config
         self._files = tuple(path for path in (config.ca, config.cert, config.key) if path)
-        self._lock = threading.Lock()
-        self._signature: Signature = ()
-        self._context: ssl.SSLContext | None = None
+        self._made: tuple[Signature, ssl.SSLContext] | None = None  # no lock: a forked child could inherit it held
         self._token()
         if config.scheme == "mmcaches":
             try:
                 (config.server_name or config.host).encode("idna")
             except UnicodeError as error:
                 raise ConfigError(f"{config.server_name or config.host!r} cannot name a server: {error}") from None
-            self._signature, self._context = signature(self._files), self._make_context()
+            self._make(signature(self._files))
 
-    def __getstate__(self) -> None:
-        raise TypeError("a client's credentials stay in its process; connect again in the other one")
-
-    def _make_context(self) -> ssl.SSLContext:
-        return client_context(self._config.ca, self._config.cert, self._config.key)
+    def _make(self, now: Signature) -> ssl.SSLContext:
+        context = client_context(self._config.ca, self._config.cert, self._config.key)
+        self._made = now, context
+        return context
 
     def _token(self) -> str:
         config = self._config
@@ -57,15 +53,13 @@ class Credentials:
 
     def context(self) -> ssl.SSLContext:
         """The TLS settings of an mmcaches URL, made anew when its files change. Raises TransportError."""
-        with self._lock:
-            now = signature(self._files)
-            if self._context is None or now != self._signature:
-                try:
-                    self._context = self._make_context()
-                except ConfigError as error:
-                    raise TransportError(str(error)) from None
-                self._signature = now
-            return self._context
+        now, made = signature(self._files), self._made
+        if made is not None and made[0] == now:
+            return made[1]
+        try:
+            return self._make(now)
+        except ConfigError as error:
+            raise TransportError(str(error)) from None
 
     def secure(self, channel: Channel, deadline: float) -> Channel:
         """A TCP channel as the URL wants it: as it is, or, for mmcaches, encrypted, with the server verified.

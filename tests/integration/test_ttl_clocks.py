@@ -8,7 +8,6 @@ from typing import Any
 import numpy as np
 import pytest
 
-import mmcache
 from mmcache.client import batch
 from mmcache.client.blocking import Client
 from mmcache.config import ClientConfig
@@ -69,10 +68,3 @@ def test_without_a_ttl_no_clock_matters(cache: Client, monkeypatch: pytest.Monke
         monkeypatch.setattr(batch, "time", Skewed(-1000 * HOUR_S))
         assert cache.put(keys, [np.zeros(3, np.uint8)])[0]
         assert cache.contains(keys) == [True]
-
-
-def test_the_headers_times_are_the_writers() -> None:
-    keys = keys_of(1, "header")
-    with mmcache.connect("embedded://?memory=1MiB") as honest:
-        assert honest.put(keys, values_of(keys, 10), ttl_s=60)[0]
-        assert honest.inspect(keys.digests[0]).found
