@@ -36,7 +36,7 @@ from mmcache.transport.base import (
 )
 from mmcache.transport.shm import RingView
 from mmcache.transport.tcp import SPIN_S, Channel, close_fds
-from mmcache.transport.tls import HANDSHAKE_START, PeerCertificate, TlsChannel
+from mmcache.transport.tls import HANDSHAKE_START, PeerCertificate, TlsChannel, first_bytes
 
 log = logging.getLogger("mmcache.server")
 MAX_SPINNING: Final = 4  # with more connections than this, none waits awake for its next request
@@ -104,7 +104,7 @@ class Connection:
         return time.monotonic() + self.service.config.io_timeout_s + payload_nbytes / SLOWEST_NBYTES_PER_S
 
     def _begin_tls(self, context: ssl.SSLContext) -> None:
-        start = self.channel.peek(len(MAGIC), self._join_by)
+        start = first_bytes(self.channel, len(MAGIC), self._join_by)
         if is_http(start):
             self._last_words(_HTTP_ANSWER)
             raise TransportError("an HTTP client")

@@ -291,17 +291,6 @@ class Channel:
             raise
         return data + rest, list(fds)
 
-    def peek(self, nbytes: int, deadline: float) -> bytes:
-        """The first of the next bytes, 1 to `nbytes` of them, left where they are. For a fresh channel only."""
-        self._wait_for(select.POLLIN, deadline)
-        try:
-            start = self.sock.recv(nbytes, socket.MSG_PEEK)
-        except OSError as error:
-            raise _as_transport_error(error) from error
-        if not start:
-            raise TransportError("the peer closed the connection")
-        return start
-
     @property
     def is_unix(self) -> bool:
         """True for a unix socket."""

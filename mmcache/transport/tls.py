@@ -85,6 +85,18 @@ def _words(error: Exception) -> str:
     return getattr(error, "strerror", None) or str(error)
 
 
+def first_bytes(channel: Channel, nbytes: int, deadline: float) -> bytes:
+    """1 to `nbytes` of what a peer says first on a fresh channel, left where they are. Raises TransportError."""
+    channel.wait_readable(deadline)
+    try:
+        start = channel.sock.recv(nbytes, socket.MSG_PEEK)
+    except OSError as error:
+        raise _as_transport_error(error) from error
+    if not start:
+        raise TransportError(_GONE)
+    return start
+
+
 class TlsChannel(Channel):
     """As Channel, encrypted. Takes the socket of a connected TCP channel over; `handshake` comes first."""
 

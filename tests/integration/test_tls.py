@@ -172,7 +172,7 @@ def test_a_plain_client_and_a_browser_are_told_and_a_plain_server_too(bed: Bed) 
 
 def test_a_handshake_that_stalls_holds_up_nobody_and_ends_in_time(tmp_path: Path) -> None:
     authority, arguments = bed_arguments(tmp_path)
-    with ServerProcess("1MiB", *arguments, environment={"MMCACHE_IO_TIMEOUT_S": "1"}) as server:
+    with ServerProcess("1MiB", *arguments, environment={"MMCACHE_IO_TIMEOUT_S": "0.8"}) as server:
         host, port = server.url.removeprefix("mmcaches://").split(":")
         silent = [socket.create_connection((host, int(port)), 20) for _ in range(4)]
         silent[1].sendall(b"\x16")
