@@ -1,4 +1,6 @@
-"""The command line: serve, bench, stat, inspect, doctor, version. Every command has examples in its --help, and --json.
+"""The command line: serve, stat, inspect, doctor, version; the others are in cli_*.py.
+
+Every command has examples in its --help, and --json.
 
 Whatever is raised ends in `main`: one line on stderr, exit 2 for what can never work, else 1.
 """
@@ -17,13 +19,15 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from mmcache import cli_explain, cli_ops
 from mmcache._version import __version__
 from mmcache.cli_bench import bench_app
-from mmcache.cli_common import progress_bar, size_text
+from mmcache.cli_common import DEFAULT_URL, Json, Url, key_digest, progress_bar, size_text
 from mmcache.config import ServerConfig, parse_nbytes, server_config
 from mmcache.connect import connect
 from mmcache.errors import ConfigError, FrameError, MMCacheError, UsageError
 from mmcache.frame import parse_header
+from mmcache.logs import log_to_stderr
 from mmcache.server.serve import Server
 
 app = typer.Typer(
@@ -34,12 +38,11 @@ app = typer.Typer(
     "**mmcache serve --help** for the settings",
 )
 app.add_typer(bench_app, name="bench")
+cli_ops.register(app)
+cli_explain.register(app)
 
-DEFAULT_URL = "mmcache://127.0.0.1:7600"
 STOP_SIGNALS = {signal.SIGTERM, signal.SIGINT}
 DEFAULTS = ServerConfig()
-Url = Annotated[str, typer.Option("--connect", "-c", metavar="URL", help="The server to ask.")]
-Json = Annotated[bool, typer.Option("--json", help="Print JSON for machines.")]
 
 
 def _print_version(wanted: bool) -> None:
@@ -106,6 +109,11 @@ def serve(
         str | None,
         _setting("metrics", "Serve a page for Prometheus here; port 0 picks one, '' serves none.", metavar="HOST:PORT"),
     ] = None,
+    mode: Annotated[
+        str | None,
+        _setting("mode", "Allow both, read, write or off; see `mmcache mode`.", metavar="MODE"),
+    ] = None,
+    log: Annotated[str | None, _setting("log", "How to log: text or json, one object a line.", metavar="FORM")] = None,
     verbose: Annotated[bool, typer.Option("--verbose", "-v", help="Log every dropped connection.")] = False,
     as_json: Json = False,
 ) -> None:
@@ -113,9 +121,6 @@ def serve(
 
     An option not given is read from its environment variable. Prints one ready line once it accepts.
     """
-    logging.basicConfig(
-        level=logging.DEBUG if verbose else logging.WARNING, format="%(asctime)s %(levelname)s %(name)s: %(message)s"
-    )
     signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)  # before any thread starts: all inherit it, one waits
     config = server_config(
         listen=listen,
@@ -128,7 +133,10 @@ def serve(
         max_connections=max_connections,
         insecure_network=insecure_network,
         metrics=metrics,
+        mode=mode,
+        log=log,
     )
+    log_to_stderr(config.log, logging.DEBUG if verbose else logging.WARNING)
     if not config.listen and not config.unix_path:
         raise ConfigError("there is nothing to listen on; give --listen HOST:PORT or --unix PATH")
     with progress_bar("taking memory") as show:
@@ -179,12 +187,7 @@ def inspect(
     as_json: Json = False,
 ) -> None:
     """Show one entry: its tensors, times and the facts of its namespace. Exit 1 if it is not stored."""
-    try:
-        digest = bytes.fromhex(key)
-        if len(digest) != 32:
-            raise ValueError
-    except ValueError:
-        raise UsageError(f"{key!r} is not a key; a key has 64 hexadecimal digits, as Key.hex() prints") from None
+    digest = key_digest(key)
     with connect(url) as client:
         reply = client.inspect(digest)
     if not reply.found:

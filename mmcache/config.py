@@ -19,7 +19,7 @@ KiB: Final = 1 << 10
 MiB: Final = 1 << 20
 GiB: Final = 1 << 30
 DEFAULT_PORT: Final = 7600
-BODY_NBYTES_PER_KEY: Final = 96  # a Reserve's key, parent, size and kind, with room to spare
+BODY_NBYTES_PER_KEY: Final = 128  # a Reserve's key, parent, namespace, size, kind and media, with room to spare
 _UNITS: Final = {"": 1, "b": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "tb": 10**12,
                  "kib": KiB, "mib": MiB, "gib": GiB, "tib": 1 << 40}  # fmt: skip
 _ENV_PREFIX: Final = "MMCACHE_"
@@ -76,6 +76,8 @@ class ServerConfig:
     drain_s: float = 5.0
     insecure_network: bool = False
     metrics: str = ""  # HOST:PORT of a page for Prometheus; empty: none
+    log: str = "text"  # or json
+    mode: str = "both"  # what is allowed at the start: both, read, write or off
 
     def __post_init__(self) -> None:
         positive = ("memory_nbytes", "lease_s", "max_connections", "max_batch_keys", "max_body_nbytes",
@@ -92,6 +94,10 @@ class ServerConfig:
                 f"allow {BODY_NBYTES_PER_KEY} bytes a key, or lower max_batch_keys"
             )
         _check_times(self, "lease_s", "io_timeout_s", "drain_s")
+        if self.mode not in ("both", "read", "write", "off"):
+            raise ConfigError(f"mode is {self.mode!r}; it must be both, read, write or off")
+        if self.log not in ("text", "json"):
+            raise ConfigError(f"log is {self.log!r}; it must be text or json")
         if not 0 < self.pinned_share <= 1:
             raise ConfigError(f"pinned_share is {self.pinned_share}; it must be above 0 and at most 1")
         if self.alignment < 64 or self.alignment > 65536 or self.alignment & (self.alignment - 1):

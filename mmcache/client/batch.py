@@ -98,6 +98,7 @@ class PutBatch:
             self.sizes[start:stop],
             bytes(_kind_of(rows.namespaces[position]) for position in self.run),
             link.ring is not None,
+            self._namespaces() if link.joined.protocol > 1 else b"",
         )
         status = link.run(reserve, deadline)
         wanted = [position for position, code in zip(self.run, status, strict=True) if code == pb.WANTED]
@@ -106,6 +107,11 @@ class PutBatch:
             frames = (self._segments(position) for position in wanted)
             stored = iter(link.run(conversation.send_frames(frames, len(wanted), link.ring), deadline))
         return [put_result(next(stored) if code == pb.WANTED else code) for code in status]
+
+    def _namespaces(self) -> bytes:
+        """The column that says which namespace each key is of: one where all are of one."""
+        namespaces = self.rows.namespaces[self.run.start : self.run.stop]
+        return namespaces[0] if namespaces.count(namespaces[0]) == len(namespaces) else b"".join(namespaces)
 
     def _segments(self, position: int) -> list[bytes | memoryview]:
         rows, value = self.rows, self.values[position]

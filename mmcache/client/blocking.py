@@ -16,6 +16,8 @@ from numbers import Real
 from types import TracebackType
 from typing import Any, Self, TypeVar
 
+from google.protobuf.message import Message
+
 from mmcache.client.batch import PutBatch, described, get_run
 from mmcache.client.lease import LeasedFrames
 from mmcache.client.link import Dialer, Link
@@ -34,6 +36,7 @@ from mmcache.transport.tcp import Channel
 
 log = logging.getLogger("mmcache.client")
 T = TypeVar("T")
+M = TypeVar("M", bound=Message)
 LONGEST_TTL_S = 1e10
 RECHECK_KEYS = 64
 AnyKeys = Keys | Key | Iterable[Key]
@@ -238,6 +241,10 @@ class Client:
             }
 
         return self._demand(ask)
+
+    def ask(self, op: Op, request: Message, reply: M) -> M:
+        """One request without payload, as operations.py makes them, and its reply."""
+        return self._demand(lambda link, deadline: link.run(link.conversation.call(op, request, reply), deadline))
 
     def inspect(self, digest: bytes) -> pb.InspectReply:
         """What is known of one stored key (32 bytes): its frame's header and its namespace's facts."""

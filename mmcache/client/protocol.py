@@ -173,10 +173,21 @@ class Conversation:
         return data
 
     def reserve(
-        self, keys: bytes, parents: bytes, frame_nbytes: Sequence[int], kinds: bytes, ring: bool
+        self,
+        keys: bytes,
+        parents: bytes,
+        frame_nbytes: Sequence[int],
+        kinds: bytes,
+        ring: bool,
+        namespaces: bytes = b"",
     ) -> Flow[bytes]:
-        """Ask to store frames of these sizes and kinds; the answer is one PutStatus byte a key."""
-        message = pb.ReserveRequest(keys=keys, parents=parents, frame_nbytes=frame_nbytes, kinds=kinds, ring=ring)
+        """Ask to store frames of these sizes and kinds; the answer is one PutStatus byte a key.
+
+        `namespaces`: 32 bytes of all keys, or of each; protocol 2.
+        """
+        message = pb.ReserveRequest(
+            keys=keys, parents=parents, frame_nbytes=frame_nbytes, kinds=kinds, ring=ring, namespaces=namespaces
+        )
         reply = yield from self.call(Op.RESERVE, message, pb.ReserveReply())
         if len(reply.status) != len(frame_nbytes):
             raise ProtocolError("the server answered another number of keys than asked")
@@ -299,6 +310,8 @@ _PUT_RESULTS: Final = {
     pb.BAD_FRAME: Result(Outcome.REFUSED, "the bytes that arrived were not the frame that was sent"),
     pb.LOST: Result(Outcome.REFUSED, "the reservation expired before all bytes arrived"),
     pb.EXPIRED: Result(Outcome.REFUSED, "its time to live passed before it was stored; compare the hosts' clocks"),
+    pb.QUOTA: Result(Outcome.REFUSED, "the tenant's quota, or the namespace's, is used up; remove entries or raise it"),
+    pb.STOPPED: Result(Outcome.REFUSED, "an operator has stopped writes (mmcache mode)"),
     pb.OVERLOADED: Result(Outcome.REFUSED, "too many bytes in flight at the server; try again later"),
 }
 
