@@ -12,7 +12,6 @@ import typer
 from google.protobuf.json_format import MessageToDict
 from rich.console import Console
 from rich.live import Live
-from rich.table import Table
 
 from mmcache.cli_common import DEFAULT_URL, Json, Url, progress_bar, size_text
 from mmcache.client.operations import MODALITIES, MODES, Operations
@@ -42,7 +41,7 @@ _AGE_S: Final = {"s": 1, "m": 60, "h": 3600, "d": 86400}
 def register(app: typer.Typer) -> None:
     """Add these commands."""
     app.command(
-        epilog="Examples: **mmcache mode** · **mmcache mode off** · **mmcache mode read --namespace model=Qwen2.5-VL-7B**"
+        epilog="Examples: **mmcache mode** · **mmcache mode off** · **mmcache mode read -n model=Qwen2.5-VL-7B**"
     )(mode)
     app.command(
         epilog="Examples: **mmcache rm --model Qwen2.5-VL-7B** · **mmcache rm --older-than 12h --kind embedding** · "
@@ -138,7 +137,7 @@ def rm(
     url: Url = DEFAULT_URL,
     as_json: Json = False,
 ) -> None:
-    """Remove what agrees with all options given. Engines see misses at once; what they read now stays until it is read."""
+    """Remove what agrees with all options given. Engines see misses at once; what is being read stays until it is."""
     selection = _selection(namespaces, model, kind, tenant, older_than)
     if bool(selection.ByteSize()) == everything:
         raise UsageError("say what to remove: --namespace, --model, --kind, --tenant, --older-than, or --all alone")
@@ -175,14 +174,15 @@ def ls(
     if as_json:
         print("\n".join(map(json.dumps, rows)))
         return
-    table = Table(box=None, padding=(0, 2))
-    for name in ("namespace", "kind", "entries", "size", "mode", "tenant", "facts"):
-        table.add_column(name, justify="right" if name in ("entries", "size") else "left", overflow="fold")
     for one in rows:
-        facts = ", ".join(f"{name}={value}" for name, value in one["facts"].items()) or "none are known"
-        size, count = size_text(one["nbytes"]), f"{one['entries']:,}"
-        table.add_row(one["namespace"][:16], one["kind"], count, size, one["mode"], one["tenant"] or "-", facts)
-    Console().print(table if rows else "no namespace is known yet; engines declare theirs when they first store")
+        tenant_text = f", tenant {one['tenant']}" if one["tenant"] else ""
+        mode_text = f", mode {one['mode']}" if one["mode"] != "both" else ""
+        holds = f"{one['entries']:,} entries, {size_text(one['nbytes'])}{tenant_text}{mode_text}"
+        print(f"{one['namespace'][:16]}  {one['kind'] or 'kind unknown'}: {holds}")
+        for name, text in one["facts"].items():
+            print(f"    {name} = {text}")
+    if not rows:
+        print("no namespace is known yet; engines declare theirs when they first store")
 
 
 def _namespace_row(row: pb.NamespaceRow) -> dict[str, Any]:
@@ -253,7 +253,7 @@ def audit(
         part = 0.0
     if not 0 < part <= 1:
         raise UsageError(f"--share {share!r} is no share; give such as 5% or 0.05, above 0 and at most 100%")
-    with connect(url, deadline_s=60.0) as client, progress_bar("entries") as show:
+    with connect(url) as client, progress_bar("entries") as show:
         done = Operations(client).audit(part, time.time_ns() if seed is None else seed, show)
     keys = [key.hex() for key in done.bad]
     if as_json:

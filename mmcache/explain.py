@@ -20,6 +20,7 @@ from mmcache.keys import Namespace
 from mmcache.keyset import Keys
 
 MAX_TRIED: Final = 256  # namespaces
+HERE: Final = Reason(Why.HERE)
 NEAR_FACTS: Final = 4  # namespaces that differ in more are not what was meant
 MAX_TOKENS: Final = 1 << 24
 
@@ -99,7 +100,7 @@ class Explanation:
 
     blocks: int
     first_missing: int | None = None
-    reason: Reason = Reason(Why.HERE)
+    reason: Reason = HERE
     findings: Sequence[str] = ()
 
 
@@ -175,9 +176,9 @@ def differences(request: Recorded, other: Recorded) -> Iterator[str]:
     token = next(((at, here, there) for at, (here, there) in pairs if here != there), None)
     item = next(_differing_items(request.items, other.items), None)
     if token is not None and (item is None or token[0] <= item[0]):
-        at, here, there = token
-        words = "the other ends there" if there is None else f"{here} here and {there} there"
-        words = "this one ends there" if here is None else words
+        at, mine, theirs = token
+        words = "the other ends there" if theirs is None else f"{mine} here and {theirs} there"
+        words = "this one ends there" if mine is None else words
         yield f"first differing block: {at // size}, at token {at}: {words}"
     elif item is not None:
         yield f"first differing block: {item[0] // size}, at token {item[0]}: {item[1]}"
@@ -189,7 +190,7 @@ def _differing_items(mine: Sequence[Item], others: Sequence[Item]) -> Iterator[t
             at = min(one.span.offset, other.span.offset)
             yield at, f"item {place} lies elsewhere: offset and length differ"
         elif one.span.item != other.span.item:
-            names = [name for name in sorted(one.about.keys() | other.about.keys())]
+            names = sorted(one.about.keys() | other.about.keys())
             fields = [
                 f"{name} is {one.about.get(name)!r} here and {other.about.get(name)!r} there"
                 for name in names

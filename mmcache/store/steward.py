@@ -16,7 +16,7 @@ from mmcache.store.history import Reason, Why
 from mmcache.store.namespaces import Known, Selection, Stopped
 from mmcache.store.shard import READS_STOPPED, Shard
 
-AUDIT_NBYTES: Final = 256 << 20  # hashed by one call, or one piece of rows, whichever is more
+AUDIT_NBYTES: Final = 256 << 20  # hashed by one call, or one entry
 EVERYTHING: Final = Selection()
 
 
@@ -109,19 +109,11 @@ class Steward:
     def audit(self, share: float, seed: int, start: int) -> Audited:
         """Check the stored bytes of a share of one piece's entries, and drop those that are bad."""
         shard = self._shard
-        entries = nbytes = 0
-        bad: list[bytes] = []
-        while True:
-            with shard.lock:
-                chosen, following = sweep.sampled(shard.index, start, share, seed)
-                rows = shard.index.rows.table.bound
-            for tenant, key, size in chosen:
-                entries, nbytes = entries + 1, nbytes + size
-                if shard.recheck(tenant, key):
-                    bad.append(key)
-            start = following
-            if not following or nbytes >= AUDIT_NBYTES or not chosen:
-                return Audited(entries, nbytes, bad, following, rows)
+        with shard.lock:
+            chosen, following = sweep.sampled(shard.index, start, share, seed, AUDIT_NBYTES)
+            rows = shard.index.rows.table.bound
+        bad = [key for tenant, key, _ in chosen if shard.recheck(tenant, key)]
+        return Audited(len(chosen), sum(nbytes for _, _, nbytes in chosen), bad, following, rows)
 
     def explain(self, tenant: int, keys: Sequence[bytes], others: Sequence[int]) -> list[tuple[Reason, float | None]]:
         """Per key why it is, or is not, there, and how many seconds ago that came to be."""

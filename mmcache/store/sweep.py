@@ -87,8 +87,13 @@ def listed(index: Index, start: int, select: Callable[[int], bool]) -> tuple[lis
     return entries, following
 
 
-def sampled(index: Index, start: int, share: float, seed: int) -> tuple[list[tuple[int, bytes, int]], int]:
-    """(tenant, key, bytes) of a share of one piece's entries, the same for the same seed; where the next starts."""
+def sampled(
+    index: Index, start: int, share: float, seed: int, most_nbytes: int
+) -> tuple[list[tuple[int, bytes, int]], int]:
+    """(tenant, key, bytes) of a share of one piece's entries, the same for the same seed; where the next starts.
+
+    A piece ends early once its entries are more than `most_nbytes`.
+    """
     rows, following = piece(index, start)
     limit = int(share * 2**64)
     found = []
@@ -96,6 +101,9 @@ def sampled(index: Index, start: int, share: float, seed: int) -> tuple[list[tup
         name = index.rows.table.name(row)
         if xxh3_64_intdigest(name, seed) < limit:
             found.append((tenant_of(name), name[4:], nbytes_of(index, row)))
+            most_nbytes -= found[-1][2]
+            if most_nbytes <= 0:
+                return found, row + 1 if row + 1 < index.rows.table.bound else 0
     return found, following
 
 
