@@ -1,7 +1,8 @@
 """The client's side of the conversation, without I/O: generators that yield what to send or receive next.
 
-A driver (blocking sockets today, asyncio later) runs them: it performs each yielded effect and sends its result back
-in. Effects are `Send(buffers)`, `Recv(nbytes)` answered with bytes, and `RecvInto(views)` answered when all are full.
+A driver (blocking sockets in link.py, asyncio in aio_link.py) runs them: it performs each yielded effect and sends its
+result back in, or throws its error. Effects are `Send(buffers)`, `Recv(nbytes)` answered with bytes, `RecvInto(views)`
+answered when all are full, and `Work(call, nbytes)` answered with what the call returns.
 Everything received is checked here: a reply that does not fit its request raises ProtocolError, and the driver must
 then drop the connection. Payload checks (checksums, key echo) end in an Outcome, never in an exception.
 """
@@ -9,8 +10,7 @@ then drop the connection. Payload checks (checksums, key echo) end in an Outcome
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
-from itertools import chain
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from typing import Any, Final, NamedTuple, TypeVar
 
 import numpy as np
@@ -47,6 +47,7 @@ from mmcache.transport.base import (
 
 KEY_NBYTES: Final = 32
 _FOUND, _LATER = int(pb.FOUND), int(pb.LATER)
+PLANNING_NBYTES: Final = 64 << 10  # reading a frame's header takes about as long as copying this
 RIDER_NBYTES: Final = 1 << 20  # an idle client may pin this much until its lease expires
 
 
@@ -68,7 +69,29 @@ class RecvInto(NamedTuple):
     views: Sequence[memoryview]
 
 
-Effect = Send | Recv | RecvInto
+class Work(NamedTuple):
+    """Call this, which copies or hashes about `nbytes` bytes, mostly outside the GIL. It is over when the answer comes,
+    and when an error does: nothing is written afterwards."""
+
+    call: Callable[[], Any]
+    nbytes: int
+
+
+class SendWithFds(NamedTuple):
+    """Send these bytes, file descriptors beside the first (unix sockets only)."""
+
+    data: bytes
+    fds: Sequence[int]
+
+
+class RecvWithFds(NamedTuple):
+    """Receive exactly this many bytes; the answer is the bytes and the descriptors beside them, now the flow's."""
+
+    nbytes: int
+
+
+Effect = Send | Recv | RecvInto | Work | SendWithFds | RecvWithFds
+Segments = Sequence[bytes | memoryview]
 _T = TypeVar("_T")
 _M = TypeVar("_M", bound=Message)
 Flow = Generator[Effect, Any, _T]
@@ -195,40 +218,40 @@ class Conversation:
             raise ProtocolError("the server says a frame is stored that was not sent yet")
         return reply.status
 
-    def send_frames(
-        self, frames: Iterable[Sequence[bytes | memoryview]], count: int, ring: WriteSlots | None
-    ) -> Flow[bytes]:
+    def send_frames(self, frames: Iterable[Segments | Work], count: int, ring: WriteSlots | None) -> Flow[bytes]:
         """Send the wanted frames' bytes, through the ring or raw; the answer is one PutStatus byte a frame.
 
-        `frames` may be lazy: the server copies one frame while the next is being hashed.
+        A frame may be Work that returns its segments: the server copies one frame while the next is being hashed.
         """
         if ring is None:
-            for segments in frames:
-                yield Send(segments)
+            for frame in frames:
+                yield Send((yield frame) if isinstance(frame, Work) else frame)
         else:
-            yield from self._fill_ring(ring, chain.from_iterable(frames))
+            yield from self._fill_ring(ring, frames)
         reply, prelude = yield from self.reply(Op.PUT_DONE, pb.PutReply())
         if len(reply.status) != count or prelude.payload_nbytes:
             raise ProtocolError("the server answered another number of frames than sent")
         return reply.status
 
-    def _fill_ring(self, ring: WriteSlots, segments: Iterable[bytes | memoryview]) -> Flow[None]:
+    def _fill_ring(self, ring: WriteSlots, frames: Iterable[Segments | Work]) -> Flow[None]:
         """Copy the stream slot by slot; before a slot is used again, wait for the server's note that it is done."""
         number = filled = 0
         slot = ring.slot(0)
-        for segment in segments:
-            source = np.frombuffer(segment, np.uint8)
-            start = 0
-            while start < source.nbytes:
-                if filled == 0 and number >= ring.slots:
-                    yield from self._slot_done()
-                count = min(ring.slot_nbytes - filled, source.nbytes - start)
-                np.copyto(slot[filled : filled + count], source[start : start + count])
-                filled, start = filled + count, start + count
-                if filled == ring.slot_nbytes:
-                    yield Send((SLOT_NOTE.pack(filled),))
-                    number, filled = number + 1, 0
-                    slot = ring.slot(number)
+        for frame in frames:
+            segments: Segments = (yield frame) if isinstance(frame, Work) else frame
+            for segment in segments:
+                source = np.frombuffer(segment, np.uint8)
+                start = 0
+                while start < source.nbytes:
+                    if filled == 0 and number >= ring.slots:
+                        yield from self._slot_done()
+                    count = min(ring.slot_nbytes - filled, source.nbytes - start)
+                    np.copyto(slot[filled : filled + count], source[start : start + count])
+                    filled, start = filled + count, start + count
+                    if filled == ring.slot_nbytes:
+                        yield Send((SLOT_NOTE.pack(filled),))
+                        number, filled = number + 1, 0
+                        slot = ring.slot(number)
         if filled:
             yield Send((SLOT_NOTE.pack(filled),))
             number += 1
