@@ -65,6 +65,14 @@ def _setting(name: str, text: str, *flags: str, metavar: str | None = None) -> A
     return typer.Option(*flags, metavar=metavar, help=f"{text} (default: {shown}; {variable})")
 
 
+Grpc = Annotated[
+    str | None,
+    _setting(
+        "grpc", "Serve gRPC here, for clients in any language; port 0 picks one, '' serves none.", metavar="HOST:PORT"
+    ),
+]
+
+
 @app.command(
     epilog="Examples: **mmcache serve --memory 8GiB --prefault**, then **mmcache stat** or connect to "
     "mmcache://127.0.0.1:7600 · **MMCACHE_MEMORY=8GiB mmcache serve --listen 127.0.0.1:7700**"
@@ -106,6 +114,7 @@ def serve(
         str | None,
         _setting("metrics", "Serve a page for Prometheus here; port 0 picks one, '' serves none.", metavar="HOST:PORT"),
     ] = None,
+    grpc: Grpc = None,
     verbose: Annotated[bool, typer.Option("--verbose", "-v", help="Log every dropped connection.")] = False,
     as_json: Json = False,
 ) -> None:
@@ -128,6 +137,7 @@ def serve(
         max_connections=max_connections,
         insecure_network=insecure_network,
         metrics=metrics,
+        grpc=grpc,
     )
     if not config.listen and not config.unix_path:
         raise ConfigError("there is nothing to listen on; give --listen HOST:PORT or --unix PATH")
@@ -144,10 +154,12 @@ def _run_until_signal(server: Server, *, as_json: bool) -> None:
     if as_json:
         ready = {"ready": True, "url": url, "unix_path": server.unix_path, "memory_nbytes": config.memory_nbytes}
         ready |= {"metrics_url": server.metrics_url} if server.metrics_url else {}
+        ready |= {"grpc_address": server.grpc_address} if server.grpc_address else {}
         print(json.dumps(ready), flush=True)
     else:
         size = f"{config.memory_nbytes / 2**20:.0f} MiB, {config.entries} entries"
         page = f"; metrics {server.metrics_url}" if server.metrics_url else ""
+        page += f"; gRPC {server.grpc_address}" if server.grpc_address else ""
         socket = f"unix socket {server.unix_path or 'off'}"
         print(f"mmcache {__version__} ready: {url} ({size}; {socket}{page})", flush=True)
     signal.sigwait(STOP_SIGNALS)

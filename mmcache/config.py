@@ -76,10 +76,12 @@ class ServerConfig:
     drain_s: float = 5.0
     insecure_network: bool = False
     metrics: str = ""  # HOST:PORT of a page for Prometheus; empty: none
+    grpc: str = ""  # HOST:PORT of the public carrier; empty: none
+    max_grpc_nbytes: int = 64 * MiB  # the largest message, either way
 
     def __post_init__(self) -> None:
         positive = ("memory_nbytes", "lease_s", "max_connections", "max_batch_keys", "max_body_nbytes",
-                    "max_inline_nbytes", "max_inflight_nbytes", "io_timeout_s")  # fmt: skip
+                    "max_inline_nbytes", "max_inflight_nbytes", "max_grpc_nbytes", "io_timeout_s")  # fmt: skip
         for name in positive:
             if not getattr(self, name) > 0:
                 raise ConfigError(f"{name} is {getattr(self, name)}; it must be greater than 0")
@@ -92,6 +94,8 @@ class ServerConfig:
                 f"allow {BODY_NBYTES_PER_KEY} bytes a key, or lower max_batch_keys"
             )
         _check_times(self, "lease_s", "io_timeout_s", "drain_s")
+        if self.max_grpc_nbytes > GiB:
+            raise ConfigError(f"max_grpc_nbytes is {self.max_grpc_nbytes}; a gRPC message has at most 1GiB")
         if not 0 < self.pinned_share <= 1:
             raise ConfigError(f"pinned_share is {self.pinned_share}; it must be above 0 and at most 1")
         if self.alignment < 64 or self.alignment > 65536 or self.alignment & (self.alignment - 1):

@@ -47,6 +47,9 @@ UNSAFE_MODULES = {"pickle", "cPickle", "marshal", "shelve", "dill", "cloudpickle
 UNSAFE_CALLS = {"eval", "exec", "torch.load"}
 # What a distribution is imported as, where that is not its own name.
 IMPORT_NAMES = {
+    "grpcio": "grpc",
+    "grpcio-health-checking": "grpc_health",
+    "grpcio-reflection": "grpc_reflection",
     "pillow": "PIL",
     "prometheus-client": "prometheus_client",
     "protobuf": "google",
@@ -159,11 +162,13 @@ def torch_outside_tensors(path: Path, text: str) -> list[str]:
 
 
 def undeclared(path: Path, text: str) -> list[str]:
-    """Imports that no dependency in pyproject.toml brings: the base ones anywhere, an extra's in bench/ and media."""
+    """Imports that no dependency in pyproject.toml brings: the base ones anywhere, an extra's where it is used."""
     project = PYPROJECT["project"]
     declared = list(project["dependencies"])
     if path.is_relative_to(ROOT / "mmcache" / "bench"):
         declared += project["optional-dependencies"]["bench"] + project["optional-dependencies"]["media"]
+    if module_of(path) == "mmcache.server.rpc":
+        declared += project["optional-dependencies"]["grpc"]
     names = {Requirement(text).name for text in declared}
     known = {IMPORT_NAMES.get(name, name) for name in names} | set(sys.stdlib_module_names) | {"mmcache"}
     if module_of(path) == "mmcache.tensors":

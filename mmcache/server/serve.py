@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Final
 from mmcache.config import ServerConfig, parse_host_port
 from mmcache.errors import ConfigError, TransportError
 from mmcache.pb import cache_pb2 as pb
+from mmcache.server.caller import LOCAL
 from mmcache.server.connection import Connection, pack_error
 from mmcache.server.service import Service
 from mmcache.store.arena import Progress
@@ -28,6 +29,7 @@ from mmcache.transport.tcp import Channel, connect_unix
 
 if TYPE_CHECKING:
     from mmcache.metrics import MetricsPage
+    from mmcache.server.rpc import RpcServer
 
 log = logging.getLogger("mmcache.server")
 TICK_S: Final = 1.0
@@ -54,6 +56,8 @@ class Server:
         addresses = _resolve(config, config.listen, "--listen") if config.listen else []
         self._metrics_at = _resolve(config, config.metrics, "--metrics")[0][1] if config.metrics else None
         self._metrics: MetricsPage | None = None
+        self._grpc_at = _resolve(config, config.grpc, "--grpc")[0][1] if config.grpc else None
+        self._rpc: RpcServer | None = None
         self.shard = Shard(config, progress=progress)
         self.service = Service(self.shard, config)
         try:
@@ -109,6 +113,9 @@ class Server:
             from mmcache.metrics import MetricsPage  # only where it is wanted: engines embed servers too
 
             self._metrics = MetricsPage(*self._metrics_at, self.service.counters)
+        if self._grpc_at is not None:
+            self._rpc = _rpc_server(self.service, self._grpc_at)
+            self._rpc.start()
         for listener in self._listeners:
             threading.Thread(target=self._accept, args=(listener,), name="mmcache-accept", daemon=True).start()
         threading.Thread(target=self._tick, name="mmcache-tick", daemon=True).start()
@@ -118,6 +125,11 @@ class Server:
         """Where Prometheus finds the metrics; empty: nowhere."""
         return self._metrics.url if self._metrics is not None else ""
 
+    @property
+    def grpc_address(self) -> str:
+        """HOST:PORT of the public carrier; empty: nowhere."""
+        return self._rpc.address if self._rpc is not None else ""
+
     def attach(self, sock: socket.socket) -> None:
         """Serve one already connected unix socket as a client on this host."""
         self._serve(Channel(sock), same_host=True)
@@ -125,6 +137,8 @@ class Server:
     def stop(self) -> None:
         """Stop accepting, let running requests end within `drain_s`, close every connection and free the memory."""
         self._stopping.set()
+        if self._rpc is not None:
+            self._rpc.drain()
         if self._metrics is not None:
             self._metrics.close()
         for listener in self._listeners:
@@ -142,6 +156,8 @@ class Server:
             if not connections or time.monotonic() >= deadline + 1:
                 break
             next(iter(connections.values())).join(0.02)
+        if self._rpc is not None:
+            self._rpc.stop(deadline)
         if self._private_dir:
             self._private_dir.cleanup()
         elif self.unix_path:
@@ -191,6 +207,14 @@ class Server:
     def _tick(self) -> None:
         while not self._stopping.wait(TICK_S):
             self.shard.tick()
+
+
+def _rpc_server(service: Service, place: tuple[str, int]) -> RpcServer:
+    try:
+        from mmcache.server.rpc import RpcServer  # only where it is wanted: it needs an extra
+    except ImportError as error:
+        raise ConfigError(f"--grpc needs the extra grpc ({error}); pip install 'mmcache[grpc]'") from None
+    return RpcServer(service, place, lambda token, common_name: LOCAL)
 
 
 def _resolve(config: ServerConfig, place: str, option: str) -> list[tuple[int, tuple[str, int]]]:
