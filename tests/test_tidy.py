@@ -23,6 +23,7 @@ PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
 MAX_FILE_LINES = 400
 MAX_FUNCTION_LINES = 70
 MAX_PUBLIC_NAMES = 15
+INSTALLED = {"__pycache__", "node_modules"}
 
 PURE = {
     "mmcache.keys",
@@ -74,7 +75,7 @@ def repository_files() -> Iterator[Path]:
         if top.is_file() and not top.name.startswith(".coverage"):
             yield top
         elif top.name not in {"build", "dist", "htmlcov"} and (top.name in {".ci", ".github"} or top.name[0] != "."):
-            yield from (path for path in sorted(top.rglob("*")) if path.is_file() and "__pycache__" not in path.parts)
+            yield from (path for path in sorted(top.rglob("*")) if path.is_file() and INSTALLED.isdisjoint(path.parts))
 
 
 FILES = list(repository_files())
