@@ -1,4 +1,4 @@
-"""The command line: serve, bench, stat, inspect, doctor, version. Every command has examples in its --help, and --json.
+"""The command line: serve, token, bench, stat, inspect, doctor, version. Each has examples in its --help, and --json.
 
 Whatever is raised ends in `main`: one line on stderr, exit 2 for what can never work, else 1.
 """
@@ -20,6 +20,7 @@ from rich.table import Table
 from mmcache._version import __version__
 from mmcache.cli_bench import bench_app
 from mmcache.cli_common import progress_bar, size_text
+from mmcache.cli_token import token_app
 from mmcache.config import ServerConfig, parse_nbytes, server_config
 from mmcache.connect import connect
 from mmcache.errors import ConfigError, FrameError, MMCacheError, UsageError
@@ -34,6 +35,7 @@ app = typer.Typer(
     "**mmcache serve --help** for the settings",
 )
 app.add_typer(bench_app, name="bench")
+app.add_typer(token_app, name="token")
 
 DEFAULT_URL = "mmcache://127.0.0.1:7600"
 STOP_SIGNALS = {signal.SIGTERM, signal.SIGINT}
@@ -69,6 +71,18 @@ Grpc = Annotated[
     str | None,
     _setting(
         "grpc", "Serve gRPC here, for clients in any language; port 0 picks one, '' serves none.", metavar="HOST:PORT"
+    ),
+]
+AccessFile = Annotated[
+    str | None,
+    _setting("access_file", "Who may come in, as whom: see `mmcache token --help`.", "--access", metavar="FILE"),
+]
+TlsCert = Annotated[str | None, _setting("tls_cert", "Speak TLS with this certificate chain, PEM.", metavar="FILE")]
+TlsKey = Annotated[str | None, _setting("tls_key", "Its private key, mode 0600.", metavar="FILE")]
+TlsClientCa = Annotated[
+    str | None,
+    _setting(
+        "tls_client_ca", "Ask for client certificates signed by these CAs; needed without --access.", metavar="FILE"
     ),
 ]
 
@@ -107,7 +121,9 @@ def serve(
     insecure_network: Annotated[
         bool | None,
         _setting(
-            "insecure_network", "Allow an address other hosts can reach: no access control.", "--insecure-network"
+            "insecure_network",
+            "Allow an address other hosts can reach without TLS and access control.",
+            "--insecure-network",
         ),
     ] = None,
     metrics: Annotated[
@@ -115,6 +131,10 @@ def serve(
         _setting("metrics", "Serve a page for Prometheus here; port 0 picks one, '' serves none.", metavar="HOST:PORT"),
     ] = None,
     grpc: Grpc = None,
+    access_file: AccessFile = None,
+    tls_cert: TlsCert = None,
+    tls_key: TlsKey = None,
+    tls_client_ca: TlsClientCa = None,
     verbose: Annotated[bool, typer.Option("--verbose", "-v", help="Log every dropped connection.")] = False,
     as_json: Json = False,
 ) -> None:
@@ -122,10 +142,6 @@ def serve(
 
     An option not given is read from its environment variable. Prints one ready line once it accepts.
     """
-    logging.basicConfig(
-        level=logging.DEBUG if verbose else logging.WARNING, format="%(asctime)s %(levelname)s %(name)s: %(message)s"
-    )
-    signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)  # before any thread starts: all inherit it, one waits
     config = server_config(
         listen=listen,
         unix_path=unix_path,
@@ -138,19 +154,26 @@ def serve(
         insecure_network=insecure_network,
         metrics=metrics,
         grpc=grpc,
+        access_file=access_file,
+        tls_cert=tls_cert,
+        tls_key=tls_key,
+        tls_client_ca=tls_client_ca,
     )
+    level = logging.DEBUG if verbose else logging.WARNING
+    logging.basicConfig(level=level, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+    _run_until_signal(config, as_json=as_json)
+
+
+def _run_until_signal(config: ServerConfig, *, as_json: bool) -> None:
     if not config.listen and not config.unix_path:
         raise ConfigError("there is nothing to listen on; give --listen HOST:PORT or --unix PATH")
+    signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)  # before any thread starts: all inherit it, one waits
     with progress_bar("taking memory") as show:
         server = Server(config, progress=show)
     server.start()
-    _run_until_signal(server, as_json=as_json)
-
-
-def _run_until_signal(server: Server, *, as_json: bool) -> None:
     host, port = server.address or ("", 0)
-    url = f"mmcache://{f'[{host}]' if ':' in host else host}:{port}" if host else f"mmcache+unix://{server.unix_path}"
-    config = server.config
+    scheme = "mmcaches" if config.tls_cert else "mmcache"
+    url = f"{scheme}://{f'[{host}]' if ':' in host else host}:{port}" if host else f"mmcache+unix://{server.unix_path}"
     if as_json:
         ready = {"ready": True, "url": url, "unix_path": server.unix_path, "memory_nbytes": config.memory_nbytes}
         ready |= {"metrics_url": server.metrics_url} if server.metrics_url else {}

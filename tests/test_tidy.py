@@ -40,6 +40,10 @@ PURE = {
     "mmcache.store.policy",
     "mmcache.store.extents",
     "mmcache.cluster.placement",
+    "mmcache.server.access_edit",
+    "mmcache.server.caller",
+    "mmcache.server.grants",
+    "mmcache.units",
     "mmcache.client.plan",
     "mmcache.client.protocol",
 }

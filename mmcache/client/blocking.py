@@ -23,7 +23,7 @@ from mmcache.client.pin import Pinned, count_prefix, pin_prefix
 from mmcache.client.plan import Breaker, batches, put_batches
 from mmcache.client.pool import Pool, PoolBusy
 from mmcache.config import ClientConfig
-from mmcache.errors import MMCacheError, ProtocolError, RequestRefused, TransportError, UsageError
+from mmcache.errors import AccessDenied, MMCacheError, ProtocolError, RequestRefused, TransportError, UsageError
 from mmcache.frame import check_specs, layout_of
 from mmcache.keyset import Key, Keys
 from mmcache.pb import cache_pb2 as pb
@@ -59,7 +59,7 @@ class Client:
 
     def __repr__(self) -> str:
         config = self.config
-        place = {"mmcache": f"{config.host}:{config.port}", "mmcache+unix": config.path}.get(config.scheme, "")
+        place = f"{config.host}:{config.port}" if config.is_network else config.path
         return f"<{type(self).__name__} {config.scheme}://{place}{' closed' if self._pool.closed else ''}>"
 
     def __enter__(self) -> Self:
@@ -290,7 +290,7 @@ class Client:
             raise
         except Exception as error:
             self._count(failures=1)
-            if isinstance(error, (RequestRefused, PoolBusy)):  # the server is there
+            if isinstance(error, (RequestRefused, PoolBusy)) and not isinstance(error, AccessDenied):  # it is there
                 return fail(str(error))
             if not isinstance(error, (MMCacheError, OSError)):
                 log.exception("an operation failed inside the client; it counts as a miss")

@@ -14,15 +14,17 @@ from collections.abc import Callable
 from typing import Any, Final, TypeVar
 
 from mmcache._version import __version__
-from mmcache.client.protocol import RIDER_NBYTES, Acquired, Conversation, Effect, Flow, Recv, Send
+from mmcache.client.credentials import Credentials
+from mmcache.client.protocol import RIDER_NBYTES, Acquired, Conversation, Effect, Flow, Recv, Send, refusal_of
 from mmcache.config import ClientConfig
-from mmcache.errors import ProtocolError, RequestRefused, TransportError
+from mmcache.errors import ProtocolError, TransportError
 from mmcache.frame import layout_of
 from mmcache.keyset import NamespaceId
 from mmcache.pb import cache_pb2 as pb
 from mmcache.transport.base import MAX_BODY_NBYTES, OLDEST_PROTOCOL, PRELUDE_NBYTES, PROTOCOL, Op, parse_prelude
 from mmcache.transport.shm import ArenaMap, Ring
 from mmcache.transport.tcp import Channel, close_fds, connect_tcp, connect_unix, resolve
+from mmcache.transport.tls import TlsChannel
 
 T = TypeVar("T")
 FAREWELL_S: Final = 0.1
@@ -71,9 +73,11 @@ class Link:
 
     @property
     def path(self) -> str:
-        """How the bytes travel: shm, unix or tcp."""
+        """How the bytes travel: shm, unix, tls or tcp."""
         if self.arena is not None:
             return "shm"
+        if isinstance(self.channel, TlsChannel):
+            return "tls"
         return "unix" if self.channel.is_unix else "tcp"
 
     def close(self) -> None:
@@ -88,7 +92,18 @@ class Link:
                 self.run(flow, time.monotonic() + FAREWELL_S)
 
 
-def join(channel: Channel, deadline: float, *, shared: bool, known: tuple[bytes, ArenaMap] | None = None) -> Link:
+class NoSharedMemory(TransportError):
+    """The server lets this client in, but not into its memory."""
+
+
+def join(
+    channel: Channel,
+    deadline: float,
+    *,
+    shared: bool,
+    known: tuple[bytes, ArenaMap] | None = None,
+    token: str = "",
+) -> Link:
     """Join over a fresh channel; with `shared` (unix sockets only), map the arena and offer a ring.
 
     `known` is a server id with the map of its arena, so that a process maps each arena once. Raises TransportError
@@ -97,7 +112,7 @@ def join(channel: Channel, deadline: float, *, shared: bool, known: tuple[bytes,
     ring: Ring | None = None
     fds: list[int] = []
     try:
-        request = pb.JoinRequest(protocol=PROTOCOL, client=f"mmcache-python/{__version__}")
+        request = pb.JoinRequest(protocol=PROTOCOL, client=f"mmcache-python/{__version__}", token=token)
         if shared:
             ring = Ring()
             request.want_arena = True
@@ -120,7 +135,7 @@ def join(channel: Channel, deadline: float, *, shared: bool, known: tuple[bytes,
             else:
                 arena = ArenaMap(fds.pop(), reply.arena_nbytes, populate=reply.arena_prefaulted)
         if shared and arena is None:
-            raise TransportError("the server offered no shared memory on its unix socket; use transport=tcp")
+            raise NoSharedMemory("the server offered no shared memory on its unix socket; use transport=tcp")
         return Link(channel, reply, arena, ring)
     except BaseException:
         channel.close()
@@ -136,7 +151,7 @@ def _read_join(channel: Channel, head: bytes, deadline: float) -> pb.JoinReply:
     body = channel.recv(prelude.body_nbytes, deadline) if prelude.body_nbytes else b""
     try:
         if prelude.op == Op.ERROR:
-            raise RequestRefused(pb.ErrorReply.FromString(body).message)
+            raise refusal_of(pb.ErrorReply.FromString(body))
         if prelude.op != Op.JOIN:
             raise ProtocolError(f"the server answered {prelude.op.name} to JOIN")
         reply = pb.JoinReply.FromString(body)
@@ -159,6 +174,7 @@ class Dialer:
 
     def __init__(self, config: ClientConfig, attach: Callable[[], Channel] | None = None) -> None:
         self.config = config
+        self._credentials = Credentials(config)
         self._attach = attach
         self._arena: tuple[bytes, ArenaMap] | None = None
         self._unix_path = ""
@@ -177,7 +193,7 @@ class Dialer:
         if self._attach is not None:
             return self._join(self._attach(), deadline, shared=shared)
         if config.scheme == "mmcache+unix":
-            return self._join(connect_unix(config.path, config.connect_s, deadline), deadline, shared=shared)
+            return self._open_unix(config.path, deadline, shared=shared)
         if shared and self._unix_path:
             link = self._try_unix(self._unix_path, deadline, None)
             if link is not None:
@@ -203,14 +219,25 @@ class Dialer:
         self._addresses = []
         channel = connect_tcp(addresses, config.connect_s, deadline)
         self._addresses = addresses
-        return channel
+        return self._credentials.secure(channel, deadline)
+
+    def _open_unix(self, path: str, deadline: float, *, shared: bool) -> Link:
+        """By the unix socket the URL names; with transport=auto also where the server keeps its memory to itself."""
+        try:
+            return self._join(connect_unix(path, self.config.connect_s, deadline), deadline, shared=shared)
+        except NoSharedMemory:
+            if self.config.transport != "auto":
+                raise
+            return self._join(connect_unix(path, self.config.connect_s, deadline), deadline, shared=False)
 
     def _try_unix(self, path: str, deadline: float, server_id: bytes | None) -> Link | None:
         """A shared-memory link by a path the server named, or None. The server there must be the same one."""
         try:
             if not os.access(path, os.R_OK | os.W_OK):
                 raise TransportError(f"{path} is not reachable")
-            link = self._join(connect_unix(path, self.config.connect_s, deadline), deadline, shared=True)
+            channel = connect_unix(path, self.config.connect_s, deadline)
+            self._credentials.check_same_user(channel)
+            link = self._join(channel, deadline, shared=True)
         except TransportError:
             self._unix_path = ""
             return None
@@ -221,7 +248,8 @@ class Dialer:
         return link
 
     def _join(self, channel: Channel, deadline: float, *, shared: bool) -> Link:
-        link = join(channel, deadline, shared=shared, known=self._arena)
+        token = self._credentials.token_for(channel)
+        link = join(channel, deadline, shared=shared, known=self._arena, token=token)
         if link.joined.lease_s < LEASE_PER_DEADLINE * self.config.deadline_s and not self._warned:
             self._warned = True
             log.warning(

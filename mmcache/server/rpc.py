@@ -14,6 +14,7 @@ import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
+from pathlib import Path
 from typing import Any, Final
 
 import grpc
@@ -26,11 +27,10 @@ from mmcache.pb import cache_pb2 as pb
 from mmcache.server.caller import Caller
 from mmcache.server.service import BadRequest, Service
 from mmcache.server.tensor_service import METHODS, Gone, TensorService
+from mmcache.server.watched import Watched
+from mmcache.transport.tls import server_context
 
 log = logging.getLogger("mmcache.server")
-Admit = Callable[[str, str], Caller | None]
-"""Who comes with this token and this verified certificate's common name ("": without); None: nobody we know."""
-
 SERVICE: Final = pb.DESCRIPTOR.services_by_name["Cache"].full_name
 WORKERS: Final = 8
 MAX_CALLS: Final = 64  # running and waiting
@@ -38,6 +38,7 @@ MAX_STREAMS: Final = 100  # of one connection
 MAX_REFLECTIONS: Final = 2  # each takes a worker while it is open
 SLOWEST_NBYTES_PER_S: Final = 4 << 20  # as on the framed socket: slower payload, either way, is not waited for
 WATCH_S: Final = 0.5
+CERTIFICATE_CHECK_S: Final = 60
 DENIED: Final = "access denied: no valid token or certificate came with this call; send authorization: Bearer TOKEN"
 _CODES: Final[dict[int, Any]] = {
     pb.ErrorReply.LIMIT: grpc.StatusCode.RESOURCE_EXHAUSTED,
@@ -46,19 +47,37 @@ _CODES: Final[dict[int, Any]] = {
 }
 
 
-def server_credentials(certificate: bytes, key: bytes, client_ca: bytes) -> Any:
-    """TLS with this PEM chain and key; with `client_ca`, clients must show a certificate it has signed."""
-    return grpc.ssl_server_credentials([(key, certificate)], client_ca or None, bool(client_ca))
+def server_credentials(config: ServerConfig) -> Any:
+    """TLS from the settings' files, which are looked at for every connection; None without. Raises ConfigError.
+
+    With `tls_client_ca` a client certificate is needed: gRPC does not know how to ask for one that may be left out.
+    """
+    if not config.tls_cert:
+        return None
+
+    def load() -> Any:
+        # Their errors are better than gRPC's, which does not say what is wrong.
+        server_context(config.tls_cert, config.tls_key, config.tls_client_ca, certificate_needed=True)
+        chain, key = Path(config.tls_cert).read_bytes(), Path(config.tls_key).read_bytes()
+        roots = Path(config.tls_client_ca).read_bytes() if config.tls_client_ca else None
+        return grpc.ssl_server_certificate_configuration([(key, chain)], roots)
+
+    files = [path for path in (config.tls_cert, config.tls_key, config.tls_client_ca) if path]
+    watched = Watched(files, load, "TLS certificate for gRPC")
+    return grpc.dynamic_ssl_server_credentials(
+        watched.value, lambda: watched.value if watched.refresh() else None, bool(config.tls_client_ca)
+    )
 
 
 class RpcServer:
-    """Serves gRPC at `place` (HOST:PORT; port 0 picks) from `start` until `stop`. Raises TransportError if it cannot.
+    """Serves gRPC at `place` (host, port; port 0 picks) from `start` until `stop`.
 
-    `credentials`: of `server_credentials`; None: plain text.
+    Raises TransportError if it cannot, ConfigError for certificates that cannot be used.
     """
 
-    def __init__(self, service: Service, place: tuple[str, int], admit: Admit, credentials: Any = None) -> None:
-        self._tensors, self._admit = TensorService(service), admit
+    def __init__(self, service: Service, place: tuple[str, int]) -> None:
+        credentials = server_credentials(service.config)
+        self._tensors = TensorService(service)
         self._draining = False
         self._calls = Calls(service.config.io_timeout_s)
         self._pool = ThreadPoolExecutor(WORKERS, thread_name_prefix="mmcache-grpc")
@@ -126,12 +145,11 @@ class RpcServer:
             scheme, _, token = values[0].partition(" ") if len(values) == 1 else ("", "", "")
             if scheme.lower() != "bearer" or not token:
                 context.abort(grpc.StatusCode.UNAUTHENTICATED, DENIED)
-        names = context.auth_context().get("x509_common_name", [])
-        common_name = names[0].decode(errors="replace") if len(names) == 1 else ""
-        caller = self._admit(token, common_name)
-        if caller is None:
+        try:
+            return self._tensors.service.admit(token, _common_name(context)).caller
+        except BadRequest:
             context.abort(grpc.StatusCode.UNAUTHENTICATED, DENIED)
-        return caller  # type: ignore[return-value]  # abort raises
+            raise
 
     def _serve(self, method: str, requests: Iterator[bytes], context: Any) -> bytes:
         if self._draining:
@@ -160,13 +178,25 @@ class RpcServer:
         context.abort(grpc.StatusCode.INTERNAL, "an internal error; the server's log has it")
 
 
+def _common_name(context: Any) -> str | None:
+    """The one common name of the verified client certificate, "" where it has none or several; None without one."""
+    shown = context.auth_context()
+    names = shown.get("x509_common_name", [])
+    if "x509_pem_cert" not in shown and not names:
+        return None
+    return names[0].decode(errors="replace") if len(names) == 1 else ""
+
+
 def _waits(context: Any) -> bool:
     left_s = context.time_remaining()
     return context.is_active() and (left_s is None or left_s > 0)
 
 
 def _options(config: ServerConfig) -> list[tuple[str, int]]:
+    age_ms = 1000 * CERTIFICATE_CHECK_S
     return [
+        # A connection shows its certificate at its start only: it ends, and the next one shows what is valid then.
+        *([("grpc.max_connection_age_ms", age_ms)] if config.tls_client_ca else []),
         ("grpc.so_reuseport", 0),  # else two servers share a port, and neither knows
         # Twice the limit, so that most of what is too large hears our own words about it.
         ("grpc.max_receive_message_length", min(2 * config.max_grpc_nbytes, (1 << 31) - 1)),

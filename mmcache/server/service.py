@@ -19,7 +19,8 @@ from mmcache.config import ServerConfig
 from mmcache.errors import KeyInputError, MMCacheError
 from mmcache.frame import Kind, parse_header
 from mmcache.pb import cache_pb2 as pb
-from mmcache.server.caller import Caller
+from mmcache.server.access import DENIED, Access, Pass
+from mmcache.server.caller import LOCAL, Caller
 from mmcache.store.answers import Found, Refusal
 from mmcache.store.shard import Landing, Shard
 from mmcache.transport.base import OLDEST_PROTOCOL, PLACE, PROTOCOL, Op
@@ -27,6 +28,7 @@ from mmcache.transport.base import OLDEST_PROTOCOL, PLACE, PROTOCOL, Op
 KEY_NBYTES: Final = 32
 MAX_RECHECK_KEYS: Final = 64  # each is hashed whole
 _M = TypeVar("_M", bound=Message)
+_ADMIN_OPS: Final = frozenset({Op.REMOVE, Op.LIST, Op.AUDIT})  # and MODE, where it sets
 _KINDS: Final = frozenset(map(int, Kind))
 _FOUND, _MISS, _LATER = int(pb.FOUND), int(pb.MISS), int(pb.LATER)
 _PUT_STATUS: Final[dict[Refusal, int]] = {
@@ -58,8 +60,8 @@ def status_of(reason: Refusal | None) -> int:
 class Service:
     """Answers requests for one shard. Thread-safe: connections call it concurrently."""
 
-    def __init__(self, shard: Shard, config: ServerConfig) -> None:
-        self.shard, self.config = shard, config
+    def __init__(self, shard: Shard, config: ServerConfig, access: Access | None = None) -> None:
+        self.shard, self.config, self.access = shard, config, access
         self.server_id = secrets.token_bytes(16)
         self.unix_path = ""
         self.started_at = time.monotonic()
@@ -78,10 +80,28 @@ class Service:
 
     def handle(self, op: Op, caller: Caller, body: bytes) -> Message:
         """The reply to a request without payload. Raises BadRequest."""
+        if not caller.admin and (op in _ADMIN_OPS or (op is Op.MODE and parse(pb.ModeRequest(), body).set)):
+            raise BadRequest(f"{op.name} needs an admin token; see docs/access.md", pb.ErrorReply.DENIED)
         if op not in self._plain:
             raise BadRequest(f"{op.name} is not a request", pb.ErrorReply.UNSUPPORTED)
         make, answer = self._plain[op]
         return answer(caller, parse(make(), body))
+
+    def admit(self, token: str, common_name: str | None) -> Pass:
+        """Who joins with this token ("": without) and this verified certificate (None: without).
+
+        Raises BadRequest, which says the same whatever was wrong.
+        """
+        if self.access is None:
+            return Pass(LOCAL, True, b"", None)
+        admitted = self.access.admit(token, common_name)
+        if admitted is None:
+            raise BadRequest(DENIED, pb.ErrorReply.DENIED)
+        return admitted
+
+    def still(self, admitted: Pass) -> bool:
+        """Whether who joined with this may go on."""
+        return self.access is None or self.access.still(admitted)
 
     def join_reply(self, request: pb.JoinRequest, *, with_arena: bool) -> pb.JoinReply:
         """What a client is told when it joins. Raises BadRequest for a protocol this release does not speak."""
@@ -251,7 +271,7 @@ class Service:
 
     def _stat(self, caller: Caller, request: pb.StatRequest) -> Message:
         return pb.StatReply(
-            counters=self.counters(),
+            counters=self.counters() if caller.admin else {},  # of everybody: not for one tenant to see
             server=f"mmcache/{__version__}",
             server_id=self.server_id,
             uptime_s=time.monotonic() - self.started_at,

@@ -199,9 +199,16 @@ class Shard:
             by_kind = {f"bytes_{kind.name.lower()}": nbytes_by_kind.get(kind, 0) for kind in Kind}
             return {**self.index.stats()._asdict(), **by_kind, **self.counters}
 
-    def expiry(self, expires_ms: int) -> float:
-        """The monotonic instant of a frame's expiry time (Unix ms; 0: never)."""
-        return math.inf if not expires_ms else self._clock() + (expires_ms - self._wall_ms()) / 1000
+    def expiry(self, meta: FrameMeta) -> float:
+        """The monotonic instant at which a frame that is stored now expires; inf: never.
+
+        Where the writer's clock is ahead of this host's, its own two times say how long the value may live: clocks that
+        differ let it end early, never late.
+        """
+        if not meta.expires_ms:
+            return math.inf
+        left_ms = min(meta.expires_ms - self._wall_ms(), meta.expires_ms - meta.created_ms)
+        return self._clock() + left_ms / 1000
 
     def now(self) -> float:
         """The shard's monotonic clock, seconds."""
@@ -267,7 +274,7 @@ class Landing:
             self.abort()
             return self.refusal
         shard = self._shard
-        expires_at = shard.expiry(header.meta.expires_ms)
+        expires_at = shard.expiry(header.meta)
         if expires_at <= shard.now():
             self.refusal = Refusal.EXPIRED
             self.abort()
