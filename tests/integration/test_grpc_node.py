@@ -59,6 +59,23 @@ def key_of(label: str) -> Key:
     return embedding_key(NAMESPACE, item_digest(content, grid=(1, 16, 16), processor_kwargs={"max_pixels": 200_704}))
 
 
+def destination() -> dict[str, Any]:
+    """Room for what roundtrip.mjs stores."""
+    return {
+        "embedding": np.zeros((3, 64), np.float32),
+        "deepstack": as_dtype(np.zeros((2, 32), np.uint16), "bfloat16"),
+        "nothing": np.zeros((0, 5), np.int8),
+        "scale": np.zeros((), np.float64),
+    }
+
+
+def check_node_stored(found: dict[str, Any]) -> None:
+    """These are its bits, computed here anew."""
+    assert found["embedding"].tobytes() == EMBEDDING.tobytes()
+    assert found["deepstack"].array.tobytes() == DEEPSTACK.tobytes()
+    assert found["scale"] == 0.1
+
+
 @pytest.fixture(scope="module")
 def server() -> Iterator[ServerProcess]:
     with ServerProcess("64MiB", "--grpc", "127.0.0.1:0") as running:
@@ -119,18 +136,11 @@ def test_python_reads_what_node_stored_bit_for_bit(server: ServerProcess) -> Non
     key = key_of("node")
     assert node(server.grpc_address, "put", "node") == {"key": key.hex(), "came": ["stored"]}
     assert node(server.grpc_address, "put", "node")["came"] == ["present"]
-    back: dict[str, Any] = {
-        "embedding": np.zeros((3, 64), np.float32),
-        "deepstack": as_dtype(np.zeros((2, 32), np.uint16), "bfloat16"),
-        "nothing": np.zeros((0, 5), np.int8),
-        "scale": np.zeros((), np.float64),
-    }
+    back = destination()
     with mmcache.connect(server.url) as client:
         assert client.get_into(Keys.of(key), [back])[0]
         told = client.inspect(key.digest)
-    assert back["embedding"].tobytes() == EMBEDDING.tobytes()
-    assert back["deepstack"].array.tobytes() == DEEPSTACK.tobytes()
-    assert back["scale"] == 0.1
+    check_node_stored(back)
     assert (told.kind, dict(told.facts)) == ("embedding", dict(NAMESPACE.facts))
     with rpc_to(server.grpc_address) as rpc:
         (entry,) = rpc("Get", pb.GetRequest(keys=key.digest)).entries
