@@ -174,15 +174,17 @@ def _run_until_signal(config: ServerConfig, *, as_json: bool) -> None:
     host, port = server.address or ("", 0)
     scheme = "mmcaches" if config.tls_cert else "mmcache"
     url = f"{scheme}://{f'[{host}]' if ':' in host else host}:{port}" if host else f"mmcache+unix://{server.unix_path}"
+    grpc_host, grpc_port = server.grpc_address or ("", 0)
+    grpc = f"{f'[{grpc_host}]' if ':' in grpc_host else grpc_host}:{grpc_port}" if grpc_host else ""
     if as_json:
         ready = {"ready": True, "url": url, "unix_path": server.unix_path, "memory_nbytes": config.memory_nbytes}
         ready |= {"metrics_url": server.metrics_url} if server.metrics_url else {}
-        ready |= {"grpc_address": server.grpc_address} if server.grpc_address else {}
+        ready |= {"grpc_address": grpc} if grpc else {}
         print(json.dumps(ready), flush=True)
     else:
         size = f"{config.memory_nbytes / 2**20:.0f} MiB, {config.entries} entries"
         page = f"; metrics {server.metrics_url}" if server.metrics_url else ""
-        page += f"; gRPC {server.grpc_address}" if server.grpc_address else ""
+        page += f"; gRPC {grpc}" if grpc else ""
         socket = f"unix socket {server.unix_path or 'off'}"
         print(f"mmcache {__version__} ready: {url} ({size}; {socket}{page})", flush=True)
     signal.sigwait(STOP_SIGNALS)

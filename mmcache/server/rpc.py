@@ -97,7 +97,7 @@ class RpcServer:
         except RuntimeError as error:
             self._pool.shutdown()
             raise TransportError(f"gRPC cannot be served on {place_text}:{port}; choose another --grpc") from error
-        self.address = f"{place_text}:{port}"
+        self.address = host, port
 
     def _add_reflection(self) -> None:
         names = (SERVICE, health.SERVICE_NAME, reflection.SERVICE_NAME)

@@ -132,9 +132,9 @@ class Server:
         return self._metrics.url if self._metrics is not None else ""
 
     @property
-    def grpc_address(self) -> str:
-        """HOST:PORT of the public carrier; empty: nowhere."""
-        return self._rpc.address if self._rpc is not None else ""
+    def grpc_address(self) -> tuple[str, int] | None:
+        """Where the public carrier listens; None: nowhere."""
+        return self._rpc.address if self._rpc is not None else None
 
     def attach(self, sock: socket.socket) -> None:
         """Serve one already connected unix socket as a client on this host."""

@@ -45,6 +45,7 @@ KINDS: Final = {kind.name.lower(): kind for kind in Kind}
 METHODS: Final = tuple(method.name for method in pb.DESCRIPTOR.services_by_name["Cache"].methods)
 FIELDS_PER_KEY: Final = 64  # of a Put: three tensors of four dimensions an entry, and all else, take less
 ENTRY_NBYTES: Final = 8  # at most, of a reply's entry that was not found; one that was takes no more than its frame
+MODALITIES: Final = frozenset(pb.Modality.values())
 _MAX_MS: Final = 1 << 62
 _NO_SCRATCH: Final = memoryview(bytearray(0))  # a landing that is refused takes nothing more
 
@@ -216,7 +217,7 @@ class TensorService:
             frame_nbytes=[layout_of(entry.sizes, alignment).frame_nbytes for entry in entries],
             kinds=bytes(entry.meta.kind for entry in entries),
             namespaces=entries[0].meta.namespace if entries else b"",
-            modalities=bytes(min(entry.modality, 255) for entry in request.entries),
+            modalities=bytes(entry.modality for entry in request.entries),
             media_units=[entry.media_units for entry in request.entries],
         )
 
@@ -271,6 +272,8 @@ def checked_entry(entry: pb.PutEntry, kind: Kind, namespace: bytes, now_ms: int,
     key = _digest(entry.key, f"{where}.key")
     if entry.ttl_ms > _MAX_MS:
         raise BadRequest(f"{where}.ttl_ms is {entry.ttl_ms}; leave it out for no limit")
+    if entry.modality not in MODALITIES:
+        raise BadRequest(f"{where}.modality {entry.modality} is unknown to this release; leave it out")
     specs = []
     for tensor in entry.tensors:
         if len(tensor.shape) > MAX_DIMS:

@@ -123,6 +123,7 @@ def bad_puts() -> dict[str, tuple[pb.PutRequest, str]]:
         "an unknown kind": (put_request(put_of(key, good), kind="vector"), "kind 'vector' is unknown; use one of kv"),
         "no namespace": (put_request(put_of(key, good), facts={}), "namespace has 0 bytes"),
         "another namespace": (put_request(put_of(key, good), namespace=bytes(32)), "not the digest of these facts"),
+        "an unknown modality": (put_request(put_of(key, good, modality=-1)), "modality -1 is unknown"),
         "an endless life": (put_request(put_of(key, good, ttl_ms=1 << 63)), "leave it out for no limit"),
     }
 
