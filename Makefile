@@ -19,7 +19,7 @@ TEST := $(VENV)/.stamp-test
 
 help:
 	@echo "make demo    install, then run the main job: mmcache bench media"
-	@echo "make test    install, then run check and all tests with coverage"
+	@echo "make test    install (Node too, for its client), then run check and all tests with coverage"
 	@echo "make check   install, then run ruff, mypy and the import contracts"
 	@echo "make test-engines        install the real vLLM and SGLang (CPU) into .engines, then run the engine suites"
 	@echo "make test-engines-full   the same, with every case (half an hour)"
@@ -35,6 +35,7 @@ check: $(TEST)
 	$(BIN)/lint-imports
 
 test: check
+	bash tests/clients/install-node.sh
 	$(BIN)/python -m pytest --cov --cov-report=term
 
 $(CREATED):

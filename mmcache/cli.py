@@ -23,6 +23,7 @@ from mmcache import cli_explain, cli_ops
 from mmcache._version import __version__
 from mmcache.cli_bench import bench_app
 from mmcache.cli_common import DEFAULT_URL, Json, Url, key_digest, progress_bar, size_text
+from mmcache.cli_token import token_app
 from mmcache.config import ServerConfig, parse_nbytes, server_config
 from mmcache.connect import connect
 from mmcache.errors import ConfigError, FrameError, MMCacheError, UsageError
@@ -40,6 +41,7 @@ app = typer.Typer(
 app.add_typer(bench_app, name="bench")
 cli_ops.register(app)
 cli_explain.register(app)
+app.add_typer(token_app, name="token")
 
 STOP_SIGNALS = {signal.SIGTERM, signal.SIGINT}
 DEFAULTS = ServerConfig()
@@ -66,6 +68,26 @@ def _setting(name: str, text: str, *flags: str, metavar: str | None = None) -> A
     shown = size_text(value) if name.endswith("_nbytes") else "off" if value is False else str(value) or "none"
     variable = f"MMCACHE_{name.removesuffix('_nbytes').upper()}"
     return typer.Option(*flags, metavar=metavar, help=f"{text} (default: {shown}; {variable})")
+
+
+Grpc = Annotated[
+    str | None,
+    _setting(
+        "grpc", "Serve gRPC here, for clients in any language; port 0 picks one, '' serves none.", metavar="HOST:PORT"
+    ),
+]
+AccessFile = Annotated[
+    str | None,
+    _setting("access_file", "Who may come in, as whom: see `mmcache token --help`.", "--access", metavar="FILE"),
+]
+TlsCert = Annotated[str | None, _setting("tls_cert", "Speak TLS with this certificate chain, PEM.", metavar="FILE")]
+TlsKey = Annotated[str | None, _setting("tls_key", "Its private key, mode 0600.", metavar="FILE")]
+TlsClientCa = Annotated[
+    str | None,
+    _setting(
+        "tls_client_ca", "Ask for client certificates signed by these CAs; needed without --access.", metavar="FILE"
+    ),
+]
 
 
 @app.command(
@@ -102,7 +124,9 @@ def serve(
     insecure_network: Annotated[
         bool | None,
         _setting(
-            "insecure_network", "Allow an address other hosts can reach: no access control.", "--insecure-network"
+            "insecure_network",
+            "Allow an address other hosts can reach without TLS and access control.",
+            "--insecure-network",
         ),
     ] = None,
     metrics: Annotated[
@@ -114,6 +138,11 @@ def serve(
         _setting("mode", "Allow both, read, write or off; see `mmcache mode`.", metavar="MODE"),
     ] = None,
     log: Annotated[str | None, _setting("log", "How to log: text or json, one object a line.", metavar="FORM")] = None,
+    grpc: Grpc = None,
+    access_file: AccessFile = None,
+    tls_cert: TlsCert = None,
+    tls_key: TlsKey = None,
+    tls_client_ca: TlsClientCa = None,
     verbose: Annotated[bool, typer.Option("--verbose", "-v", help="Log every dropped connection.")] = False,
     as_json: Json = False,
 ) -> None:
@@ -121,7 +150,6 @@ def serve(
 
     An option not given is read from its environment variable. Prints one ready line once it accepts.
     """
-    signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)  # before any thread starts: all inherit it, one waits
     config = server_config(
         listen=listen,
         unix_path=unix_path,
@@ -135,27 +163,37 @@ def serve(
         metrics=metrics,
         mode=mode,
         log=log,
+        grpc=grpc,
+        access_file=access_file,
+        tls_cert=tls_cert,
+        tls_key=tls_key,
+        tls_client_ca=tls_client_ca,
     )
     log_to_stderr(config.log, logging.DEBUG if verbose else logging.WARNING)
+    _run_until_signal(config, as_json=as_json)
+
+
+def _run_until_signal(config: ServerConfig, *, as_json: bool) -> None:
     if not config.listen and not config.unix_path:
         raise ConfigError("there is nothing to listen on; give --listen HOST:PORT or --unix PATH")
+    signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)  # before any thread starts: all inherit it, one waits
     with progress_bar("taking memory") as show:
         server = Server(config, progress=show)
     server.start()
-    _run_until_signal(server, as_json=as_json)
-
-
-def _run_until_signal(server: Server, *, as_json: bool) -> None:
     host, port = server.address or ("", 0)
-    url = f"mmcache://{f'[{host}]' if ':' in host else host}:{port}" if host else f"mmcache+unix://{server.unix_path}"
-    config = server.config
+    scheme = "mmcaches" if config.tls_cert else "mmcache"
+    url = f"{scheme}://{f'[{host}]' if ':' in host else host}:{port}" if host else f"mmcache+unix://{server.unix_path}"
+    grpc_host, grpc_port = server.grpc_address or ("", 0)
+    grpc = f"{f'[{grpc_host}]' if ':' in grpc_host else grpc_host}:{grpc_port}" if grpc_host else ""
     if as_json:
         ready = {"ready": True, "url": url, "unix_path": server.unix_path, "memory_nbytes": config.memory_nbytes}
         ready |= {"metrics_url": server.metrics_url} if server.metrics_url else {}
+        ready |= {"grpc_address": grpc} if grpc else {}
         print(json.dumps(ready), flush=True)
     else:
         size = f"{config.memory_nbytes / 2**20:.0f} MiB, {config.entries} entries"
         page = f"; metrics {server.metrics_url}" if server.metrics_url else ""
+        page += f"; gRPC {grpc}" if grpc else ""
         socket = f"unix socket {server.unix_path or 'off'}"
         print(f"mmcache {__version__} ready: {url} ({size}; {socket}{page})", flush=True)
     signal.sigwait(STOP_SIGNALS)

@@ -13,7 +13,7 @@ from typing import Any, Final, Generic, Protocol, TypeVar
 from mmcache.client.plan import Breaker
 from mmcache.client.session import Session
 from mmcache.config import ClientConfig
-from mmcache.errors import MMCacheError, RequestRefused, TransportError
+from mmcache.errors import AccessDenied, MMCacheError, RequestRefused, TransportError
 from mmcache.transport.shm import ArenaMap, Copier
 
 log = logging.getLogger("mmcache.client")
@@ -82,7 +82,7 @@ class ClientCore:
 
     def __repr__(self) -> str:
         config = self.config
-        place = {"mmcache": f"{config.host}:{config.port}", "mmcache+unix": config.path}.get(config.scheme, "")
+        place = f"{config.host}:{config.port}" if config.is_network else config.path
         return f"<{type(self).__name__} {config.scheme}://{place}{' closed' if self._closed else ''}>"
 
     @property
@@ -115,7 +115,7 @@ class ClientCore:
     def _failed(self, error: Exception) -> str:
         """Note what ended a call; the reason for its results."""
         self._count({"failures": 1})
-        if isinstance(error, (RequestRefused, PoolBusy)):  # the server is there
+        if isinstance(error, (RequestRefused, PoolBusy)) and not isinstance(error, AccessDenied):  # it is there
             return str(error)
         if not isinstance(error, (MMCacheError, OSError)):
             log.error("an operation failed inside the client; it counts as a miss", exc_info=error)

@@ -7,7 +7,7 @@ import os
 from collections.abc import Generator
 from typing import Final, Generic, NamedTuple, TypeVar
 
-from mmcache.client.session import Session
+from mmcache.client.session import NoSharedMemory, Session
 from mmcache.config import ClientConfig
 from mmcache.errors import TransportError
 from mmcache.transport.shm import ArenaMap
@@ -40,7 +40,12 @@ class Route(Generic[L]):
         config = self.config
         shared = config.transport != "tcp"
         if self._attached or config.scheme == "mmcache+unix":
-            return self._note((yield Dial(config.path, shared)))
+            try:
+                return self._note((yield Dial(config.path, shared)))
+            except NoSharedMemory:
+                if config.transport != "auto":
+                    raise
+                return self._note((yield Dial(config.path, False)))
         if shared and self._unix_path:
             link = yield from self._try_unix(self._unix_path, None)
             if link is not None:

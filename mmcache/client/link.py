@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable
 from typing import Any, TypeVar
 
+from mmcache.client.credentials import Credentials
 from mmcache.client.dial import Dial, Route
 from mmcache.client.protocol import Effect, Flow, Recv, RecvInto, Send, SendWithFds, Work
 from mmcache.client.session import FAREWELL_S, Joined, Session, drive, join
@@ -68,6 +69,8 @@ class Dialer:
 
     def __init__(self, config: ClientConfig, attach: Callable[[], Channel] | None = None) -> None:
         self.config = config
+        self._credentials = Credentials(config)
+        self._credentials = Credentials(config)
         self._attach = attach
         self._route: Route[Link] = Route(config, attached=attach is not None)
         self._addresses: list[tuple[int, tuple[Any, ...]]] = []
@@ -83,7 +86,9 @@ class Dialer:
         def dial(effect: Dial) -> Link:
             channel = self._connect(effect.path, deadline)
             try:
-                return Link(channel, run(channel, join(shared=effect.shared, known=self._route.known), deadline))
+                token = self._credentials.token_for(channel)
+                joining = join(shared=effect.shared, known=self._route.known, token=token)
+                return Link(channel, run(channel, joining, deadline))
             except BaseException:
                 channel.close()
                 raise
@@ -97,9 +102,12 @@ class Dialer:
         if self._attach is not None:
             return self._attach()
         if path:
-            return connect_unix(path, config.connect_s, deadline)
+            channel = connect_unix(path, config.connect_s, deadline)
+            if path != config.path:
+                self._credentials.check_same_user(channel)
+            return channel
         addresses = self._addresses or resolve(config.host, config.port, deadline)
         self._addresses = []
         channel = connect_tcp(addresses, config.connect_s, deadline)
         self._addresses = addresses
-        return channel
+        return self._credentials.secure(channel, deadline)

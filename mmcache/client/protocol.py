@@ -17,7 +17,7 @@ import numpy as np
 import xxhash
 from google.protobuf.message import DecodeError, Message
 
-from mmcache.errors import FrameError, ProtocolError, RequestRefused
+from mmcache.errors import AccessDenied, FrameError, ProtocolError, RequestRefused
 from mmcache.frame import (
     MAX_FRAME_NBYTES,
     MAX_HEADER_NBYTES,
@@ -132,8 +132,7 @@ class Conversation:
         body = (yield Recv(prelude.body_nbytes)) if prelude.body_nbytes else b""
         try:
             if prelude.op == Op.ERROR and not prelude.payload_nbytes:
-                refusal = pb.ErrorReply.FromString(body)
-                raise RequestRefused(refusal.message or "the server refused without a reason")
+                raise refusal_of(pb.ErrorReply.FromString(body))
             if prelude.op != op or prelude.request_id != self._request_id:
                 raise ProtocolError(f"the server answered {prelude.op.name} to {op.name}")
             reply.ParseFromString(body)
@@ -270,6 +269,12 @@ class Conversation:
             raise ProtocolError(f"instead of a note about a ring slot the server said: {words}")
 
 
+def refusal_of(reply: pb.ErrorReply) -> RequestRefused:
+    """What an ERROR says, to be raised."""
+    kind = AccessDenied if reply.code == pb.ErrorReply.DENIED else RequestRefused
+    return kind(reply.message or "the server refused without a reason")
+
+
 def _read_acquired(reply: pb.AcquireReply, asked: int, prefix: bool) -> Acquired:
     status, places = reply.status, reply.places
     count = status.count(_FOUND)
@@ -332,7 +337,11 @@ _PUT_RESULTS: Final = {
     pb.NO_ENTRIES: Result(Outcome.REFUSED, "the index is full; raise --max-entries"),
     pb.BAD_FRAME: Result(Outcome.REFUSED, "the bytes that arrived were not the frame that was sent"),
     pb.LOST: Result(Outcome.REFUSED, "the reservation expired before all bytes arrived"),
-    pb.EXPIRED: Result(Outcome.REFUSED, "its time to live passed before it was stored; compare the hosts' clocks"),
+    pb.EXPIRED: Result(
+        Outcome.REFUSED,
+        "its time to live had passed by the server's clock before it was stored: the clocks of this host and the "
+        "server's differ, set them; or raise ttl_s",
+    ),
     pb.QUOTA: Result(Outcome.REFUSED, "the tenant's quota, or the namespace's, is used up; remove entries or raise it"),
     pb.STOPPED: Result(Outcome.REFUSED, "an operator has stopped writes (mmcache mode)"),
     pb.OVERLOADED: Result(Outcome.REFUSED, "too many bytes in flight at the server; try again later"),

@@ -17,8 +17,9 @@ from mmcache.client.protocol import (
     Send,
     SendWithFds,
     Work,
+    refusal_of,
 )
-from mmcache.errors import ProtocolError, RequestRefused, TransportError
+from mmcache.errors import ProtocolError, TransportError
 from mmcache.frame import layout_of
 from mmcache.keyset import NamespaceId
 from mmcache.pb import cache_pb2 as pb
@@ -37,6 +38,10 @@ class Wire(Protocol):
     @property
     def is_unix(self) -> bool:
         """True for a unix socket."""
+
+    @property
+    def is_tls(self) -> bool:
+        """True where what is sent is encrypted."""
 
     @property
     def is_loopback(self) -> bool:
@@ -77,9 +82,11 @@ class Session:
 
     @property
     def path(self) -> str:
-        """How the bytes travel: shm, unix or tcp."""
+        """How the bytes travel: shm, unix, tls or tcp."""
         if self.arena is not None:
             return "shm"
+        if self.channel.is_tls:
+            return "tls"
         return "unix" if self.channel.is_unix else "tcp"
 
     def close(self) -> None:
@@ -103,7 +110,11 @@ def drive(flow: Generator[E, Any, T], perform: Callable[[E], Any]) -> T:
         return result
 
 
-def join(*, shared: bool, known: tuple[bytes, ArenaMap] | None = None) -> Flow[Joined]:
+class NoSharedMemory(TransportError):
+    """The server lets this client in, but not into its memory."""
+
+
+def join(*, shared: bool, known: tuple[bytes, ArenaMap] | None = None, token: str = "") -> Flow[Joined]:
     """Join over a fresh channel; with `shared` (unix sockets only), map the arena and offer a ring.
 
     `known` is a server id with the map of its arena, so that a process maps each arena once. Raises TransportError:
@@ -112,7 +123,7 @@ def join(*, shared: bool, known: tuple[bytes, ArenaMap] | None = None) -> Flow[J
     ring: Ring | None = None
     fds: list[int] = []
     try:
-        request = pb.JoinRequest(protocol=PROTOCOL, client=f"mmcache-python/{__version__}")
+        request = pb.JoinRequest(protocol=PROTOCOL, client=f"mmcache-python/{__version__}", token=token)
         if shared:
             ring = Ring()
             request.want_arena = True
@@ -136,7 +147,7 @@ def join(*, shared: bool, known: tuple[bytes, ArenaMap] | None = None) -> Flow[J
 
                 arena = yield Work(map_arena, reply.arena_nbytes if reply.arena_prefaulted else 0)
         if shared and arena is None:
-            raise TransportError("the server offered no shared memory on its unix socket; use transport=tcp")
+            raise NoSharedMemory("the server offered no shared memory on its unix socket; use transport=tcp")
         return Joined(reply, arena, ring)
     finally:
         close_fds(fds)
@@ -149,7 +160,7 @@ def _read_join(head: bytes) -> Flow[pb.JoinReply]:
     body = (yield Recv(prelude.body_nbytes)) if prelude.body_nbytes else b""
     try:
         if prelude.op == Op.ERROR:
-            raise RequestRefused(pb.ErrorReply.FromString(body).message)
+            raise refusal_of(pb.ErrorReply.FromString(body))
         if prelude.op != Op.JOIN:
             raise ProtocolError(f"the server answered {prelude.op.name} to JOIN")
         reply = pb.JoinReply.FromString(body)

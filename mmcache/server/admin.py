@@ -9,8 +9,9 @@ from typing import Final
 from google.protobuf.message import Message
 
 from mmcache.pb import cache_pb2 as pb
-from mmcache.server.caller import Caller, Tenants
+from mmcache.server.caller import Caller
 from mmcache.server.refuse import BadRequest
+from mmcache.server.tenants import Tenants
 from mmcache.store.answers import MAX_UNITS, UNIT_BITS, Refusal
 from mmcache.store.history import Reason, Why
 from mmcache.store.namespaces import Selection, Stopped

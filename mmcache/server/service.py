@@ -19,9 +19,11 @@ from mmcache.config import ServerConfig
 from mmcache.errors import KeyInputError, MMCacheError
 from mmcache.frame import Kind, parse_header
 from mmcache.pb import cache_pb2 as pb
+from mmcache.server.access import DENIED, Access, Pass
 from mmcache.server.admin import Admin
-from mmcache.server.caller import Caller, Tenants
+from mmcache.server.caller import LOCAL, Caller
 from mmcache.server.refuse import BadRequest, parse
+from mmcache.server.tenants import Tenants
 from mmcache.store.answers import Found, Modality, Refusal, pack_media
 from mmcache.store.shard import Landing, Shard
 from mmcache.transport.base import OLDEST_PROTOCOL, PLACE, PROTOCOL, Op
@@ -55,13 +57,13 @@ def status_of(reason: Refusal | None) -> int:
 class Service:
     """Answers requests for one shard. Thread-safe: connections call it concurrently."""
 
-    def __init__(self, shard: Shard, config: ServerConfig) -> None:
-        self.shard, self.config = shard, config
+    def __init__(self, shard: Shard, config: ServerConfig, access: Access | None = None) -> None:
+        self.shard, self.config, self.access = shard, config, access
         self.server_id = secrets.token_bytes(16)
         self.unix_path = ""
         self.started_at = time.monotonic()
         self.connections = 0
-        self.tenants = Tenants()
+        self.tenants = access.tenants if access is not None else Tenants()
         self.admin = Admin(shard, self.tenants, lambda refusal: status_of(refusal))
         self._inflight_nbytes = 0
         self._inflight_lock = threading.Lock()
@@ -84,13 +86,29 @@ class Service:
         make, answer = self._plain[op]
         request = parse(make(), body)
         if not caller.admin and (op in _ADMIN_OPS or (isinstance(request, pb.ModeRequest) and request.set)):
-            raise BadRequest(f"{op.name} is for operators: it needs an admin token", pb.ErrorReply.DENIED)
+            raise BadRequest(f"{op.name} needs an admin token; see docs/access.md", pb.ErrorReply.DENIED)
         return answer(caller, request)
 
     @property
     def mode(self) -> pb.Mode:
         """What is stopped for everybody, as every reply of a data operation says it."""
         return int(self.shard.stopped)  # type: ignore[return-value]
+
+    def admit(self, token: str, common_name: str | None) -> Pass:
+        """Who joins with this token ("": without) and this verified certificate (None: without).
+
+        Raises BadRequest, which says the same whatever was wrong.
+        """
+        if self.access is None:
+            return Pass(LOCAL, True, b"", None)
+        admitted = self.access.admit(token, common_name)
+        if admitted is None:
+            raise BadRequest(DENIED, pb.ErrorReply.DENIED)
+        return admitted
+
+    def still(self, admitted: Pass) -> bool:
+        """Whether who joined with this may go on."""
+        return self.access is None or self.access.still(admitted)
 
     def join_reply(self, request: pb.JoinRequest, *, with_arena: bool) -> pb.JoinReply:
         """What a client is told when it joins. Raises BadRequest for a protocol this release does not speak."""
@@ -276,7 +294,7 @@ class Service:
 
     def _stat(self, caller: Caller, request: pb.StatRequest) -> Message:
         return pb.StatReply(
-            counters=self.counters(),
+            counters=self.counters() if caller.admin else self.shard.stat_of(caller.tenant),
             server=f"mmcache/{__version__}",
             server_id=self.server_id,
             uptime_s=time.monotonic() - self.started_at,

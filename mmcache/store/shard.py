@@ -264,9 +264,21 @@ class Shard:
                 "namespaces_forgotten": self.namespaces.forgotten,
             }
 
-    def expiry(self, expires_ms: int) -> float:
-        """The monotonic instant of a frame's expiry time (Unix ms; 0: never)."""
-        return math.inf if not expires_ms else self._clock() + (expires_ms - self._wall_ms()) / 1000
+    def stat_of(self, tenant: int) -> dict[str, int]:
+        """What one tenant may know: its own bytes."""
+        with self.lock:
+            return {"bytes_used": self.index.usage.by_tenant[tenant]}
+
+    def expiry(self, meta: FrameMeta) -> float:
+        """The monotonic instant at which a frame that is stored now expires; inf: never.
+
+        Where the writer's clock is ahead of this host's, its own two times say how long the value may live: clocks that
+        differ let it end early, never late.
+        """
+        if not meta.expires_ms:
+            return math.inf
+        left_ms = min(meta.expires_ms - self._wall_ms(), meta.expires_ms - meta.created_ms)
+        return self._clock() + left_ms / 1000
 
     def now(self) -> float:
         """The shard's monotonic clock, seconds."""
@@ -342,7 +354,7 @@ class Landing:
 
     def _commit(self, header: FrameHeader) -> Refusal | None:
         shard, meta = self._shard, header.meta
-        expires_at = shard.expiry(meta.expires_ms)
+        expires_at = shard.expiry(meta)
         with shard.lock:
             now = shard.now()
             number = shard.number(self._tenant, meta.namespace)

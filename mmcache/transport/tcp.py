@@ -44,18 +44,8 @@ class Channel:
     `deadline` is a `time.monotonic()` instant; `None` waits for ever (a server waiting for the next request).
     """
 
-    __slots__ = (
-        "_ahead",
-        "_end",
-        "_poll",
-        "_recv_timeout_s",
-        "_rest_s",
-        "_send_timeout_s",
-        "_spin_from",
-        "_start",
-        "sock",
-        "spin_s",
-    )
+    __slots__ = ("_ahead", "_end", "_poll", "_recv_timeout_s", "_rest_s", "_send_timeout_s", "_spin_from", "_start",
+                 "sock", "spin_s")  # fmt: skip
 
     def __init__(self, sock: socket.socket) -> None:
         sock.setblocking(True)
@@ -202,7 +192,7 @@ class Channel:
         end = now + self.spin_s
         while now < end:
             try:
-                count = self.sock.recv_into(view, 0, socket.MSG_DONTWAIT)
+                count = self._try_recv(view)
             except BlockingIOError:
                 pass
             except OSError as error:
@@ -220,6 +210,10 @@ class Channel:
                 break
             now = later
         return 0
+
+    def _try_recv(self, view: memoryview) -> int:
+        """What has arrived, without a wait: BlockingIOError when nothing has."""
+        return self.sock.recv_into(view, 0, socket.MSG_DONTWAIT)
 
     def _recv_some(self, views: Sequence[memoryview], deadline: float | None, flags: int = 0) -> int:
         while True:
@@ -297,10 +291,23 @@ class Channel:
             raise
         return data + rest, list(fds)
 
+    def peek(self, nbytes: int, deadline: float) -> bytes:
+        """The first of the next bytes, 1 to `nbytes` of them, left where they are. For a fresh channel only."""
+        self._wait_for(select.POLLIN, deadline)
+        try:
+            return self.sock.recv(nbytes, socket.MSG_PEEK)
+        except OSError as error:
+            raise _as_transport_error(error) from error
+
     @property
     def is_unix(self) -> bool:
         """True for a unix socket."""
         return self.sock.family == socket.AF_UNIX
+
+    @property
+    def is_tls(self) -> bool:
+        """True where what is sent is encrypted."""
+        return False
 
     @property
     def is_loopback(self) -> bool:
@@ -315,6 +322,11 @@ class Channel:
             self.sock.shutdown(socket.SHUT_WR)
             while True:
                 self.recv_into((scratch,), deadline)
+
+    def hang_up(self) -> None:
+        """End the connection from another thread: whoever waits on it hears that the peer is gone."""
+        with contextlib.suppress(OSError):
+            self.sock.shutdown(socket.SHUT_RDWR)
 
     def close(self) -> None:
         """Close this end's descriptor (no shutdown: a forked copy in another process stays usable)."""

@@ -260,7 +260,7 @@ def test_operators_requests_need_an_operator(server: Server) -> None:
         (Op.AUDIT, pb.AuditRequest(share=1)),
         (Op.MODE, pb.ModeRequest(set=True, mode=pb.OFF)),
     ):
-        with pytest.raises(BadRequest, match=f"{op.name} is for operators") as refused:
+        with pytest.raises(BadRequest, match=f"{op.name} needs an admin token") as refused:
             server.service.handle(op, tenant, request.SerializeToString())
         assert refused.value.code == pb.ErrorReply.DENIED
     told = server.service.handle(Op.MODE, tenant, b"")
