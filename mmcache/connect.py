@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, Self
 
 from mmcache.client.aio import LoopClient
 from mmcache.client.blocking import Client
-from mmcache.config import ClientConfig, parse_url
+from mmcache.config import ClientConfig, ServerConfig, parse_url
 
 if TYPE_CHECKING:
     from mmcache.embedded import EmbeddedServer
@@ -41,8 +41,8 @@ class AsyncClient(LoopClient):
 
     `async with mmcache.AsyncClient(url) as cache:` asks the server once, and raises TransportError if it does not
     answer; with `lazy` it is not asked, and calls answer misses until it is there. URLs and keywords are those of
-    `connect`; settings may stand in place of a URL. Raises ConfigError. Without `async with`, await `open`, and `close`
-    at the end.
+    `connect`; settings may stand in place of a URL, and `server_config` may be given for an embedded server. Raises
+    ConfigError. Without `async with`, await `open`, and `close` at the end.
 
     A client belongs to the event loop that first uses it; any number of its tasks may share it. `counters` counts as
     `Client.counters` does.
@@ -55,6 +55,7 @@ class AsyncClient(LoopClient):
         verify: bool | None = None,
         deadline_s: float | None = None,
         lazy: bool = False,
+        server_config: ServerConfig | None = None,
     ) -> None:
         given: dict[str, Any] = {
             name: value for name, value in (("verify", verify), ("deadline_s", deadline_s)) if value is not None
@@ -65,7 +66,7 @@ class AsyncClient(LoopClient):
         if config.scheme == "embedded":
             from mmcache.embedded import EmbeddedServer
 
-            self._embedded = EmbeddedServer(config)
+            self._embedded = EmbeddedServer(config, server_config)
         super().__init__(config, self._embedded.attach_async if self._embedded is not None else None)
 
     async def __aenter__(self) -> Self:
