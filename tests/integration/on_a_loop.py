@@ -1,21 +1,46 @@
-"""An AsyncClient that tests written for the blocking client can call: every call runs a loop until it is done."""
+"""What tests of AsyncClient share, and an AsyncClient that tests written for the blocking client can call."""
 
 from __future__ import annotations
 
 import asyncio
 import inspect
-from collections.abc import Callable, Coroutine
+import time
+from collections.abc import AsyncIterator, Callable, Coroutine
+from contextlib import asynccontextmanager
 from types import TracebackType
 from typing import Any, Self, TypeVar
 
 import mmcache
 from mmcache.client.aio import AsyncLease
+from mmcache.testing.process import ServerProcess
+from tests.integration.support import PATIENCE_S
 
 T = TypeVar("T")
 
 
+@asynccontextmanager
+async def reaching(server: ServerProcess, path: str = "shm", **settings: Any) -> AsyncIterator[mmcache.AsyncClient]:
+    """A client of the server, and in the end nothing left behind: no task, no descriptor of ours."""
+    options = "".join(f"&{name}={value}" for name, value in settings.items())
+    before = set(asyncio.all_tasks())
+    async with mmcache.AsyncClient(f"{server.url}?transport={path}&deadline_s=20{options}") as cache:
+        assert (await cache.stat())["transport"] == path
+        yield cache
+        assert cache._pool.count == len(cache._pool._idle)
+    assert cache._pool.count == 0
+    assert set(asyncio.all_tasks()) == before
+
+
+async def eventually(holds: Any, what: str) -> None:
+    """Await `holds()` until it is true; fail the test naming `what` if it never is."""
+    deadline = time.monotonic() + PATIENCE_S
+    while not await holds():
+        assert time.monotonic() < deadline, f"never happened: {what}"
+        await asyncio.sleep(0.02)
+
+
 class OnALoop:
-    """Has the calls of `Client`. Use as a context manager."""
+    """Every call runs a loop until it is done. Has the calls of `Client`. Use as a context manager."""
 
     def __init__(self, client: mmcache.AsyncClient, loop: Callable[[], Any] = asyncio.new_event_loop) -> None:
         self.client, self.loop = client, loop()

@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import gc
-import logging
 import os
 import random
 import signal
 import time
-from collections.abc import AsyncIterator, Awaitable, Iterator
-from contextlib import asynccontextmanager
+from collections.abc import Awaitable, Iterator
 from typing import Any
 
 import numpy as np
@@ -20,11 +18,11 @@ import mmcache
 from mmcache.client.aio_link import INLINE_NBYTES, Workers
 from mmcache.client.protocol import Work
 from mmcache.config import ClientConfig
-from mmcache.errors import LeaseLost, TransportError, UsageError
+from mmcache.errors import UsageError
 from mmcache.testing.process import ServerProcess
 from mmcache.transport.base import Outcome
-from tests.integration.on_a_loop import OnALoop
-from tests.integration.support import PATIENCE_S, Bytes, MiB, blanks, keys_of, suspend, value_of, values_of
+from tests.integration.on_a_loop import OnALoop, eventually, reaching
+from tests.integration.support import PATIENCE_S, Bytes, MiB, blanks, keys_of, value_of, values_of
 
 LEASE_S = 1.0
 LARGE_NBYTES = 8 * MiB
@@ -35,26 +33,6 @@ PATHS = pytest.mark.parametrize("path", ["shm", "tcp"])
 def server() -> Iterator[ServerProcess]:
     with ServerProcess("512MiB", "--lease-s", str(LEASE_S)) as process:
         yield process
-
-
-@asynccontextmanager
-async def reaching(server: ServerProcess, path: str = "shm", **settings: Any) -> AsyncIterator[mmcache.AsyncClient]:
-    """A client of the server, and in the end nothing left behind: no task, no descriptor of ours."""
-    options = "".join(f"&{name}={value}" for name, value in settings.items())
-    before = set(asyncio.all_tasks())
-    async with mmcache.AsyncClient(f"{server.url}?transport={path}&deadline_s=20{options}") as cache:
-        assert (await cache.stat())["transport"] == path
-        yield cache
-        assert cache._pool.count == len(cache._pool._idle)
-    assert cache._pool.count == 0
-    assert set(asyncio.all_tasks()) == before
-
-
-async def eventually(holds: Any, what: str) -> None:
-    deadline = time.monotonic() + PATIENCE_S
-    while not await holds():
-        assert time.monotonic() < deadline, f"never happened: {what}"
-        await asyncio.sleep(0.02)
 
 
 async def connections(observer: mmcache.AsyncClient) -> int:
@@ -357,111 +335,3 @@ def test_the_whole_client_runs_on_uvloop_where_that_is_installed(server: ServerP
             assert all(cache.put_many(keys, values))
             assert all(cache.get_many(keys, buffers))
             assert all(map(np.array_equal, buffers, values))
-
-
-# ------------------------------------------------------------------------------------------ trouble
-def test_a_lease_that_expired_is_told_on_leaving_and_after_an_error_only_the_error_is(server: ServerProcess) -> None:
-    keys = keys_of(1, "lost")
-
-    async def hold(cache: mmcache.AsyncClient, error: Exception | None) -> None:
-        async with cache.acquire(keys) as lease:
-            assert lease.frames[0] is not None
-            await asyncio.sleep(1.3 * LEASE_S)
-            if error is not None:
-                raise error
-
-    async def main() -> None:
-        async with reaching(server) as cache:
-            assert all(await cache.put(keys, values_of(keys, 5000)))
-            with pytest.raises(LeaseLost, match="expired"):
-                await hold(cache, None)
-            with pytest.raises(ZeroDivisionError):
-                await hold(cache, ZeroDivisionError())
-            async with cache.acquire(keys) as lease:
-                assert lease.frames[0] is not None
-                lease.frames[0].verify()
-                assert await lease.release()
-            assert (await cache.stat())["counters"]["leases"] == 0
-
-    asyncio.run(main())
-
-
-@pytest.mark.parametrize(("end", "path"), [("killed", "shm"), ("killed", "tcp"), ("stopped", "shm")])
-def test_a_server_that_dies_under_many_tasks_is_misses_in_time_and_answers_when_it_is_back(
-    end: str, path: str, caplog: pytest.LogCaptureFixture
-) -> None:
-    caplog.set_level(logging.WARNING, "mmcache.client")
-    server = ServerProcess("64MiB").start()
-    servers = [server]
-    listen = server.url.removeprefix("mmcache://")
-    keys = keys_of(4, "dying")
-    values, deadline_s = values_of(keys, MiB), 0.6
-
-    read = 0
-
-    async def read_until_it_fails(cache: mmcache.AsyncClient) -> float:
-        """How long the longest call took."""
-        nonlocal read
-        longest_s = 0.0
-        while True:
-            start = time.monotonic()
-            outcomes = {str(result.outcome) for result in await cache.get_into(keys, blanks(4, MiB))}
-            longest_s = max(longest_s, time.monotonic() - start)
-            if outcomes != {"hit"}:
-                assert outcomes in ({"unavailable"}, {"hit", "unavailable"})
-                return longest_s
-            read += 1
-
-    async def main() -> None:
-        async with mmcache.AsyncClient(f"mmcache://{listen}?transport={path}&deadline_s={deadline_s}") as cache:
-            assert all(await cache.put(keys, values))
-            readers = [asyncio.ensure_future(read_until_it_fails(cache)) for _ in range(12)]
-            await eventually(lambda: asyncio.sleep(0, read > 24), "much is read")
-            if end == "killed":
-                server.stop(signal.SIGKILL)
-            else:
-                suspend(server.pid)
-            assert max(await asyncio.gather(*readers)) < deadline_s + 2.0
-            assert not cache.answering or cache.counters["skipped"]
-            with pytest.raises(TransportError):
-                await cache.stat()
-            if end == "stopped":
-                os.kill(server.pid, signal.SIGCONT)
-            else:
-                servers.append(ServerProcess("64MiB", listen=listen).start())
-            await eventually(lambda: stores(cache), "it answers again")
-            assert all(await cache.get_into(keys, blanks(4, MiB)))
-            assert cache._pool.count == len(cache._pool._idle)
-
-    async def stores(cache: mmcache.AsyncClient) -> bool:
-        return all(await cache.put(keys, values))
-
-    try:
-        asyncio.run(main())
-    finally:
-        for started in servers:
-            started.stop()
-    told = [record.message for record in caplog.records if "answer" in record.message]
-    assert len(told) == 2
-    assert "does not answer" in told[0]
-    assert "answers again" in told[1]
-
-
-def test_without_a_server_opening_raises_and_a_lazy_client_misses() -> None:
-    async def main() -> None:
-        with pytest.raises(TransportError, match="mmcache serve"):
-            async with mmcache.AsyncClient("mmcache://127.0.0.1:1"):
-                pass
-        async with mmcache.AsyncClient("mmcache://127.0.0.1:1", lazy=True) as nobody:
-            keys = keys_of(100, "nobody")
-            assert await nobody.match_prefix(keys) == 0
-            assert await nobody.contains(keys) == [False] * 100
-            got, put = await nobody.get_many(keys, blanks(100, 8)), await nobody.put_many(keys, blanks(100, 8))
-            assert {str(result.outcome) for result in got + put} == {"unavailable"}
-            async with nobody.acquire(keys) as lease:
-                assert lease.frames == [None] * 100
-            for call in (nobody.delete(keys), nobody.stat(), nobody.inspect(keys.digests[0])):
-                with pytest.raises(TransportError):
-                    await call
-
-    asyncio.run(main())
