@@ -167,13 +167,14 @@ class Client(ClientCore):
         """As `_demand`, but a failure becomes `fail(reason)`; a server that just failed is left alone for a while."""
         if reason := self._resting():
             return fail(reason)
+        failures = self._breaker.failures
         try:
             result = self._demand(ask, deadline)
         except UsageError:
             raise
         except Exception as error:
             return fail(self._failed(error))
-        self._succeeded()
+        self._succeeded(failures)
         return result
 
     def _release(self, lease_ids: Sequence[int]) -> bool:

@@ -125,11 +125,11 @@ class ClientCore:
             log.warning("%r does not answer: everything is a miss until it does (%s)", self, error)
         return str(error)
 
-    def _succeeded(self) -> None:
-        """Note that the server answered."""
+    def _succeeded(self, failures: int) -> None:
+        """Note that the server answered a call that began after so many failures."""
         if self._breaker.pause_s:
             with self._counting:
-                first = self._breaker.succeeded()
+                first = self._breaker.succeeded(failures)
             if first and self.announces:
                 log.warning("%r answers again", self)
 

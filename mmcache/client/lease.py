@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from functools import partial
 from types import TracebackType
+from typing import Final
 
 from mmcache.client.protocol import PLANNING_NBYTES, Flow, Work
 from mmcache.client.session import Session
@@ -13,6 +14,7 @@ from mmcache.frame import check_expected, parse_header
 from mmcache.frame_view import Frame
 from mmcache.transport.base import Found
 
+LEASE_LOST: Final = "the lease expired before it was given back: drop what was read; use it for less long"
 Taken = tuple[list[Frame | None], list[int]]  # a frame or None for each key, and the leases' ids
 
 
@@ -46,7 +48,7 @@ class LeasedFrames:
     ) -> None:
         held = self.release()
         if not held and error is None:
-            raise LeaseLost("the lease expired before it was given back: drop what was read; use it for less long")
+            raise LeaseLost(LEASE_LOST)
 
     def release(self) -> bool:
         """Give the lease back; True if everything seen under it was right until now. Safe to call twice."""

@@ -24,24 +24,32 @@ T = TypeVar("T")
 
 
 def run(channel: Channel, flow: Flow[T], deadline: float) -> T:
-    """Perform a flow to its end. Raises TransportError; the channel is unusable then, unless it is RequestRefused."""
-
-    def perform(effect: Effect) -> Any:
-        if isinstance(effect, Send):
-            channel.send(effect.buffers, deadline)
-        elif isinstance(effect, Recv):
-            return channel.recv(effect.nbytes, deadline)
-        elif isinstance(effect, RecvInto):
-            channel.recv_into(effect.views, deadline)
-        elif isinstance(effect, Work):
-            return effect.call()
-        elif isinstance(effect, SendWithFds):
-            channel.send_with_fds(effect.data, effect.fds, deadline)
-        else:
-            return channel.recv_with_fds(effect.nbytes, deadline)
-        return None
-
-    return drive(flow, perform)
+    """Perform a flow to its end; what goes wrong is the flow's to hear first. Raises TransportError: the channel is
+    unusable then, unless it is RequestRefused."""
+    try:
+        effect: Effect = next(flow)
+        while True:
+            answer: Any = None
+            try:
+                if isinstance(effect, Send):
+                    channel.send(effect.buffers, deadline)
+                elif isinstance(effect, Recv):
+                    answer = channel.recv(effect.nbytes, deadline)
+                elif isinstance(effect, RecvInto):
+                    channel.recv_into(effect.views, deadline)
+                elif isinstance(effect, Work):
+                    answer = effect.call()
+                elif isinstance(effect, SendWithFds):
+                    channel.send_with_fds(effect.data, effect.fds, deadline)
+                else:
+                    answer = channel.recv_with_fds(effect.nbytes, deadline)
+            except BaseException as error:
+                effect = flow.throw(error)
+            else:
+                effect = flow.send(answer)
+    except StopIteration as end:
+        result: T = end.value
+        return result
 
 
 class Link(Session):

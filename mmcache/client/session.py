@@ -90,7 +90,8 @@ class Session:
         return "unix" if self.channel.is_unix else "tcp"
 
     def close(self) -> None:
-        """Close this process's end."""
+        """Close this process's end, and let go of the ring: whoever still holds the link in a traceback holds less."""
+        self.ring = None
         self.channel.close()
 
 
