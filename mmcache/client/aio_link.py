@@ -13,12 +13,14 @@ from collections.abc import Awaitable, Callable, Coroutine, Generator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, Final, TypeVar
 
+from mmcache.client.credentials import Credentials
 from mmcache.client.dial import Dial, Route
 from mmcache.client.protocol import Effect, Flow, Recv, RecvInto, Send, SendWithFds, Work
 from mmcache.client.session import Joined, Session, join
 from mmcache.config import ClientConfig
-from mmcache.errors import DeadlineExceeded
+from mmcache.errors import DeadlineExceeded, TransportError
 from mmcache.transport.aio import AsyncChannel, connect_tcp_async, connect_unix_async, resolve_async
+from mmcache.transport.aio_tls import AsyncTlsChannel
 from mmcache.transport.shm import ArenaMap
 
 E = TypeVar("E")
@@ -132,6 +134,7 @@ class AsyncDialer:
 
     def __init__(self, config: ClientConfig, attach: Callable[[], AsyncChannel] | None = None) -> None:
         self._config = config
+        self._credentials = Credentials(config)
         self._attach = attach
         self._route: Route[AsyncLink] = Route(config, attached=attach is not None)
         self._addresses: list[tuple[int, tuple[Any, ...]]] = []
@@ -148,7 +151,9 @@ class AsyncDialer:
         async def dial(effect: Dial) -> AsyncLink:
             channel = await self._connect(effect.path, deadline)
             try:
-                joined = await run(channel, self.workers, join(shared=effect.shared, known=self._route.known))
+                token = self._credentials.token_for(channel)
+                joining = join(shared=effect.shared, known=self._route.known, token=token)
+                joined = await run(channel, self.workers, joining)
                 return AsyncLink(channel, joined, self.workers)
             except BaseException:
                 channel.close()
@@ -163,9 +168,27 @@ class AsyncDialer:
         if self._attach is not None:
             return self._attach()
         if path:
-            return await connect_unix_async(path, config.connect_s, deadline)
+            channel = await connect_unix_async(path, config.connect_s, deadline)
+            if path != config.path:
+                self._credentials.check_same_user(channel)
+            return channel
         addresses = self._addresses or await resolve_async(config.host, config.port, deadline)
         self._addresses = []
         channel = await connect_tcp_async(addresses, config.connect_s, deadline)
         self._addresses = addresses
-        return channel
+        return await self._secure(channel) if self._credentials.encrypts else channel
+
+    async def _secure(self, channel: AsyncChannel) -> AsyncChannel:
+        """The same, encrypted, with the server verified. Raises TransportError and closes it."""
+        credentials = self._credentials
+        try:
+            secured = AsyncTlsChannel(channel, credentials.context(), credentials.server_name)
+            channel = secured
+            await secured.handshake()
+            return secured
+        except ValueError as error:  # a name that can be none
+            channel.close()
+            raise TransportError(f"server_name={credentials.server_name!r} cannot be a host: {error}") from None
+        except BaseException:
+            channel.close()
+            raise

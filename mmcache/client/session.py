@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import socket
 from collections.abc import Callable, Generator
 from typing import Any, Final, NamedTuple, Protocol, TypeVar
 
@@ -34,6 +35,8 @@ FAREWELL_S: Final = 0.1
 
 class Wire(Protocol):
     """What a session asks of its channel itself."""
+
+    sock: socket.socket
 
     @property
     def is_unix(self) -> bool:

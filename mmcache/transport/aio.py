@@ -166,6 +166,11 @@ class AsyncChannel:
         return self.sock.family == socket.AF_UNIX
 
     @property
+    def is_tls(self) -> bool:
+        """True where what is sent is encrypted."""
+        return False
+
+    @property
     def is_loopback(self) -> bool:
         """True if the peer is on this host's loopback interface."""
         return ipaddress.ip_address(self.sock.getpeername()[0].split("%")[0]).is_loopback

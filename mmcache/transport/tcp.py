@@ -282,7 +282,7 @@ class Channel:
         try:
             return self.sock.recv(nbytes, socket.MSG_PEEK)
         except OSError as error:
-            raise _as_transport_error(error) from error
+            raise as_transport_error(error) from error
 
     @property
     def is_unix(self) -> bool:
