@@ -22,7 +22,7 @@ from mmcache.client.core import ClientCore, Lent
 from mmcache.client.lease import LEASE_LOST, Taken, nothing_taken, take_lease
 from mmcache.client.pin import count_prefix
 from mmcache.client.plan import put_batches
-from mmcache.client.protocol import Flow
+from mmcache.client.protocol import STOPPED_READS, STOPPED_WRITES, Flow
 from mmcache.config import ClientConfig
 from mmcache.errors import LeaseLost, MMCacheError, UsageError
 from mmcache.frame_view import Frame
@@ -184,7 +184,7 @@ class LoopClient(ClientCore):
 
     async def _put(self, put: Put, deadline: float) -> list[Result]:
         if put.results:
-            await self._attempt(put.flow, put.fail, deadline)
+            await self._attempt(put.flow, put.fail, deadline, STOPPED_WRITES)
         self._count(put.counts())
         return put.results
 
@@ -214,13 +214,19 @@ class LoopClient(ClientCore):
         while True:
             link = await pool.borrow(deadline)
             with Lent(pool, link, deadline):
-                return await link.run(ask(link), deadline)
+                result = await link.run(ask(link), deadline)
+                self._heard(link)
+                return result
 
     async def _attempt(
-        self, ask: Callable[[AsyncLink], Flow[T]], fail: Callable[[str], T], deadline: float | None = None
+        self,
+        ask: Callable[[AsyncLink], Flow[T]],
+        fail: Callable[[str], T],
+        deadline: float | None = None,
+        needs: int = STOPPED_READS,
     ) -> T:
         """As `_demand`, but a failure becomes `fail(reason)`; a server that just failed is left alone for a while."""
-        if reason := self._resting():
+        if reason := self._resting(needs):
             return fail(reason)
         failures = self._breaker.failures
         try:
@@ -234,4 +240,4 @@ class LoopClient(ClientCore):
 
     async def _release(self, lease_ids: Sequence[int]) -> bool:
         """Give leases back, all within one deadline; True if they were held until now. A failure counts as lost."""
-        return await self._attempt(partial(calls.give_back, lease_ids=lease_ids), lambda reason: False)
+        return await self._attempt(partial(calls.give_back, lease_ids=lease_ids), lambda reason: False, needs=0)

@@ -21,7 +21,7 @@ from mmcache.client.lease import LeasedFrames, nothing_taken, take_lease
 from mmcache.client.link import Dialer, Link
 from mmcache.client.pin import Pinned, count_prefix, pin_prefix
 from mmcache.client.pool import Pool
-from mmcache.client.protocol import Flow
+from mmcache.client.protocol import STOPPED_READS, STOPPED_WRITES, Flow
 from mmcache.config import ClientConfig
 from mmcache.errors import MMCacheError, UsageError
 from mmcache.keyset import Keys
@@ -115,7 +115,7 @@ class Client(ClientCore):
         """
         put = Put.of(keys, tensors, ttl_s)
         if put.results:
-            self._attempt(put.flow, put.fail)
+            self._attempt(put.flow, put.fail, needs=STOPPED_WRITES)
         self._count(put.counts())
         return put.results
 
@@ -161,11 +161,19 @@ class Client(ClientCore):
         while True:
             link = pool.borrow(deadline)
             with Lent(pool, link, deadline):
-                return link.run(ask(link), deadline)
+                result = link.run(ask(link), deadline)
+                self._heard(link)
+                return result
 
-    def _attempt(self, ask: Callable[[Link], Flow[T]], fail: Callable[[str], T], deadline: float | None = None) -> T:
+    def _attempt(
+        self,
+        ask: Callable[[Link], Flow[T]],
+        fail: Callable[[str], T],
+        deadline: float | None = None,
+        needs: int = STOPPED_READS,
+    ) -> T:
         """As `_demand`, but a failure becomes `fail(reason)`; a server that just failed is left alone for a while."""
-        if reason := self._resting():
+        if reason := self._resting(needs):
             return fail(reason)
         failures = self._breaker.failures
         try:
@@ -179,4 +187,4 @@ class Client(ClientCore):
 
     def _release(self, lease_ids: Sequence[int]) -> bool:
         """Give leases back, all within one deadline; True if they were held until now. A failure counts as lost."""
-        return self._attempt(partial(calls.give_back, lease_ids=lease_ids), lambda reason: False)
+        return self._attempt(partial(calls.give_back, lease_ids=lease_ids), lambda reason: False, needs=0)

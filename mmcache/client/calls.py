@@ -12,7 +12,7 @@ from typing import Any, Final
 
 from mmcache.client.batch import PutBatch, described, get_run
 from mmcache.client.plan import batches, put_batches
-from mmcache.client.protocol import Flow
+from mmcache.client.protocol import STOPPED_READS, STOPPED_WORDS, STOPPED_WRITES, Flow
 from mmcache.client.session import Session
 from mmcache.errors import ProtocolError, UsageError
 from mmcache.frame import check_specs, layout_of
@@ -63,8 +63,9 @@ class Get:
                 )
 
     def fail(self, reason: str) -> None:
-        """What was not read is unavailable."""
-        lost = Result(Outcome.UNAVAILABLE, reason)
+        """What was not read is unavailable, or, where reads are stopped, a miss."""
+        stopped = reason == STOPPED_WORDS[STOPPED_READS]
+        lost = Result(Outcome.MISS if stopped else Outcome.UNAVAILABLE, reason)
         self.results[:] = [lost if result is MISS else result for result in self.results]
 
     def counts(self) -> dict[str, int]:
@@ -127,8 +128,9 @@ class Put:
             self.results[run.start : run.stop] = yield from batch.send(session)
 
     def fail(self, reason: str) -> None:
-        """What is not known to be stored is unavailable."""
-        lost = Result(Outcome.UNAVAILABLE, reason)
+        """What is not known to be stored is unavailable, or, where writes are stopped, refused."""
+        stopped = reason == STOPPED_WORDS[STOPPED_WRITES]
+        lost = Result(Outcome.REFUSED if stopped else Outcome.UNAVAILABLE, reason)
         self.results[:] = [lost if result.outcome is Outcome.UNAVAILABLE else result for result in self.results]
 
     def counts(self) -> dict[str, int]:

@@ -11,6 +11,7 @@ from types import TracebackType
 from typing import Any, Final, Generic, Protocol, TypeVar
 
 from mmcache.client.plan import Breaker
+from mmcache.client.protocol import STOPPED_WORDS
 from mmcache.client.session import Session
 from mmcache.config import ClientConfig
 from mmcache.errors import AccessDenied, MMCacheError, RequestRefused, TransportError
@@ -19,6 +20,7 @@ from mmcache.transport.shm import ArenaMap, Copier
 log = logging.getLogger("mmcache.client")
 L = TypeVar("L", bound=Session)
 L_contra = TypeVar("L_contra", bound=Session, contravariant=True)
+STOPPED_PAUSE_S: Final = 1.0
 _RESTING: Final = "the server did not answer a moment ago; it is asked again shortly"
 
 
@@ -77,6 +79,7 @@ class ClientCore:
         self.counters: Counter[str] = Counter()
         self.announces = True
         self._breaker = Breaker()
+        self._stopped, self._asked_at = 0, 0.0
         self._renew_lock()
         self._copier = Copier(config.copy_threads)
 
@@ -105,12 +108,27 @@ class ClientCore:
         arena = self._arena
         return arena if arena is not None and arena.prefaulted else None
 
-    def _resting(self) -> str:
-        """Why the server is not asked now; empty: it is."""
-        if self._closed or self._breaker.allows(time.monotonic()):
+    def _resting(self, needs: int) -> str:
+        """Why the server is not asked now; empty: it is. `needs`: STOPPED_READS or STOPPED_WRITES, what must go.
+
+        While an operator has stopped it, one call a second goes out, to hear when it may go on.
+        """
+        now = time.monotonic()
+        if self._closed:
             return ""
-        self._count({"skipped": 1})
-        return _RESTING
+        if not self._breaker.allows(now):
+            self._count({"skipped": 1})
+            return _RESTING
+        if self._stopped & needs and now < self._asked_at + STOPPED_PAUSE_S:
+            self._count({"stopped": 1})
+            return STOPPED_WORDS[needs]
+        return ""
+
+    def _heard(self, link: Session) -> None:
+        """Note what the server said is stopped."""
+        mode = link.conversation.mode
+        if mode or self._stopped:
+            self._stopped, self._asked_at = mode, time.monotonic()
 
     def _failed(self, error: Exception) -> str:
         """Note what ended a call; the reason for its results."""

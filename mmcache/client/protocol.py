@@ -46,6 +46,8 @@ from mmcache.transport.base import (
 )
 
 KEY_NBYTES: Final = 32
+STOPPED_WRITES, STOPPED_READS = 1, 2  # bits of a Mode
+_TELL_THE_MODE: Final = frozenset({Op.CONTAINS, Op.ACQUIRE, Op.RESERVE, Op.PUT_DONE})
 _FOUND, _LATER = int(pb.FOUND), int(pb.LATER)
 PLANNING_NBYTES: Final = 64 << 10  # reading a frame's header takes about as long as copying this
 RIDER_NBYTES: Final = 1 << 20  # an idle client may pin this much until its lease expires
@@ -111,10 +113,11 @@ class Conversation:
     One request is under way at a time.
     """
 
-    __slots__ = ("_request_id", "rider")
+    __slots__ = ("_request_id", "mode", "rider")
 
     def __init__(self) -> None:
         self._request_id = 0
+        self.mode = 0  # what the server last said that operators have stopped: STOPPED_WRITES, STOPPED_READS
         self.rider = 0
 
     def request(self, op: Op, message: Message) -> bytes:
@@ -138,6 +141,8 @@ class Conversation:
             reply.ParseFromString(body)
         except DecodeError as error:
             raise ProtocolError(f"the server's reply cannot be read: {error}") from None
+        if op in _TELL_THE_MODE:
+            self.mode = reply.mode  # type: ignore[attr-defined]
         return reply, prelude
 
     def call(self, op: Op, message: Message, reply: _M) -> Flow[_M]:
@@ -328,6 +333,11 @@ def _receive_tensors(header: FrameHeader, targets: Sequence[Bytes], verify: bool
     return good
 
 
+STOPPED_WORDS: Final = {
+    0: "",
+    STOPPED_WRITES: "an operator has stopped writes (mmcache mode)",
+    STOPPED_READS: "an operator has stopped reads (mmcache mode)",
+}
 _PUT_RESULTS: Final = {
     pb.STORED: Result(Outcome.STORED),
     pb.PRESENT: Result(Outcome.PRESENT),
@@ -343,7 +353,7 @@ _PUT_RESULTS: Final = {
         "server's differ, set them; or raise ttl_s",
     ),
     pb.QUOTA: Result(Outcome.REFUSED, "the tenant's quota, or the namespace's, is used up; remove entries or raise it"),
-    pb.STOPPED: Result(Outcome.REFUSED, "an operator has stopped writes (mmcache mode)"),
+    pb.STOPPED: Result(Outcome.REFUSED, STOPPED_WORDS[STOPPED_WRITES]),
     pb.OVERLOADED: Result(Outcome.REFUSED, "too many bytes in flight at the server; try again later"),
 }
 

@@ -133,6 +133,14 @@ def test_reads_and_writes_are_stopped_apart(client: mmcache.Client) -> None:
     assert client.contains(known) == [False]
     assert client.acquire(known).frames == [None]
     assert operations.mode().mode == pb.WRITE
+    told = client.counters["stopped"]
+    assert told > 0, "a client that was told asks once a second, not every time"
+    misses = client.stat()["counters"]["misses"]
+    for _ in range(50):
+        assert client.get_into(known, blanks(1, NBYTES))[0].outcome is Outcome.MISS
+    assert client.stat()["counters"]["misses"] - misses < 10
+    operations.set_mode("both")
+    eventually(lambda: client.get_into(known, blanks(1, NBYTES))[0], "read again", 5)
 
 
 def test_a_mode_of_namespaces_leaves_the_others_alone_and_binds_those_to_come(client: mmcache.Client) -> None:
