@@ -122,6 +122,7 @@ def bench_diffusion(
 def bench_transfer(
     quick: Annotated[bool, typer.Option("--quick", help="Fewer rows and rounds: seconds instead of a minute.")] = False,
     verify: Verify = True,
+    copy_threads: Annotated[int, typer.Option(help="Of a client, for large batches from shared memory.")] = 2,
     seed: Annotated[int, typer.Option(help="Of the values; 0 or more.")] = 0,
     json_to: JsonTo = None,
     html_to: HtmlTo = None,
@@ -133,7 +134,7 @@ def bench_transfer(
     """
     from mmcache.bench.transfer import TransferOptions, run
 
-    options = TransferOptions(quick=quick, verify=verify, seed=seed)
+    options = TransferOptions(quick=quick, verify=verify, copy_threads=copy_threads, seed=seed)
     _check_files(json_to, html_to)
     with progress_bar("measurements") as show:
         report = run(options, show)

@@ -25,6 +25,10 @@ MAX_FUNCTION_LINES = 70
 MAX_PUBLIC_NAMES = 15
 
 PURE = {
+    "mmcache.bench.html",
+    "mmcache.bench.page",
+    "mmcache.bench.plots",
+    "mmcache.bench.transfer_page",
     "mmcache.keys",
     "mmcache.media",
     "mmcache.frame",

@@ -94,9 +94,9 @@ class _Engine:
     def serve(self, asked: Drawing, step: DrawingStep) -> None:
         """One request, from its keys to the last latent stored."""
         cache, recipe = self._cache, asked.recipe
-        prompts = cache.timed("prompt keys", lambda: self._prompt_keys(recipe))
+        prompts = cache.timed("prompt keys", lambda: prompt_keys(self._prompts, recipe))
         steps = [done for done, _ in step.latents]
-        keys = cache.timed("latent keys", lambda: self._latent_keys(recipe, prompts, steps))
+        keys = cache.timed("latent keys", lambda: latent_keys(self._latents, recipe, prompts, steps))
         done = self._resume(step, keys)
         goal = steps[0]
         cache.tallies.work[ASKED] += goal - step.begin
@@ -127,33 +127,37 @@ class _Engine:
                 return done
         return step.begin
 
-    def _prompt_keys(self, recipe: Recipe) -> list[Key]:
-        return [embedding_key(self._prompts, prompt.item) for prompt in (recipe.prompt, recipe.negative)]
 
-    def _latent_keys(self, recipe: Recipe, prompts: Sequence[Key], steps: Sequence[int]) -> list[Key]:
-        conditioning = {"negative_prompt": prompts[1].chain}
-        if recipe.image is not None:
-            conditioning["image"] = recipe.image.item
-        common: dict[str, Any] = {
-            "prompt": prompts[0].chain,
-            "conditioning": conditioning,
-            "scheduler": recipe.scheduler,
-            "scheduler_config": recipe.scheduler_config,
-            "timesteps": recipe.timesteps,
-            "sigmas": None,
-            "mu": None,
-            "steps": recipe.steps,
-            "guidance": recipe.guidance,
-            "eta": 0.0 if recipe.scheduler == drawing.DDIM else None,
-            "size": (drawing.SIDE, drawing.SIDE, 1),
-            "initial_state": drawing.initial_state(recipe.seed),
-            "batch": (1, 0),
-            "step_cache": None,
-            "parallelism": {},
-            "cpu_threads": None,
-            "strength": recipe.strength,
-        }
-        return [latent_key(self._latents, step=step, **common) for step in steps]
+def prompt_keys(namespace: Namespace, recipe: Recipe) -> list[Key]:
+    """The keys of the prompt's and the negative prompt's embeddings."""
+    return [embedding_key(namespace, prompt.item) for prompt in (recipe.prompt, recipe.negative)]
+
+
+def latent_keys(namespace: Namespace, recipe: Recipe, prompts: Sequence[Key], steps: Sequence[int]) -> list[Key]:
+    """The keys of a recipe's latents after so many steps; `prompts` is from `prompt_keys`."""
+    conditioning = {"negative_prompt": prompts[1].chain}
+    if recipe.image is not None:
+        conditioning["image"] = recipe.image.item
+    common: dict[str, Any] = {
+        "prompt": prompts[0].chain,
+        "conditioning": conditioning,
+        "scheduler": recipe.scheduler,
+        "scheduler_config": recipe.scheduler_config,
+        "timesteps": recipe.timesteps,
+        "sigmas": None,
+        "mu": None,
+        "steps": recipe.steps,
+        "guidance": recipe.guidance,
+        "eta": 0.0 if recipe.scheduler == drawing.DDIM else None,
+        "size": (drawing.SIDE, drawing.SIDE, 1),
+        "initial_state": drawing.initial_state(recipe.seed),
+        "batch": (1, 0),
+        "step_cache": None,
+        "parallelism": {},
+        "cpu_threads": None,
+        "strength": recipe.strength,
+    }
+    return [latent_key(namespace, step=step, **common) for step in steps]
 
 
 def _normal(rng: np.random.Generator, shape: tuple[int, ...]) -> Half:

@@ -37,10 +37,11 @@ code { font: 14px/1.5 ui-monospace, "DejaVu Sans Mono", monospace; overflow-wrap
 figure { margin: 0; background: var(--panel); border-radius: 8px; padding: 14px 16px; max-width: 720px; min-width: 0;
   overflow-x: auto; }
 figcaption { font-weight: 600; }
-svg.plot { display: block; width: 100%; min-width: 460px; height: auto; margin-top: 8px; font-size: 13px; }
+svg.plot { display: block; width: 100%; min-width: 520px; height: auto; margin-top: 8px; font-size: 13px; }
 .legend { display: flex; flex-wrap: wrap; gap: 2px 16px; margin: 4px 0 0; padding: 0; list-style: none;
   font-size: 14px; }
 .legend svg { width: 24px; height: 14px; margin-right: 6px; vertical-align: -2px; }
+svg .label, svg .figure { paint-order: stroke; stroke: var(--panel); stroke-width: 3px; }
 svg text { fill: var(--text); font-family: inherit; } svg text.tick, svg text.axis { fill: var(--faint); }
 svg .grid { stroke: var(--grid); } svg .base { stroke: var(--faint); }
 svg .span { stroke: var(--faint); stroke-width: 2; }
@@ -58,6 +59,7 @@ caption { text-align: left; color: var(--faint); font-size: 14px; padding: 4px 0
 th, td { padding: 5px 14px 5px 0; text-align: right; white-space: nowrap; border-bottom: 1px solid var(--grid); }
 th:first-child, td:first-child, .words td, .words th { text-align: left; }
 .words td { white-space: normal; overflow-wrap: anywhere; }
+td:first-child { white-space: normal; max-width: 40ch; }
 th { color: var(--faint); font-weight: 600; }
 .lists { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 420px), 1fr)); gap: 0 32px; }
 .lists ul { padding-left: 20px; margin: 4px 0; } .lists li { margin: 4px 0; overflow-wrap: anywhere; }

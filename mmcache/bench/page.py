@@ -81,7 +81,7 @@ def _verdict(found: Found) -> tuple[str, str]:
 
 
 def _rates(found: Found) -> str:
-    rows = [*found["by_kind"].items(), ("all kinds", found | {"lookups": _lookups(found)})]
+    rows = [*found["by_kind"].items(), ("all kinds", {**found, "lookups": _lookups(found)})]
     groups = [
         plots.Group(
             f"{kind}, {row['lookups']:,} lookups",
@@ -117,11 +117,11 @@ def _over_time(found: Found) -> list[str]:
     return drawn
 
 
-def _rate_so_far(history: Mapping[str, Mapping[str, Sequence[int]]], kinds: Sequence[str]) -> list[float]:
+def _rate_so_far(history: Mapping[str, Mapping[str, Sequence[int]]], kinds: Sequence[str]) -> list[float | None]:
     columns = [(history[kind]["hits"], history[kind]["lookups"]) for kind in kinds if kind in history]
     moments = len(columns[0][0]) if columns else 0
     sums = [(sum(hits[at] for hits, _ in columns), sum(asked[at] for _, asked in columns)) for at in range(moments)]
-    return [100 * hits / asked if asked else 0.0 for hits, asked in sums]
+    return [100 * hits / asked if asked else None for hits, asked in sums]
 
 
 def _bytes(found: Found) -> list[str]:

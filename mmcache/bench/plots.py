@@ -59,16 +59,17 @@ def lines(
     title: str,
     axes: tuple[str, str],
     xs: Sequence[float],
-    series: Mapping[str, Sequence[float]],
+    series: Mapping[str, Sequence[float | None]],
     top: float | None = None,
     *,
     close: bool = False,
 ) -> str:
-    """Lines over common x values; `axes` are the titles of x and y, units included.
+    """Lines over common x values; `axes` are the titles of x and y, units included. None: no point there.
 
     `close`: they may lie on each other, so the third is wide and drawn first, the second thin and drawn last.
     """
-    ticks_y = ticks_to(top if top is not None else max((max(ys, default=0.0) for ys in series.values()), default=0.0))
+    most = max((y for ys in series.values() for y in ys if y is not None), default=0.0)
+    ticks_y = ticks_to(top if top is not None else most)
     ticks_x = ticks_to(max(xs, default=1.0), whole=True)
     labels = [number(tick) for tick in ticks_y]
     left = 12 + max(map(len, labels)) * CHARACTER
@@ -82,7 +83,8 @@ def lines(
         parts.append(_text(left - 6, y + 4, label, "tick", "end"))
     drawn = list(enumerate(series.values()))
     for place, ys in (*drawn[2:], *drawn[:2]):
-        points = " ".join(f"{left + x * scale_x:.1f},{height - y * scale_y:.1f}" for x, y in zip(xs, ys, strict=True))
+        there = [(x, y) for x, y in zip(xs, ys, strict=True) if y is not None]
+        points = " ".join(f"{left + x * scale_x:.1f},{height - y * scale_y:.1f}" for x, y in there)
         parts.append(f'<polyline class="stroke s{place + 1}" points="{points}"/>')
     places = [(left + tick * scale_x, number(tick)) for tick in ticks_x]
     return _svg(
@@ -165,6 +167,7 @@ def _axis_x(places: Sequence[tuple[float, str]], title: str, height: float) -> l
     free_from = -math.inf
     for x, label in places:
         half = len(label) * CHARACTER / 2
+        x = min(max(x, half), WIDTH - half)
         if x - half >= free_from:
             parts.append(_text(x, height + LINE, label, "tick", "middle"))
             free_from = x + half + CHARACTER

@@ -35,6 +35,7 @@ SERVER_MEMORY = "1GiB"
 MEASURED = (
     "time of each call of clients in processes of their own, a server in another, all on this machine",
     "memcpy in the same processes, in turns with the calls: the same values, one copy each, on one thread",
+    "a bare TCP socket, blocking, one stream of 64 MiB, nothing checked: the floor for TCP",
     "what was delivered: destinations poisoned before each round and digests compared after it; a put is read back",
 )
 MODELLED = ("values: random bytes, all different; nothing else is made up",)
@@ -50,17 +51,22 @@ NOTES = (
 
 @dataclass(frozen=True)
 class Plan:
-    """What is measured: (bytes of a value, values a call) pairs, and how long and often a row's rounds go on."""
+    """What is measured: (bytes of a value, values a call) pairs, and how long and often a row's rounds go on.
+
+    A row takes `row_s`, or its share of what is left of `all_s` if that is less, but `least_rounds` in any case.
+    """
 
     cases: tuple[tuple[int, int], ...]
     row_s: float
+    all_s: float
     least_rounds: int
     most_rounds: int
     memcpy_rounds: int
+    round_nbytes: int  # about what a round of calls for few bytes moves
 
 
-FULL = Plan(((64 * KiB, 1), (64 * KiB, 64), (MiB, 1), (MiB, 64), (16 * MiB, 1)), 0.3, 5, 40, 9)
-QUICK = Plan(((64 * KiB, 1), (MiB, 16)), 0.03, 2, 5, 3)
+FULL = Plan(((64 * KiB, 1), (64 * KiB, 64), (MiB, 1), (MiB, 64), (16 * MiB, 1)), 0.3, 40.0, 3, 40, 9, 16 * MiB)
+QUICK = Plan(((64 * KiB, 1), (MiB, 4)), 0.03, 5.0, 2, 5, 2, 4 * MiB)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,14 +76,18 @@ class TransferOptions:
     Attributes:
         quick: fewer rows and rounds.
         verify: let the client verify what it gets.
+        copy_threads: of a client, for large batches from shared memory.
         seed: of the values; 0 or more.
     """
 
     quick: bool = False
     verify: bool = True
+    copy_threads: int = 2
     seed: int = 0
 
     def __post_init__(self) -> None:
+        if self.copy_threads < 1:
+            raise ConfigError(f"{self.copy_threads} copy threads asked for: choose 1 or more")
         if self.seed < 0:
             raise ConfigError(f"seed {self.seed} is negative: choose 0 or more")
 
@@ -100,16 +110,16 @@ class Row:
 
 @dataclass(frozen=True)
 class TransferReport:
-    """The rows, memcpy of 64 MiB in GB/s (whole and in slices of 256 KiB), and what was wrong or failed."""
+    """The rows; memcpy of 64 MiB (whole and in slices of 256 KiB) and a bare TCP socket; what was wrong or failed."""
 
     rows: Sequence[Row]
     memcpy_gbps: Mapping[str, float]
+    raw_tcp_gbps: float
     compared: int
     wrong: int
     failed: int
     reason: str
-    seed: int
-    quick: bool
+    options: TransferOptions
     wall_s: float
 
     @property
@@ -126,9 +136,10 @@ class TransferReport:
     def to_dict(self) -> dict[str, Any]:
         """Plain values for JSON; the field names are documented in docs/bench.md."""
         return {
-            "workload": {"name": "transfer", "seed": self.seed, "quick": self.quick, "server_memory": SERVER_MEMORY},
+            "workload": {"name": "transfer", **asdict(self.options), "server_memory": SERVER_MEMORY},
             "rows": [asdict(row) for row in self.rows],
             "memcpy_gbps": dict(self.memcpy_gbps),
+            "raw_tcp_gbps": self.raw_tcp_gbps,
             "compared": self.compared,
             "wrong": self.wrong,
             "failed": self.failed,
@@ -146,7 +157,7 @@ class TransferReport:
         whole, sliced = (f"{self.memcpy_gbps[name]:.1f} GB/s" for name in ("single", "sliced"))
         console.print(
             f"[bold]mmcache bench transfer[/]: memcpy of 64 MiB {whole} whole, {sliced} in slices of 256 KiB; "
-            f"{self.wall_s:.1f} s",
+            f"a bare TCP socket {self.raw_tcp_gbps:.1f} GB/s; {self.wall_s:.1f} s",
             highlight=False,
         )
         table = data_table("path", "op", "a call", "GB/s", "/memcpy", "p50 us", "p99 us", "verified")
@@ -233,27 +244,32 @@ def run(options: TransferOptions, progress: Callable[[int, int], None] | None = 
     started = time.perf_counter()
     with ServerProcess(SERVER_MEMORY, "--prefault") as server, _workers() as workers:
         for transport in TRANSPORTS:
-            _open(workers, _url(server, transport), transport, options)
+            _open(workers, f"{_url(server, transport)}&copy_threads={options.copy_threads}", transport, options)
             _memcpy(workers[0], memcpy, plan.memcpy_rounds)
             for clients, op, size_bytes, batch in todo:
-                rounds = _rounds(workers[:clients], plan, op, size_bytes, batch, sums)
+                left_s = started + plan.all_s - time.perf_counter()
+                row_s = min(plan.row_s, left_s / (len(todo) * len(TRANSPORTS) - len(rows)))
+                rounds = _rounds(workers[:clients], plan, row_s, (op, size_bytes, batch), sums)
                 verified = op == "put" or (op == "get" and options.verify)
-                rows.append(_row((transport, op, size_bytes, batch, clients), rounds, verified))
+                calls = len(rounds[0][0].call_ns)
+                rows.append(row_of((transport, op, size_bytes, batch, clients), rounds, calls, verified))
                 if progress is not None:
                     progress(len(rows), len(todo) * len(TRANSPORTS))
         _add_up(workers, sums)
+        workers[0].ask(do="raw", rounds=plan.memcpy_rounds)
+        raw_tcp = workers[0].answer()["gbps"]
     return TransferReport(
         rows=rows,
         memcpy_gbps={name: round(statistics.median(found), 2) for name, found in memcpy.items()},
-        seed=options.seed,
-        quick=options.quick,
+        raw_tcp_gbps=round(statistics.median(raw_tcp), 2),
+        options=options,
         wall_s=time.perf_counter() - started,
         **sums,
     )
 
 
 @dataclass(frozen=True)
-class _Round:
+class OneRound:
     """One client's part of a round: nanoseconds of memcpy, and of each call."""
 
     copy_ns: int
@@ -261,27 +277,31 @@ class _Round:
 
 
 def _rounds(
-    workers: Sequence[_Worker], plan: Plan, op: str, size_bytes: int, batch: int, sums: dict[str, Any]
-) -> list[list[_Round]]:
+    workers: Sequence[_Worker], plan: Plan, row_s: float, what: tuple[str, int, int], sums: dict[str, Any]
+) -> list[list[OneRound]]:
     """The rounds of one row, all clients of a round at the same time; the first round only warms up."""
-    calls = calls_of(size_bytes, batch)
+    op, size_bytes, batch = what
+    calls = calls_of(size_bytes, batch, plan.round_nbytes)
     _all(workers, do="prepare", op=op, size_bytes=size_bytes, batch=batch, calls=calls)
-    rounds: list[list[_Round]] = []
-    ends = time.monotonic() + plan.row_s
+    rounds: list[list[OneRound]] = []
+    ends = time.monotonic() + row_s
     while len(rounds) <= plan.least_rounds or (len(rounds) <= plan.most_rounds and time.monotonic() < ends):
         copies = _all(workers, do="copy")
         _all(workers, do="reset")
         times = _all(workers, do="call")
         _all(workers, do="check")
         sums["compared"] += batch * calls * len(workers)
-        rounds.append([_Round(copy["ns"], each["ns"]) for copy, each in zip(copies, times, strict=True)])
+        rounds.append([OneRound(copy["ns"], each["ns"]) for copy, each in zip(copies, times, strict=True)])
     _all(workers, do="finish")
     return rounds[1:]
 
 
-def _row(what: tuple[str, str, int, int, int], rounds: Sequence[Sequence[_Round]], verified: bool) -> Row:
+def row_of(
+    what: tuple[str, str, int, int, int], rounds: Sequence[Sequence[OneRound]], calls: int, verified: bool
+) -> Row:
+    """The figures of a row from its rounds (a part for each client) of so many calls."""
     transport, op, size_bytes, batch, clients = what
-    nbytes = size_bytes * batch * calls_of(size_bytes, batch)
+    nbytes = size_bytes * batch * calls
     per_client = [[part[client] for part in rounds] for client in range(clients)]
     gbps = sum(nbytes / statistics.median(sum(one.call_ns) for one in own) for own in per_client)
     ratio = statistics.median(one.copy_ns / sum(one.call_ns) for own in per_client for one in own)

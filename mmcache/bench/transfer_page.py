@@ -17,6 +17,11 @@ def transfer_page(found: Mapping[str, Any], command: str) -> str:
     """The report of one run. `found` is a report's `to_dict()`, `command` what was typed."""
     rows: Sequence[Row] = found["rows"]
     memcpy = found["memcpy_gbps"]
+    floors = {
+        "memcpy, 64 MiB whole": memcpy["single"],
+        "memcpy, 64 MiB in slices of 256 KiB": memcpy["sliced"],
+        "a bare TCP socket, 64 MiB": found["raw_tcp_gbps"],
+    }
     verdict = (
         ("good", f"As it must be: {found['compared']:,} values compared, none wrong")
         if found["ok"]
@@ -25,6 +30,7 @@ def transfer_page(found: Mapping[str, Any], command: str) -> str:
     tiles = [
         (f"{memcpy['single']:.1f} GB/s", "memcpy, 64 MiB whole"),
         (f"{memcpy['sliced']:.1f} GB/s", "memcpy, in slices of 256 KiB"),
+        (f"{found['raw_tcp_gbps']:.1f} GB/s", "a bare TCP socket, 64 MiB"),
         (f"{found['wrong']:,}", f"wrong of {found['compared']:,} values compared"),
     ]
     many = max(row["clients"] for row in rows)
@@ -36,8 +42,9 @@ def transfer_page(found: Mapping[str, Any], command: str) -> str:
         [
             Section(
                 "Throughput",
-                "GB/s is 10⁹ bytes a second, of all clients together. The two bars of memcpy are one process's.",
-                [_throughput(rows, op, clients, memcpy) for op in ("get", "put") for clients in (1, many)],
+                "GB/s is 10⁹ bytes a second, of all clients together; the bars of memcpy and of a bare TCP socket "
+                "are of one.",
+                [_throughput(rows, op, clients, floors) for op in ("get", "put") for clients in (1, many)],
             ),
             Section(
                 "Against memcpy",
@@ -74,14 +81,13 @@ def _by_transport(rows: Sequence[Row], op: str, clients: int, case: tuple[int, i
     return [found.get(transport) for transport in NAMES]
 
 
-def _throughput(rows: Sequence[Row], op: str, clients: int, memcpy: Mapping[str, float]) -> str:
+def _throughput(rows: Sequence[Row], op: str, clients: int, floors: Mapping[str, float]) -> str:
     groups = []
     for case in _cases(rows):
         found = _by_transport(rows, op, clients, case)
         values = [row["gbps"] if row else None for row in found]
         groups.append(plots.Group(case_text(*case), values, [_figure(value) for value in values]))
-    for name, label in (("single", "memcpy, 64 MiB whole"), ("sliced", "memcpy, 64 MiB in slices of 256 KiB")):
-        groups.append(plots.Group(label, [memcpy[name]], [_figure(memcpy[name])], first_series=3))
+    groups += [plots.Group(label, [value], [_figure(value)], first_series=3) for label, value in floors.items()]
     title = f"{op}, {clients} {'client' if clients == 1 else 'clients'}"
     return plots.bars(title, "throughput, GB/s", groups, list(NAMES.values()))
 
