@@ -20,6 +20,7 @@ from typing import Any
 
 import numpy as np
 from rich.console import Console
+from rich.markup import escape
 
 from mmcache.bench.report import bullets, count, data_table, host
 from mmcache.bench.transfer_page import size_text
@@ -184,7 +185,7 @@ class TransferReport:
                 f"[bold green]as it must be[/]: {count(self.compared, 'value')} compared, none wrong", highlight=False
             )
         else:
-            console.print(f"[bold red]NOT as it must be[/]: {'; '.join(self.complaints())}", highlight=False)
+            console.print(f"[bold red]NOT as it must be[/]: {escape('; '.join(self.complaints()))}", highlight=False)
 
 
 class _Worker:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mmcache.bench.oracle import Entry, ExactLRU, PrefixStep, replay
+from mmcache.bench.oracle import Entry, ExactLRU, PrefixStep, Tallies, Tally, replay
 
 
 def entry(name: str, parent: str = "", nbytes: int = 10) -> Entry:
@@ -105,6 +105,25 @@ def test_replay_counts_as_an_engine_would() -> None:
     assert (got["embedding"].bytes_read, got["embedding"].bytes_written) == (7, 14)
     assert got.hit_rate == 7 / 15
     assert got["kv"].hit_rate == 0.5
+
+
+def test_what_an_answer_completes_is_stored_for_the_next_turn_and_not_looked_up() -> None:
+    first = PrefixStep(chain("abcd")[:2], (), generated=chain("abcd")[2:])
+    second = PrefixStep(chain("abcdef")[:5], (), generated=chain("abcdef")[5:])
+    got = replay([first, second], ExactLRU())
+    assert (got["kv"].lookups, got["kv"].hits) == (2 + 5, 0 + 4)
+    assert got["kv"].bytes_written == 60
+    assert [moment["kv"] for moment in got.history] == [(2, 0, 0, 40), (7, 4, 40, 60)]
+
+
+def test_totals_are_of_all_kinds() -> None:
+    got = Tallies({"a": Tally(4, 1, 10, 20), "b": Tally(6, 4, 1, 2)})
+    assert got.total() == Tally(10, 5, 11, 22)
+    assert got.hit_rate == 0.5
+    other = Tallies({"a": Tally(4, 1, 10, 20), "b": Tally(6, 4, 1, 2)})
+    assert got == other
+    other.mark()
+    assert got != other
 
 
 def test_no_lookups_is_a_hit_rate_of_zero() -> None:
