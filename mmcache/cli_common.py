@@ -42,13 +42,13 @@ def progress_bar(what: str) -> Iterator[Callable[[int, int], None]]:
         yield show
 
 
-def write_text(path: Path, text: str, mode: str = "w") -> None:
-    """Write a file. Raises ConfigError, with the remedy."""
+def write_text(path: Path, text: str, mode: str = "w", option: str = "--json") -> None:
+    """Write a file that `option` names. Raises ConfigError, with the remedy."""
     try:
         with path.open(mode) as file:
             file.write(text)
     except OSError as error:
-        raise ConfigError(f"cannot write {path}: {error.strerror}; give --json a file that can be written") from None
+        raise ConfigError(f"cannot write {path}: {error.strerror}; give {option} a file that can be written") from None
 
 
 def key_digest(text: str) -> bytes:

@@ -26,6 +26,10 @@ MAX_PUBLIC_NAMES = 15
 INSTALLED = {"__pycache__", "node_modules"}
 
 PURE = {
+    "mmcache.bench.html",
+    "mmcache.bench.page",
+    "mmcache.bench.plots",
+    "mmcache.bench.transfer_page",
     "mmcache.keys",
     "mmcache.media",
     "mmcache.frame",

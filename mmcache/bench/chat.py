@@ -18,7 +18,7 @@ SCALES = {"full": conversation.FULL, "quick": conversation.QUICK}
 def run(options: Options, progress: Progress | None = None) -> Report:
     """Run the workload once and report. `progress` is called with (requests done, requests in all).
 
-    `full` is about 180 requests of 32 users with a working set of about 0.5 GB, `quick` about 25 of 6 users.
+    `full` is about 150 requests of 24 users with a working set of about 0.5 GB, `quick` about 20 of 5 users.
 
     Raises:
         ConfigError: options that cannot work, or media libraries that are not installed.

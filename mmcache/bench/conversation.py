@@ -55,7 +55,7 @@ class ChatScale:
 
 
 FULL = ChatScale(users=24, photos=8, turns=(3, 6))
-QUICK = ChatScale(users=6, photos=3, turns=(3, 4))
+QUICK = ChatScale(users=5, photos=2, turns=(3, 4))
 
 
 @dataclass(frozen=True, eq=False)
@@ -114,7 +114,7 @@ def _next_message(sent: int, photos: Photos, rng: random.Random) -> tuple[list[s
         return [photos.usual[other], ANOTHER], other
     if kind < 0.35:
         return [photos.smaller[sent], SMALLER], sent  # other pixels: nothing of the larger one may come back
-    return rng.sample([*FOLLOW_UPS, *QUESTIONS], 2), sent  # type: ignore[return-value]
+    return rng.sample([*FOLLOW_UPS, *QUESTIONS], 2), sent
 
 
 def _turn(

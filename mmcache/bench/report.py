@@ -111,6 +111,7 @@ class Report:
             "inject": self.inject,
             "injected": self.injected,
             "ok": self.ok,
+            "complaints": self.complaints(),
             "by_kind": {
                 kind: {
                     "lookups": got.lookups,
@@ -152,10 +153,10 @@ class Report:
             f"cache {_megabytes(work['capacity_nbytes'])} MB; {self.wall_s:.1f} s",
             highlight=False,
         )
-        console.print(self._hits_table())
+        console.print(self._hitsdata_table())
         if self.got.work:
-            console.print(self._work_table())
-        console.print(self._latency_table())
+            console.print(self._workdata_table())
+        console.print(self._latencydata_table())
         for line in self._verdict():
             console.print(line, highlight=False)
         if work["capacity_frames"] < FEW_FRAMES and work["capacity_nbytes"] < work["working_set_nbytes"]:
@@ -167,17 +168,14 @@ class Report:
             )
         for title, lines in (("Measured", self.measured), ("Modelled", self.modelled)):
             console.print(f"[bold]{title}[/]")
-            points = Table.grid(padding=(0, 1))
-            for line in lines:
-                points.add_row(" [dim]-[/]", escape(line))
-            console.print(points, highlight=False)
+            console.print(bullets(lines), highlight=False)
 
     def _kinds(self) -> list[tuple[str, Tally, Tally, Tally]]:
         return [(kind, got, self.ideal[kind], self.lru[kind]) for kind, got in self.got.by_kind.items()]
 
-    def _hits_table(self) -> Table:
+    def _hitsdata_table(self) -> Table:
         names = ("lookups", "hits", "hit rate", "ideal", "exact LRU", "read MB", "written MB")
-        table = _table("kind", *names, caption="ideal: an endless cache; exact LRU: one of this size")
+        table = data_table("kind", *names, caption="ideal: an endless cache; exact LRU: one of this size")
         rows = [*self._kinds(), ("all", self.got.total(), self.ideal.total(), self.lru.total())]
         for kind, got, ideal, lru in rows:
             table.add_row(
@@ -193,14 +191,14 @@ class Report:
             )
         return table
 
-    def _work_table(self) -> Table:
-        table = _table("work", "here", "ideal", "exact LRU")
+    def _workdata_table(self) -> Table:
+        table = data_table("work", "here", "ideal", "exact LRU")
         for what, done in self.got.work.items():
             table.add_row(what, f"{done:,}", f"{self.ideal.work[what]:,}", f"{self.lru.work[what]:,}")
         return table
 
-    def _latency_table(self) -> Table:
-        table = _table("operation", "calls", "p50 us", "p90 us", "p99 us")
+    def _latencydata_table(self) -> Table:
+        table = data_table("operation", "calls", "p50 us", "p90 us", "p99 us")
         for op, latency in self.latency_us.items():
             cuts = [f"{cut:,.0f}" for cut in (latency.p50, latency.p90, latency.p99)]
             table.add_row(op, f"{latency.calls:,}", *cuts)
@@ -242,7 +240,7 @@ def host() -> dict[str, Any]:
         cpu = ""
     return {
         "cpu": cpu or platform.processor() or platform.machine(),
-        "cores": os.cpucount(),
+        "cores": os.cpu_count(),
         "system": f"{platform.system()} {platform.release()} {platform.machine()}",
         "python": platform.python_version(),
         "numpy": np.__version__,
@@ -267,13 +265,21 @@ def _series(history: Sequence[Moment]) -> dict[str, dict[str, list[int]]]:
     }
 
 
-def _table(first: str, *names: str, caption: str | None = None) -> Table:
+def data_table(first: str, *names: str, caption: str | None = None) -> Table:
     """A table for 80 columns: the first column is text, the others are numbers, and none is ever cut or folded."""
     table = Table(box=box.SIMPLE_HEAD, collapse_padding=True, pad_edge=False, caption=caption, caption_justify="left")
     table.add_column(first, no_wrap=True)
     for name in names:
         table.add_column(name, justify="right", no_wrap=True)
     return table
+
+
+def bullets(lines: Sequence[str]) -> Table:
+    """Lines of a list, each with a hanging indent."""
+    points = Table.grid(padding=(0, 1))
+    for line in lines:
+        points.add_row(" [dim]-[/]", escape(line))
+    return points
 
 
 def count(number: int, one: str, many: str | None = None) -> str:

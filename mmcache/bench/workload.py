@@ -13,6 +13,7 @@ import random
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import TypeVar
 
 from mmcache.bench import corpus
 from mmcache.bench.encoder import GRID, TOKENS_PER_PICTURE, KVShape, block_truths, preprocess, truth
@@ -20,6 +21,8 @@ from mmcache.bench.oracle import Entry, PrefixStep
 from mmcache.chain import PlaceholderSpan
 from mmcache.keys import item_digest
 from mmcache.media import media_digest, samples_digest
+
+T = TypeVar("T")
 
 # Special tokens of Qwen2-VL's tokenizer; words get stable made-up ids below them.
 IM_START, IM_END, VISION_START, VISION_END, IMAGE_PAD, VIDEO_PAD = 151644, 151645, 151652, 151653, 151655, 151656
@@ -230,7 +233,7 @@ def _comparison(first: Medium, second: Medium) -> list[Request]:
     return [there, back, there]
 
 
-def interleave(sessions: Sequence[Sequence[Request]], rng: random.Random, under_way: int) -> Iterator[Request]:
+def interleave(sessions: Sequence[Sequence[T]], rng: random.Random, under_way: int) -> Iterator[T]:
     """The sessions in random order, `under_way` of them at any time."""
     waiting = [list(session) for session in sessions]
     rng.shuffle(waiting)
