@@ -9,14 +9,15 @@ import random
 import signal
 import time
 from collections.abc import Awaitable, Iterator
+from functools import partial
 from typing import Any
 
 import numpy as np
 import pytest
 
 import mmcache
-from mmcache.client.aio_link import INLINE_NBYTES, Workers
-from mmcache.client.protocol import Work
+from mmcache.client.aio_link import INLINE_NBYTES, Workers, drive_async
+from mmcache.client.protocol import Effect, Flow, Work
 from mmcache.config import ClientConfig
 from mmcache.errors import UsageError
 from mmcache.testing.process import ServerProcess
@@ -249,6 +250,30 @@ def test_cancelling_waits_for_work_that_has_begun_and_drops_what_has_not() -> No
 
 
 # ------------------------------------------------------------------------------------------ the loop
+def test_a_flow_that_never_has_to_wait_still_gives_other_tasks_their_turns() -> None:
+    def flow() -> Flow[str]:
+        for _ in range(20):
+            yield Work(partial(time.sleep, 0.002), 1)
+        return "done"
+
+    async def main() -> int:
+        workers, turns = Workers(1), 0
+
+        async def perform(work: Effect) -> None:
+            assert isinstance(work, Work)
+            await workers.run(work)
+
+        driven = asyncio.ensure_future(drive_async(flow(), perform))
+        while not driven.done():
+            await asyncio.sleep(0)
+            turns += 1
+        assert driven.result() == "done"
+        workers.close()
+        return turns
+
+    assert asyncio.run(main()) > 15
+
+
 @PATHS
 def test_the_loop_goes_on_while_much_is_read_and_written(server: ServerProcess, path: str) -> None:
     keys, nbytes = keys_of(1, f"lag/{path}"), 64 * MiB
