@@ -166,6 +166,10 @@ class Dialer:
         """The map of the server's memory that its links use, None where they have none."""
         return self._arena[1] if self._arena is not None else None
 
+    def forget_arena(self) -> None:
+        """Hold the map no longer: it goes with the last link or view that uses it, not when this object is collected."""
+        self._arena = None
+
     def open(self, deadline: float) -> Link:
         """A joined link. Raises TransportError when no path works."""
         config = self.config
