@@ -167,7 +167,7 @@ class Dialer:
         return self._arena[1] if self._arena is not None else None
 
     def forget_arena(self) -> None:
-        """Hold the map no longer: it goes with the last link or view that uses it, not when this object is collected."""
+        """Hold the map no longer: it goes with the last link or view that uses it, not when this is collected."""
         self._arena = None
 
     def open(self, deadline: float) -> Link:
