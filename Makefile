@@ -22,7 +22,7 @@ TEST := $(VENV)/.stamp-test
 
 help:
 	@echo "make demo    install, then run the main job: mmcache bench media"
-	@echo "make test    install, then run check and all tests with coverage"
+	@echo "make test    install (Node too, for its client), then run check and all tests with coverage"
 	@echo "make check   install, then run ruff, mypy and the import contracts"
 	@echo "make fuzz    install, then give every fuzz target FUZZ_BYTES=10000000 bytes"
 	@echo "make soak    install, then run eight clients against a server for five minutes, then 10,000 connections"
@@ -40,6 +40,7 @@ check: $(TEST)
 	$(BIN)/lint-imports
 
 test: check
+	bash tests/clients/install-node.sh
 	$(BIN)/python -m pytest --cov --cov-report=term
 
 fuzz: $(TEST)

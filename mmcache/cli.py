@@ -1,4 +1,6 @@
-"""The command line: serve, bench, stat, inspect, doctor, version. Every command has examples in its --help, and --json.
+"""The command line: serve, stat, inspect, doctor, version; the others are in cli_*.py.
+
+Every command has examples in its --help, and --json.
 
 Whatever is raised ends in `main`: one line on stderr, exit 2 for what can never work, else 1.
 """
@@ -17,13 +19,16 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from mmcache import cli_explain, cli_ops
 from mmcache._version import __version__
 from mmcache.cli_bench import bench_app
-from mmcache.cli_common import progress_bar, size_text
+from mmcache.cli_common import DEFAULT_URL, Json, Url, key_digest, progress_bar, size_text
+from mmcache.cli_token import token_app
 from mmcache.config import ServerConfig, parse_nbytes, server_config
 from mmcache.connect import connect
 from mmcache.errors import ConfigError, FrameError, MMCacheError, UsageError
 from mmcache.frame import parse_header
+from mmcache.logs import log_to_stderr
 from mmcache.server.serve import Server
 
 app = typer.Typer(
@@ -34,12 +39,12 @@ app = typer.Typer(
     "**mmcache serve --help** for the settings",
 )
 app.add_typer(bench_app, name="bench")
+cli_ops.register(app)
+cli_explain.register(app)
+app.add_typer(token_app, name="token")
 
-DEFAULT_URL = "mmcache://127.0.0.1:7600"
 STOP_SIGNALS = {signal.SIGTERM, signal.SIGINT}
 DEFAULTS = ServerConfig()
-Url = Annotated[str, typer.Option("--connect", "-c", metavar="URL", help="The server to ask.")]
-Json = Annotated[bool, typer.Option("--json", help="Print JSON for machines.")]
 
 
 def _print_version(wanted: bool) -> None:
@@ -63,6 +68,26 @@ def _setting(name: str, text: str, *flags: str, metavar: str | None = None) -> A
     shown = size_text(value) if name.endswith("_nbytes") else "off" if value is False else str(value) or "none"
     variable = f"MMCACHE_{name.removesuffix('_nbytes').upper()}"
     return typer.Option(*flags, metavar=metavar, help=f"{text} (default: {shown}; {variable})")
+
+
+Grpc = Annotated[
+    str | None,
+    _setting(
+        "grpc", "Serve gRPC here, for clients in any language; port 0 picks one, '' serves none.", metavar="HOST:PORT"
+    ),
+]
+AccessFile = Annotated[
+    str | None,
+    _setting("access_file", "Who may come in, as whom: see `mmcache token --help`.", "--access", metavar="FILE"),
+]
+TlsCert = Annotated[str | None, _setting("tls_cert", "Speak TLS with this certificate chain, PEM.", metavar="FILE")]
+TlsKey = Annotated[str | None, _setting("tls_key", "Its private key, mode 0600.", metavar="FILE")]
+TlsClientCa = Annotated[
+    str | None,
+    _setting(
+        "tls_client_ca", "Ask for client certificates signed by these CAs; needed without --access.", metavar="FILE"
+    ),
+]
 
 
 @app.command(
@@ -99,13 +124,25 @@ def serve(
     insecure_network: Annotated[
         bool | None,
         _setting(
-            "insecure_network", "Allow an address other hosts can reach: no access control.", "--insecure-network"
+            "insecure_network",
+            "Allow an address other hosts can reach without TLS and access control.",
+            "--insecure-network",
         ),
     ] = None,
     metrics: Annotated[
         str | None,
         _setting("metrics", "Serve a page for Prometheus here; port 0 picks one, '' serves none.", metavar="HOST:PORT"),
     ] = None,
+    mode: Annotated[
+        str | None,
+        _setting("mode", "Allow both, read, write or off; see `mmcache mode`.", metavar="MODE"),
+    ] = None,
+    log: Annotated[str | None, _setting("log", "How to log: text or json, one object a line.", metavar="FORM")] = None,
+    grpc: Grpc = None,
+    access_file: AccessFile = None,
+    tls_cert: TlsCert = None,
+    tls_key: TlsKey = None,
+    tls_client_ca: TlsClientCa = None,
     verbose: Annotated[bool, typer.Option("--verbose", "-v", help="Log every dropped connection.")] = False,
     as_json: Json = False,
 ) -> None:
@@ -113,10 +150,6 @@ def serve(
 
     An option not given is read from its environment variable. Prints one ready line once it accepts.
     """
-    logging.basicConfig(
-        level=logging.DEBUG if verbose else logging.WARNING, format="%(asctime)s %(levelname)s %(name)s: %(message)s"
-    )
-    signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)  # before any thread starts: all inherit it, one waits
     config = server_config(
         listen=listen,
         unix_path=unix_path,
@@ -128,26 +161,39 @@ def serve(
         max_connections=max_connections,
         insecure_network=insecure_network,
         metrics=metrics,
+        mode=mode,
+        log=log,
+        grpc=grpc,
+        access_file=access_file,
+        tls_cert=tls_cert,
+        tls_key=tls_key,
+        tls_client_ca=tls_client_ca,
     )
+    log_to_stderr(config.log, logging.DEBUG if verbose else logging.WARNING)
+    _run_until_signal(config, as_json=as_json)
+
+
+def _run_until_signal(config: ServerConfig, *, as_json: bool) -> None:
     if not config.listen and not config.unix_path:
         raise ConfigError("there is nothing to listen on; give --listen HOST:PORT or --unix PATH")
+    signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)  # before any thread starts: all inherit it, one waits
     with progress_bar("taking memory") as show:
         server = Server(config, progress=show)
     server.start()
-    _run_until_signal(server, as_json=as_json)
-
-
-def _run_until_signal(server: Server, *, as_json: bool) -> None:
     host, port = server.address or ("", 0)
-    url = f"mmcache://{f'[{host}]' if ':' in host else host}:{port}" if host else f"mmcache+unix://{server.unix_path}"
-    config = server.config
+    scheme = "mmcaches" if config.tls_cert else "mmcache"
+    url = f"{scheme}://{f'[{host}]' if ':' in host else host}:{port}" if host else f"mmcache+unix://{server.unix_path}"
+    grpc_host, grpc_port = server.grpc_address or ("", 0)
+    grpc = f"{f'[{grpc_host}]' if ':' in grpc_host else grpc_host}:{grpc_port}" if grpc_host else ""
     if as_json:
         ready = {"ready": True, "url": url, "unix_path": server.unix_path, "memory_nbytes": config.memory_nbytes}
         ready |= {"metrics_url": server.metrics_url} if server.metrics_url else {}
+        ready |= {"grpc_address": grpc} if grpc else {}
         print(json.dumps(ready), flush=True)
     else:
         size = f"{config.memory_nbytes / 2**20:.0f} MiB, {config.entries} entries"
         page = f"; metrics {server.metrics_url}" if server.metrics_url else ""
+        page += f"; gRPC {grpc}" if grpc else ""
         socket = f"unix socket {server.unix_path or 'off'}"
         print(f"mmcache {__version__} ready: {url} ({size}; {socket}{page})", flush=True)
     signal.sigwait(STOP_SIGNALS)
@@ -179,12 +225,7 @@ def inspect(
     as_json: Json = False,
 ) -> None:
     """Show one entry: its tensors, times and the facts of its namespace. Exit 1 if it is not stored."""
-    try:
-        digest = bytes.fromhex(key)
-        if len(digest) != 32:
-            raise ValueError
-    except ValueError:
-        raise UsageError(f"{key!r} is not a key; a key has 64 hexadecimal digits, as Key.hex() prints") from None
+    digest = key_digest(key)
     with connect(url) as client:
         reply = client.inspect(digest)
     if not reply.found:

@@ -7,34 +7,21 @@ default here. An unknown MMCACHE_ variable or a value that does not parse is an 
 from __future__ import annotations
 
 import os
-import re
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from typing import Any, Final
 from urllib.parse import parse_qsl, urlsplit
 
 from mmcache.errors import ConfigError
+from mmcache.units import GiB as GiB
+from mmcache.units import KiB as KiB
+from mmcache.units import MiB as MiB
+from mmcache.units import parse_nbytes as parse_nbytes
 
-KiB: Final = 1 << 10
-MiB: Final = 1 << 20
-GiB: Final = 1 << 30
 DEFAULT_PORT: Final = 7600
-BODY_NBYTES_PER_KEY: Final = 96  # a Reserve's key, parent, size and kind, with room to spare
-_UNITS: Final = {"": 1, "b": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "tb": 10**12,
-                 "kib": KiB, "mib": MiB, "gib": GiB, "tib": 1 << 40}  # fmt: skip
+BODY_NBYTES_PER_KEY: Final = 128  # a Reserve's key, parent, namespace, size, kind and media, with room to spare
 _ENV_PREFIX: Final = "MMCACHE_"
 _LONGEST_S: Final = 86400.0  # the kernel's timers take no infinity, and what waits longer than a day is not waiting
-
-
-def parse_nbytes(text: str | int) -> int:
-    """Bytes from '1GiB', '512 MiB', '64kb' or a plain number. Raises ConfigError."""
-    if isinstance(text, int):
-        return text
-    match = re.fullmatch(r"\s*(\d{1,18}(?:\.\d{1,18})?)\s*([a-zA-Z]*)\s*", text)
-    unit = match and _UNITS.get(match[2].lower())
-    if not match or not unit:
-        raise ConfigError(f"{text!r} is not a size; write a number with a unit, for example 512MiB or 4GiB")
-    return int(float(match[1]) * unit)
 
 
 def parse_host_port(text: str) -> tuple[str, int]:
@@ -76,10 +63,18 @@ class ServerConfig:
     drain_s: float = 5.0
     insecure_network: bool = False
     metrics: str = ""  # HOST:PORT of a page for Prometheus; empty: none
+    log: str = "text"  # or json
+    mode: str = "both"  # what is allowed at the start: both, read, write or off
+    grpc: str = ""  # HOST:PORT of the public carrier; empty: none
+    max_grpc_nbytes: int = 64 * MiB  # the largest message, either way
+    access_file: str = ""  # who may come in, as whom (docs/access.md); empty: anybody, as one tenant
+    tls_cert: str = ""  # PEM chain; empty: no TLS
+    tls_key: str = ""
+    tls_client_ca: str = ""  # PEM; who signs client certificates; empty: none are asked for
 
     def __post_init__(self) -> None:
         positive = ("memory_nbytes", "lease_s", "max_connections", "max_batch_keys", "max_body_nbytes",
-                    "max_inline_nbytes", "max_inflight_nbytes", "io_timeout_s")  # fmt: skip
+                    "max_inline_nbytes", "max_inflight_nbytes", "max_grpc_nbytes", "io_timeout_s")  # fmt: skip
         for name in positive:
             if not getattr(self, name) > 0:
                 raise ConfigError(f"{name} is {getattr(self, name)}; it must be greater than 0")
@@ -92,10 +87,20 @@ class ServerConfig:
                 f"allow {BODY_NBYTES_PER_KEY} bytes a key, or lower max_batch_keys"
             )
         _check_times(self, "lease_s", "io_timeout_s", "drain_s")
+        if self.mode not in ("both", "read", "write", "off"):
+            raise ConfigError(f"mode is {self.mode!r}; it must be both, read, write or off")
+        if self.log not in ("text", "json"):
+            raise ConfigError(f"log is {self.log!r}; it must be text or json")
+        if self.max_grpc_nbytes > GiB:
+            raise ConfigError(f"max_grpc_nbytes is {self.max_grpc_nbytes}; a gRPC message has at most 1GiB")
         if not 0 < self.pinned_share <= 1:
             raise ConfigError(f"pinned_share is {self.pinned_share}; it must be above 0 and at most 1")
         if self.alignment < 64 or self.alignment > 65536 or self.alignment & (self.alignment - 1):
             raise ConfigError(f"alignment is {self.alignment}; it must be a power of two from 64 to 65536")
+        if bool(self.tls_cert) != bool(self.tls_key):
+            raise ConfigError("tls_cert and tls_key belong together; give both, or neither")
+        if self.tls_client_ca and not self.tls_cert:
+            raise ConfigError("tls_client_ca needs tls_cert and tls_key: client certificates are part of TLS")
         if self.memory_nbytes < 64 * KiB:
             raise ConfigError(f"memory is {self.memory_nbytes} bytes; the least is 64KiB, and 1GiB or more is usual")
 
@@ -125,21 +130,45 @@ class ClientConfig:
     verify: bool = True
     max_connections: int = 8
     copy_threads: int = 2  # for large batches read from shared memory
+    token_file: str = ""  # holds the token that says who we are; read again for every connection
+    token: str = field(default="", repr=False)  # the token itself, from `connect`; never from a URL
+    ca: str = ""  # mmcaches: PEM of the CAs to trust; empty: the system's
+    cert: str = ""  # mmcaches: our certificate and its key, PEM
+    key: str = ""
+    server_name: str = ""  # mmcaches: the name in the server's certificate, where it is not the host
+    insecure_network: bool = False  # let a token travel unencrypted to another host
 
     def __post_init__(self) -> None:
         if self.transport not in ("auto", "shm", "tcp"):
             raise ConfigError(f"transport={self.transport!r} is unknown; use auto, shm or tcp")
-        if self.transport == "shm" and self.scheme == "mmcache" and self.host not in ("127.0.0.1", "localhost", "::1"):
+        if self.transport == "shm" and self.is_network and self.host not in ("127.0.0.1", "localhost", "::1"):
             raise ConfigError(f"transport=shm needs a server on this host, not {self.host}; use auto or tcp")
+        if self.token and self.token_file:
+            raise ConfigError("a token and a token_file were given; give one of them")
+        if self.scheme != "mmcaches" and (self.ca or self.cert or self.key or self.server_name):
+            raise ConfigError("ca, cert, key and server_name are for TLS; use mmcaches://HOST:PORT")
+        if bool(self.cert) != bool(self.key):
+            raise ConfigError("cert and key belong together; give both, or neither")
         if not (self.deadline_s > 0 and self.connect_s > 0 and self.max_connections > 0 and self.copy_threads > 0):
             raise ConfigError("deadline_s, connect_s, max_connections and copy_threads must be greater than 0")
         _check_times(self, "deadline_s", "connect_s")
 
+    @property
+    def is_network(self) -> bool:
+        """True where the URL names a host and a port."""
+        return self.scheme in ("mmcache", "mmcaches")
+
 
 _URL_HELP: Final = (
-    "use mmcache://HOST:PORT, mmcache+unix:///path/to.sock or embedded://?memory=1GiB, "
+    "use mmcache://HOST:PORT, mmcaches://HOST:PORT (TLS), mmcache+unix:///path/to.sock or embedded://?memory=1GiB, "
     "with options such as ?transport=tcp&deadline_s=1"
 )
+
+
+_NETWORK_OPTIONS: Final = ("token_file", "ca", "cert", "key", "server_name", "insecure_network")
+_URL_OPTIONS: Final = (
+    "transport", "deadline_s", "connect_s", "verify", "max_connections", "copy_threads", *_NETWORK_OPTIONS,
+)  # fmt: skip
 
 
 def parse_url(url: str, **overrides: Any) -> ClientConfig:
@@ -149,12 +178,18 @@ def parse_url(url: str, **overrides: Any) -> ClientConfig:
         port = parts.port
     except ValueError as error:
         raise ConfigError(f"{url!r} is not a URL ({error}); {_URL_HELP}") from None
-    if parts.scheme not in ("mmcache", "mmcache+unix", "embedded"):
+    options = parse_qsl(parts.query, keep_blank_values=True)
+    if any(name == "token" for name, _ in options):
+        raise ConfigError(
+            "a token does not belong in a URL: URLs end up in logs and process lists; write it to a file of mode 0600 "
+            "and give token_file=PATH, or connect(url, token=...)"
+        )
+    if parts.scheme not in ("mmcache", "mmcaches", "mmcache+unix", "embedded"):
         raise ConfigError(f"{url!r} has scheme {parts.scheme!r}; {_URL_HELP}")
     if parts.username or parts.password or parts.fragment:
         raise ConfigError(f"{url!r} holds a user, password or fragment, which mean nothing here; {_URL_HELP}")
     settings: dict[str, Any] = {"scheme": parts.scheme}
-    if parts.scheme == "mmcache":
+    if parts.scheme in ("mmcache", "mmcaches"):
         if not parts.hostname or parts.path not in ("", "/"):
             raise ConfigError(f"{url!r} is not mmcache://HOST:PORT; {_URL_HELP}")
         settings |= {"host": parts.hostname, "port": DEFAULT_PORT if port is None else port}
@@ -164,10 +199,10 @@ def parse_url(url: str, **overrides: Any) -> ClientConfig:
         if not parts.path.startswith("/"):
             raise ConfigError(f"{url!r} has no absolute path; {_URL_HELP}")
         settings["path"] = parts.path
-    for name, value in parse_qsl(parts.query, keep_blank_values=True):
+    for name, value in options:
         if name == "memory" and parts.scheme == "embedded":
             settings["memory_nbytes"] = parse_nbytes(value)
-        elif name in ("transport", "deadline_s", "connect_s", "verify", "max_connections", "copy_threads"):
+        elif name in _URL_OPTIONS and not (parts.scheme == "embedded" and name in _NETWORK_OPTIONS):
             settings[name] = _convert(ClientConfig, name, value, f"the URL's {name}")
         else:
             raise ConfigError(f"{url!r} has an unknown option {name!r}; {_URL_HELP}")

@@ -11,6 +11,7 @@
     ├── TransportError (OSError)     no server, a broken or silent connection
     │   ├── ProtocolError            the peer broke the conversation's rules
     │   ├── RequestRefused           the server understood and said no (its message says why)
+    │   │   └── AccessDenied         to whom it does not know, or who may not ask this
     │   └── DeadlineExceeded         the call's time was up
     └── LeaseLost                    memory under a zero-copy view may have been reused
 
@@ -63,6 +64,10 @@ class ProtocolError(TransportError):
 
 class RequestRefused(TransportError):
     """The server understood the request and refused it; the message says why and what to do."""
+
+
+class AccessDenied(RequestRefused):
+    """The server knows no such token or certificate, or what was asked needs an admin token."""
 
 
 class DeadlineExceeded(TransportError):

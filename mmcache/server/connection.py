@@ -7,6 +7,7 @@ aborted, and its leases end when they expire.
 from __future__ import annotations
 
 import logging
+import ssl
 import time
 from collections.abc import Sequence
 from typing import Final
@@ -16,11 +17,15 @@ from google.protobuf.message import Message
 
 from mmcache.errors import MMCacheError, ProtocolError, TransportError
 from mmcache.pb import cache_pb2 as pb
-from mmcache.server.service import BadRequest, Service, parse, status_of
+from mmcache.server.access import DENIED, Pass
+from mmcache.server.caller import LOCAL
+from mmcache.server.refuse import BadRequest, parse
+from mmcache.server.service import Service, status_of
 from mmcache.store.shard import Landing
 from mmcache.transport.base import (
     MAGIC,
     PRELUDE_NBYTES,
+    PROTOCOL,
     SLICE_NBYTES,
     SLOT_DONE,
     SLOT_NOTE,
@@ -32,11 +37,14 @@ from mmcache.transport.base import (
 )
 from mmcache.transport.shm import RingView
 from mmcache.transport.tcp import SPIN_S, Channel, close_fds
+from mmcache.transport.tls import HANDSHAKE_START, PeerCertificate, TlsChannel
 
 log = logging.getLogger("mmcache.server")
 MAX_SPINNING: Final = 4  # with more connections than this, none waits awake for its next request
 SLOWEST_NBYTES_PER_S: Final = 4 << 20  # slower payload, either way, is not waited for: it holds memory
+MAX_JOIN_NBYTES: Final = 64 << 10  # of strangers nothing large is read
 LINGER_S: Final = 1.0  # how long a peer that broke the rules may take to read why
+_STATUS_V1: Final = bytes(pb.OVERLOADED if code in (pb.QUOTA, pb.STOPPED) else code for code in range(256))
 _HTTP_TEXT = b"This port speaks mmcache's framed protocol, not HTTP. Connect with mmcache://HOST:PORT.\n"
 _HTTP_ANSWER = (
     b"HTTP/1.1 400 Bad Request\r\nContent-Type: text/plain\r\nContent-Length: %d\r\nConnection: close\r\n\r\n%b"
@@ -53,17 +61,30 @@ def pack_error(request_id: int, code: int, message: str) -> bytes:
 class Connection:
     """Serves one client until it leaves, misbehaves, or the server drains."""
 
-    def __init__(self, channel: Channel, service: Service, *, same_host: bool, tenant: int = 0) -> None:
-        self.channel, self.service = channel, service
-        self.same_host, self.tenant = same_host, tenant
+    def __init__(
+        self, channel: Channel, service: Service, *, same_host: bool, tls: ssl.SSLContext | None = None
+    ) -> None:
+        self.channel, self.service, self._tls = channel, service, tls
+        self.same_host, self.caller = same_host, LOCAL
+        self.admitted: Pass | None = None  # what it came in with, once it has joined
+        self.certificate: PeerCertificate | None = None
+        self._join_by = self._deadline()
+        self._protocol = PROTOCOL
         self.idle = True
         self._ring: RingView | None = None
         self._joined = False
         self._scratch = memoryview(bytearray(0))
 
+    @property
+    def is_stranger(self) -> bool:
+        """True until it has said who it is, where that is asked."""
+        return not self._joined and self.service.access is not None
+
     def serve(self) -> None:
         """Answer messages until the connection ends. Raises nothing."""
         try:
+            if self._tls is not None:
+                self._begin_tls(self._tls)
             while True:
                 self.idle = True
                 head, fds = self._receive_head()
@@ -84,12 +105,24 @@ class Connection:
     def _deadline(self, payload_nbytes: int = 0) -> float:
         return time.monotonic() + self.service.config.io_timeout_s + payload_nbytes / SLOWEST_NBYTES_PER_S
 
+    def _begin_tls(self, context: ssl.SSLContext) -> None:
+        start = self.channel.peek(len(MAGIC), self._join_by)
+        if is_http(start):
+            self._last_words(_HTTP_ANSWER)
+            raise TransportError("an HTTP client")
+        if start[:1] != HANDSHAKE_START:
+            raise ProtocolError("this port speaks TLS; use mmcaches://HOST:PORT, with ?ca=PATH for a CA of your own")
+        channel = TlsChannel(self.channel, context, None)
+        self.channel = channel
+        channel.handshake(self._join_by)
+        self.certificate = channel.certificate
+
     def _receive_head(self) -> tuple[bytes, list[int]]:
         """The next prelude. After Join its first byte may take as long as it likes; nothing else may."""
         if not self._joined:
             if self.same_host:
-                return self.channel.recv_with_fds(PRELUDE_NBYTES, self._deadline())
-            deadline = self._deadline()
+                return self.channel.recv_with_fds(PRELUDE_NBYTES, self._join_by)
+            deadline = self._join_by
             start = self.channel.recv(len(MAGIC), deadline)
             if is_http(start):  # such a request may be shorter than a prelude
                 self._last_words(_HTTP_ANSWER)
@@ -100,12 +133,16 @@ class Connection:
         return self.channel.recv(PRELUDE_NBYTES, self._deadline()), []
 
     def _serve_one(self, head: bytes, fds: list[int]) -> None:
-        prelude = parse_prelude(head, self.service.config.max_body_nbytes)
+        limit = self.service.config.max_body_nbytes
+        if self.is_stranger:
+            limit = min(limit, MAX_JOIN_NBYTES)
+        prelude = parse_prelude(head, limit)
         if not prelude.request_id and prelude.op != Op.FINISH:
             raise ProtocolError(f"{prelude.op.name} with request id 0; only FINISH may go without an answer")
         if prelude.payload_nbytes:
             raise ProtocolError(f"{prelude.op.name} announces payload; it follows only after the server's answer")
-        body = self.channel.recv(prelude.body_nbytes, self._deadline()) if prelude.body_nbytes else b""
+        deadline = self._deadline() if self._joined else self._join_by
+        body = self.channel.recv(prelude.body_nbytes, deadline) if prelude.body_nbytes else b""
         try:
             if prelude.op == Op.JOIN and not self._joined:
                 self._join(prelude, body, fds)
@@ -116,12 +153,15 @@ class Connection:
             elif prelude.op == Op.RESERVE:
                 self._put(prelude, body)
             else:
-                reply = self.service.handle(prelude.op, self.tenant, body)
+                reply = self.service.handle(prelude.op, self.caller, body)
                 if prelude.request_id:
                     self._reply(prelude, reply)
         except BadRequest as error:
             if not prelude.request_id:
                 raise ProtocolError(str(error)) from None
+            if error.code == pb.ErrorReply.DENIED and not self._joined:
+                self._last_words(pack_error(prelude.request_id, error.code, str(error)))
+                raise TransportError("access denied") from None
             self._error(prelude.request_id, error.code, str(error))
 
     def _reply(
@@ -152,6 +192,7 @@ class Connection:
 
     def _join(self, prelude: Prelude, body: bytes, fds: list[int]) -> None:
         request = parse(pb.JoinRequest(), body)
+        admitted = self.service.admit(request.token, self.certificate.common_name if self.certificate else None)
         if request.ring_slots:
             if len(fds) != 1:
                 raise BadRequest("a ring was announced without its one file descriptor")
@@ -159,9 +200,12 @@ class Connection:
                 self._ring = RingView(fds.pop(), request.ring_slots, request.ring_slot_nbytes)
             except TransportError as error:
                 raise BadRequest(str(error)) from None
-        with_arena = self.same_host and request.want_arena
+        with_arena = self.same_host and request.want_arena and admitted.shared_memory
         reply = self.service.join_reply(request, with_arena=with_arena)
-        self._joined = True
+        self.admitted, self.caller = admitted._replace(shared_memory=with_arena), admitted.caller
+        if not self.service.still(self.admitted):  # revoked just now, before it could be seen here
+            raise BadRequest(DENIED, pb.ErrorReply.DENIED)
+        self._joined, self._protocol = True, reply.protocol
         if not with_arena:
             self._reply(prelude, reply)
             return
@@ -170,7 +214,7 @@ class Connection:
         self.channel.send_with_fds(head, [self.service.shard.arena.fd], self._deadline())
 
     def _acquire(self, prelude: Prelude, body: bytes) -> None:
-        reply, found, inline = self.service.acquire(self.tenant, body)
+        reply, found, inline = self.service.acquire(self.caller, body)
         if not inline:
             self._reply(prelude, reply)
             return
@@ -179,25 +223,30 @@ class Connection:
             self._reply(prelude, reply, [self.service.shard.view(entry) for entry in found])
         finally:
             if lease_id:
-                self.service.shard.release(self.tenant, lease_id)
+                self.service.shard.release(self.caller.tenant, lease_id)
 
     def _put(self, prelude: Prelude, body: bytes) -> None:
         request = parse(pb.ReserveRequest(), body)
         if request.ring and self._ring is None:
             raise BadRequest("the payload is to come through a ring, but this connection has none")
-        status, landings = self.service.reserve(self.tenant, request)
+        status, landings = self.service.reserve(self.caller, request)
         try:
             with self.service.inflight(sum(landing.left_nbytes for landing in landings)) as fits:
                 if not fits:
                     status = status.replace(bytes([pb.WANTED]), bytes([pb.OVERLOADED]))
-                self._reply(prelude, pb.ReserveReply(status=status))
+                mode = self.service.mode
+                self._reply(prelude, pb.ReserveReply(status=self._known(status), mode=mode))
                 if fits and landings:
                     self._receive_frames(landings, through_ring=request.ring)
                     results = bytes(status_of(landing.commit()) for landing in landings)
-                    self._reply(prelude, pb.PutReply(status=results), op=Op.PUT_DONE)
+                    self._reply(prelude, pb.PutReply(status=self._known(results), mode=mode), op=Op.PUT_DONE)
         finally:
             for landing in landings:
                 landing.abort()
+
+    def _known(self, status: bytes) -> bytes:
+        """Put statuses as the peer's protocol knows them."""
+        return status.translate(_STATUS_V1) if self._protocol == 1 else status
 
     def _receive_frames(self, landings: Sequence[Landing], *, through_ring: bool) -> None:
         if not len(self._scratch):

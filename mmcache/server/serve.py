@@ -10,6 +10,7 @@ import ipaddress
 import logging
 import os
 import socket
+import ssl
 import stat
 import tempfile
 import threading
@@ -20,18 +21,23 @@ from typing import TYPE_CHECKING, Final
 from mmcache.config import ServerConfig, parse_host_port
 from mmcache.errors import ConfigError, TransportError
 from mmcache.pb import cache_pb2 as pb
+from mmcache.server.access import Access
 from mmcache.server.connection import Connection, pack_error
 from mmcache.server.service import Service
+from mmcache.server.watched import Watched
 from mmcache.store.arena import Progress
 from mmcache.store.shard import Shard
 from mmcache.transport.tcp import Channel, connect_unix
+from mmcache.transport.tls import server_context
 
 if TYPE_CHECKING:
     from mmcache.metrics import MetricsPage
+    from mmcache.server.rpc import RpcServer
 
 log = logging.getLogger("mmcache.server")
 TICK_S: Final = 1.0
 BACKLOG: Final = 128
+LEAST_STRANGERS: Final = 16  # connections that may be about to say who they are: so many, or a quarter of all
 _PREFIX: Final = "mmcache-"
 _SOCKET: Final = "shard.sock"
 
@@ -54,8 +60,13 @@ class Server:
         addresses = _resolve(config, config.listen, "--listen") if config.listen else []
         self._metrics_at = _resolve(config, config.metrics, "--metrics")[0][1] if config.metrics else None
         self._metrics: MetricsPage | None = None
+        self._grpc_at = _resolve(config, config.grpc, "--grpc")[0][1] if config.grpc else None
+        self._rpc: RpcServer | None = None
+        self.access = Access(config.access_file) if config.access_file else None
+        self._tls = _watch_tls(config)
         self.shard = Shard(config, progress=progress)
-        self.service = Service(self.shard, config)
+        self.service = Service(self.shard, config, self.access)
+        self._set_quotas()
         try:
             for family, address in addresses[:1]:
                 self._listen_tcp(family, address)
@@ -109,6 +120,9 @@ class Server:
             from mmcache.metrics import MetricsPage  # only where it is wanted: engines embed servers too
 
             self._metrics = MetricsPage(*self._metrics_at, self.service.counters)
+        if self._grpc_at is not None:
+            self._rpc = _rpc_server(self.service, self._grpc_at)
+            self._rpc.start()
         for listener in self._listeners:
             threading.Thread(target=self._accept, args=(listener,), name="mmcache-accept", daemon=True).start()
         threading.Thread(target=self._tick, name="mmcache-tick", daemon=True).start()
@@ -118,6 +132,11 @@ class Server:
         """Where Prometheus finds the metrics; empty: nowhere."""
         return self._metrics.url if self._metrics is not None else ""
 
+    @property
+    def grpc_address(self) -> tuple[str, int] | None:
+        """Where the public carrier listens; None: nowhere."""
+        return self._rpc.address if self._rpc is not None else None
+
     def attach(self, sock: socket.socket) -> None:
         """Serve one already connected unix socket as a client on this host."""
         self._serve(Channel(sock), same_host=True)
@@ -125,6 +144,8 @@ class Server:
     def stop(self) -> None:
         """Stop accepting, let running requests end within `drain_s`, close every connection and free the memory."""
         self._stopping.set()
+        if self._rpc is not None:
+            self._rpc.drain()
         if self._metrics is not None:
             self._metrics.close()
         for listener in self._listeners:
@@ -137,11 +158,12 @@ class Server:
                 connections = dict(self._connections)
             for connection in connections:
                 if connection.idle or time.monotonic() >= deadline:
-                    with contextlib.suppress(OSError):
-                        connection.channel.sock.shutdown(socket.SHUT_RDWR)
+                    connection.channel.hang_up()
             if not connections or time.monotonic() >= deadline + 1:
                 break
             next(iter(connections.values())).join(0.02)
+        if self._rpc is not None:
+            self._rpc.stop(deadline)
         if self._private_dir:
             self._private_dir.cleanup()
         elif self.unix_path:
@@ -166,19 +188,27 @@ class Server:
                 sock.close()
 
     def _serve(self, channel: Channel, *, same_host: bool) -> None:
-        connection = Connection(channel, self.service, same_host=same_host)
+        tls = self._tls.value if self._tls is not None and not same_host else None
+        connection = Connection(channel, self.service, same_host=same_host, tls=tls)
+        most_strangers = max(LEAST_STRANGERS, self.config.max_connections // 4)
         with self._lock:
-            full = len(self._connections) >= self.config.max_connections
+            strangers = sum(other.is_stranger for other in self._connections) >= most_strangers
+            full = strangers or len(self._connections) >= self.config.max_connections
             if not full:
                 thread = threading.Thread(target=self._run, args=(connection,), name="mmcache-connection", daemon=True)
                 thread.start()  # it cannot end before it is listed, as it needs the lock for that
                 self._connections[connection] = thread
                 self.service.connections = len(self._connections)
         if full:
-            message = f"{self.config.max_connections} connections are open, the limit; raise --max-connections"
+            self._turn_away(channel, f"{most_strangers} connections that have not joined yet" if strangers else "", tls)
+
+    def _turn_away(self, channel: Channel, many: str, tls: ssl.SSLContext | None) -> None:
+        many = many or f"{self.config.max_connections} connections"
+        if tls is None:  # else whatever is said would not be understood
+            message = f"{many} are open, the limit; raise --max-connections"
             with contextlib.suppress(TransportError):
                 channel.send([pack_error(0, pb.ErrorReply.LIMIT, message)], time.monotonic() + 1)
-            channel.close()
+        channel.close()
 
     def _run(self, connection: Connection) -> None:
         try:
@@ -191,6 +221,51 @@ class Server:
     def _tick(self) -> None:
         while not self._stopping.wait(TICK_S):
             self.shard.tick()
+            try:
+                self._look_at_files()
+            except Exception:
+                log.exception("the access file or certificate could not be looked at; what was read before stays")
+
+    def _set_quotas(self) -> None:
+        if self.access is not None:
+            self.shard.index.usage.quotas = self.access.quotas
+
+    def _look_at_files(self) -> None:
+        """Use what has changed in them, and end the connections of whoever may not be here any more."""
+        if self._tls is not None:
+            self._tls.refresh()
+        changed = self.access is not None and self.access.refresh()
+        self._set_quotas()
+        with self._lock:
+            connections = list(self._connections)
+        now_s = time.time()
+        for connection in connections:
+            certificate, admitted = connection.certificate, connection.admitted
+            expired = certificate is not None and certificate.expires_s <= now_s
+            revoked = changed and admitted is not None and not self.service.still(admitted)
+            if expired or revoked:
+                connection.channel.hang_up()
+
+
+def _watch_tls(config: ServerConfig) -> Watched[ssl.SSLContext] | None:
+    """The TLS settings for new connections; None without TLS. Raises ConfigError."""
+    if not config.tls_cert:
+        return None
+
+    def load() -> ssl.SSLContext:
+        needed = not config.access_file  # else a token may say who it is
+        return server_context(config.tls_cert, config.tls_key, config.tls_client_ca, certificate_needed=needed)
+
+    files = [path for path in (config.tls_cert, config.tls_key, config.tls_client_ca) if path]
+    return Watched(files, load, "TLS certificate")
+
+
+def _rpc_server(service: Service, place: tuple[str, int]) -> RpcServer:
+    try:
+        from mmcache.server.rpc import RpcServer  # only where it is wanted: it needs an extra
+    except ImportError as error:
+        raise ConfigError(f"--grpc needs the extra grpc ({error}); pip install 'mmcache[grpc]'") from None
+    return RpcServer(service, place)
 
 
 def _resolve(config: ServerConfig, place: str, option: str) -> list[tuple[int, tuple[str, int]]]:
@@ -202,13 +277,31 @@ def _resolve(config: ServerConfig, place: str, option: str) -> list[tuple[int, t
         raise ConfigError(f"{option} {place}: {error}") from None
     addresses = [(info[0], (str(info[4][0]), int(info[4][1]))) for info in infos]
     exposed = [address for _, (address, _) in addresses if not ipaddress.ip_address(address.split("%")[0]).is_loopback]
-    if exposed and not config.insecure_network:
-        who = "read what is counted" if option == "--metrics" else "read and write the cache"
-        raise ConfigError(
-            f"{option} {place} reaches beyond this host ({exposed[0]}), where anyone could {who}: there is no "
-            "authentication yet; use 127.0.0.1, or pass --insecure-network"
-        )
+    if exposed:
+        _check_exposure(config, f"{option} {place} reaches beyond this host ({exposed[0]})", option)
     return [(int(family), address) for family, address in addresses]
+
+
+def _check_exposure(config: ServerConfig, where: str, option: str) -> None:
+    """Raise ConfigError unless whoever comes from other hosts is known, or the operator wants them unknown."""
+    if config.insecure_network:
+        return
+    if option == "--metrics":
+        raise ConfigError(
+            f"{where}, where anyone could read what is counted: the page has no access control; use 127.0.0.1, or pass "
+            "--insecure-network"
+        )
+    if config.tls_cert and (config.access_file or config.tls_client_ca):
+        return
+    missing = (
+        "--tls-cert and --tls-key, as tokens and values would travel readable"
+        if config.access_file
+        else ("--access FILE or --tls-client-ca FILE" + ("" if config.tls_cert else ", with --tls-cert and --tls-key"))
+    )
+    raise ConfigError(
+        f"{where}, where anyone could read and write the cache; give {missing} (docs/access.md), use 127.0.0.1, or "
+        "pass --insecure-network to go without authentication"
+    )
 
 
 def _remove_leftovers(folder: Path) -> None:

@@ -10,22 +10,26 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Final, TypeVar
+from typing import Final
 
-from google.protobuf.message import DecodeError, Message
+from google.protobuf.message import Message
 
 from mmcache._version import __version__
 from mmcache.config import ServerConfig
 from mmcache.errors import KeyInputError, MMCacheError
 from mmcache.frame import Kind, parse_header
 from mmcache.pb import cache_pb2 as pb
-from mmcache.store.answers import Found, Refusal
+from mmcache.server.access import DENIED, Access, Pass
+from mmcache.server.admin import Admin
+from mmcache.server.caller import LOCAL, Caller
+from mmcache.server.refuse import BadRequest, parse
+from mmcache.server.tenants import Tenants
+from mmcache.store.answers import Found, Modality, Refusal, pack_media
 from mmcache.store.shard import Landing, Shard
-from mmcache.transport.base import PLACE, PROTOCOL, Op
+from mmcache.transport.base import OLDEST_PROTOCOL, PLACE, PROTOCOL, Op
 
 KEY_NBYTES: Final = 32
 MAX_RECHECK_KEYS: Final = 64  # each is hashed whole
-_M = TypeVar("_M", bound=Message)
 _KINDS: Final = frozenset(map(int, Kind))
 _FOUND, _MISS, _LATER = int(pb.FOUND), int(pb.MISS), int(pb.LATER)
 _PUT_STATUS: Final[dict[Refusal, int]] = {
@@ -38,15 +42,11 @@ _PUT_STATUS: Final[dict[Refusal, int]] = {
     Refusal.LOST: pb.LOST,
     Refusal.BAD_FRAME: pb.BAD_FRAME,
     Refusal.EXPIRED: pb.EXPIRED,
+    Refusal.QUOTA: pb.QUOTA,
+    Refusal.STOPPED: pb.STOPPED,
 }
-
-
-class BadRequest(MMCacheError):
-    """A request this server will not carry out; `code` and the message go back to the client."""
-
-    def __init__(self, message: str, code: int = pb.ErrorReply.BAD_REQUEST) -> None:
-        super().__init__(message)
-        self.code = code
+_ADMIN_OPS: Final = frozenset({Op.REMOVE, Op.AUDIT})
+_MODALITIES: Final = frozenset(map(int, Modality))
 
 
 def status_of(reason: Refusal | None) -> int:
@@ -57,12 +57,14 @@ def status_of(reason: Refusal | None) -> int:
 class Service:
     """Answers requests for one shard. Thread-safe: connections call it concurrently."""
 
-    def __init__(self, shard: Shard, config: ServerConfig) -> None:
-        self.shard, self.config = shard, config
+    def __init__(self, shard: Shard, config: ServerConfig, access: Access | None = None) -> None:
+        self.shard, self.config, self.access = shard, config, access
         self.server_id = secrets.token_bytes(16)
         self.unix_path = ""
         self.started_at = time.monotonic()
         self.connections = 0
+        self.tenants = access.tenants if access is not None else Tenants()
+        self.admin = Admin(shard, self.tenants, lambda refusal: status_of(refusal))
         self._inflight_nbytes = 0
         self._inflight_lock = threading.Lock()
         self._plain: dict[Op, tuple[Callable[[], Message], Callable[..., Message]]] = {
@@ -73,25 +75,52 @@ class Service:
             Op.RECHECK: (pb.RecheckRequest, self._recheck),
             Op.INSPECT: (pb.InspectRequest, self._inspect),
             Op.STAT: (pb.StatRequest, self._stat),
+            Op.EXPLAIN: (pb.ExplainRequest, self._explain),
+            **self.admin.handlers,
         }
 
-    def handle(self, op: Op, tenant: int, body: bytes) -> Message:
+    def handle(self, op: Op, caller: Caller, body: bytes) -> Message:
         """The reply to a request without payload. Raises BadRequest."""
         if op not in self._plain:
             raise BadRequest(f"{op.name} is not a request", pb.ErrorReply.UNSUPPORTED)
         make, answer = self._plain[op]
-        return answer(tenant, parse(make(), body))
+        request = parse(make(), body)
+        if not caller.admin and (op in _ADMIN_OPS or (isinstance(request, pb.ModeRequest) and request.set)):
+            raise BadRequest(f"{op.name} needs an admin token; see docs/access.md", pb.ErrorReply.DENIED)
+        return answer(caller, request)
+
+    @property
+    def mode(self) -> pb.Mode:
+        """What is stopped for everybody, as every reply of a data operation says it."""
+        return int(self.shard.stopped)  # type: ignore[return-value]
+
+    def admit(self, token: str, common_name: str | None) -> Pass:
+        """Who joins with this token ("": without) and this verified certificate (None: without).
+
+        Raises BadRequest, which says the same whatever was wrong.
+        """
+        if self.access is None:
+            return Pass(LOCAL, True, b"", None)
+        admitted = self.access.admit(token, common_name)
+        if admitted is None:
+            raise BadRequest(DENIED, pb.ErrorReply.DENIED)
+        return admitted
+
+    def still(self, admitted: Pass) -> bool:
+        """Whether who joined with this may go on."""
+        return self.access is None or self.access.still(admitted)
 
     def join_reply(self, request: pb.JoinRequest, *, with_arena: bool) -> pb.JoinReply:
         """What a client is told when it joins. Raises BadRequest for a protocol this release does not speak."""
-        if request.protocol < PROTOCOL:
+        if request.protocol < OLDEST_PROTOCOL:
             raise BadRequest(
-                f"protocol {request.protocol} is too old; this server speaks {PROTOCOL}: upgrade the client",
+                f"protocol {request.protocol} is too old; this server speaks {OLDEST_PROTOCOL} to {PROTOCOL}: "
+                "upgrade the client",
                 pb.ErrorReply.UNSUPPORTED,
             )
         config = self.config
         return pb.JoinReply(
-            protocol=PROTOCOL,
+            protocol=min(request.protocol, PROTOCOL),
             server=f"mmcache/{__version__}",
             server_id=self.server_id,
             arena_nbytes=self.shard.arena.nbytes if with_arena else 0,
@@ -103,9 +132,10 @@ class Service:
                 batch_keys=config.max_batch_keys,
                 inline_nbytes=config.max_batch_nbytes,
             ),
+            mode=self.mode,
         )
 
-    def acquire(self, tenant: int, body: bytes) -> tuple[pb.AcquireReply, list[Found], bool]:
+    def acquire(self, caller: Caller, body: bytes) -> tuple[pb.AcquireReply, list[Found], bool]:
         """Look up and pin: the reply, the found frames in order, and whether the client wants them inline.
 
         The lease is in the reply. With inline it does not expire: the caller must release it after sending, so that
@@ -113,18 +143,18 @@ class Service:
         """
         request = parse(pb.AcquireRequest(), body)
         if request.release:
-            self.shard.release(tenant, request.release)
+            self.shard.release(caller.tenant, request.release)
         keys = self.split(request.keys)
         lease_id, entries = self.shard.acquire(
-            tenant, keys, prefix=request.prefix, max_nbytes=self._limit(request), lasting=request.inline
+            caller.tenant, keys, prefix=request.prefix, max_nbytes=self._limit(request), lasting=request.inline
         )
         try:
             status = bytes([_FOUND if type(entry) is Found else _LATER if entry else _MISS for entry in entries])
             found = [entry for entry in entries if isinstance(entry, Found)]
             places = b"".join([PLACE.pack(*entry) for entry in found])
-            reply = pb.AcquireReply(lease_id=lease_id, status=status, places=places)
+            reply = pb.AcquireReply(lease_id=lease_id, status=status, places=places, mode=self.mode)
         except BaseException:
-            self.shard.release(tenant, lease_id)
+            self.shard.release(caller.tenant, lease_id)
             raise
         return reply, found, request.inline
 
@@ -132,7 +162,7 @@ class Service:
         limit = self.config.max_batch_nbytes
         return min(limit, request.max_nbytes) if request.max_nbytes else limit
 
-    def reserve(self, tenant: int, request: pb.ReserveRequest) -> tuple[bytes, list[Landing]]:
+    def reserve(self, caller: Caller, request: pb.ReserveRequest) -> tuple[bytes, list[Landing]]:
         """Decide on each key of a Reserve: its status bytes, and a landing for each WANTED one, in order."""
         keys, parents = self.split(request.keys), self.split(request.parents)
         sizes = request.frame_nbytes
@@ -141,18 +171,21 @@ class Service:
                 f"{len(keys)} keys, {len(parents)} parents, {len(sizes)} sizes, {len(request.kinds)} kinds; "
                 "send one of each per key"
             )
+        namespaces = self._namespaces(request.namespaces, len(keys))
+        media = _media(request, len(keys))
         status = bytearray()
         landings: list[Landing] = []
         room = self.config.max_batch_nbytes
         try:
-            for key, parent, nbytes, kind in zip(keys, parents, sizes, request.kinds, strict=True):
+            columns = zip(keys, parents, sizes, request.kinds, namespaces, media, strict=True)
+            for key, parent, nbytes, kind, namespace, one in columns:
                 if not nbytes or kind not in _KINDS:
                     status.append(pb.BAD_FRAME)
                     continue
                 if landings and nbytes > room:
                     status.append(pb.OVERLOADED)
                     continue
-                answer = self.shard.reserve(tenant, key, parent, nbytes, kind)
+                answer = self.shard.reserve(caller.tenant, key, parent, nbytes, kind, namespace, one)
                 if isinstance(answer, Landing):
                     room -= nbytes
                     landings.append(answer)
@@ -164,6 +197,15 @@ class Service:
                 landing.abort()
             raise
         return bytes(status), landings
+
+    def _namespaces(self, column: bytes, count: int) -> list[bytes]:
+        """One namespace a key: all the same one, or none that is known."""
+        namespaces = self.split(column) or [b""]
+        if len(namespaces) == 1:
+            return namespaces * count
+        if len(namespaces) != count:
+            raise BadRequest(f"{len(namespaces)} namespaces for {count} keys; send one of all, or one a key")
+        return namespaces
 
     @contextmanager
     def inflight(self, nbytes: int) -> Iterator[bool]:
@@ -196,42 +238,47 @@ class Service:
             )
         return [column[start : start + KEY_NBYTES] for start in range(0, len(column), KEY_NBYTES)]
 
-    def _declare(self, tenant: int, request: pb.DeclareRequest) -> Message:
+    def _declare(self, caller: Caller, request: pb.DeclareRequest) -> Message:
         try:
-            self.shard.declare(tenant, request.namespace, request.kind, request.facts)
+            self.shard.declare(caller.tenant, request.namespace, request.kind, request.facts)
         except KeyInputError as error:
             raise BadRequest(str(error)) from None
         return pb.DeclareReply()
 
-    def _contains(self, tenant: int, request: pb.ContainsRequest) -> Message:
-        present = self.shard.contains(tenant, self.split(request.keys), prefix=request.prefix)
-        return pb.ContainsReply(present=bytes(present))
+    def _contains(self, caller: Caller, request: pb.ContainsRequest) -> Message:
+        present = self.shard.contains(caller.tenant, self.split(request.keys), prefix=request.prefix)
+        return pb.ContainsReply(present=bytes(present), mode=self.mode)
 
-    def _finish(self, tenant: int, request: pb.FinishRequest) -> Message:
-        return pb.FinishReply(held=self.shard.release(tenant, request.lease_id))
+    def _finish(self, caller: Caller, request: pb.FinishRequest) -> Message:
+        return pb.FinishReply(held=self.shard.release(caller.tenant, request.lease_id))
 
-    def _delete(self, tenant: int, request: pb.DeleteRequest) -> Message:
-        return pb.DeleteReply(deleted=bytes(self.shard.delete(tenant, self.split(request.keys))))
+    def _delete(self, caller: Caller, request: pb.DeleteRequest) -> Message:
+        return pb.DeleteReply(deleted=bytes(self.shard.delete(caller.tenant, self.split(request.keys))))
 
-    def _recheck(self, tenant: int, request: pb.RecheckRequest) -> Message:
+    def _recheck(self, caller: Caller, request: pb.RecheckRequest) -> Message:
         keys = self.split(request.keys)
         if len(keys) > MAX_RECHECK_KEYS:
             raise BadRequest(f"{len(keys)} keys to recheck; the limit is {MAX_RECHECK_KEYS}", pb.ErrorReply.LIMIT)
-        return pb.RecheckReply(dropped=bytes(self.shard.recheck(tenant, key) for key in keys))
+        return pb.RecheckReply(dropped=bytes(self.shard.recheck(caller.tenant, key) for key in keys))
 
-    def _inspect(self, tenant: int, request: pb.InspectRequest) -> Message:
+    def _explain(self, caller: Caller, request: pb.ExplainRequest) -> Message:
+        return self.admin.explain(caller, self.split(request.keys))
+
+    def _inspect(self, caller: Caller, request: pb.InspectRequest) -> Message:
         keys = self.split(request.key)
         if len(keys) != 1:
             raise BadRequest("inspect takes one key")
-        lease_id, (found,) = self.shard.acquire(tenant, keys)
+        lease_id, (found,) = self.shard.acquire(caller.tenant, keys, counts=False)
         if not isinstance(found, Found):
             return pb.InspectReply(found=False)
         try:
             header = bytes(self.shard.view(found)[: found.header_nbytes])
         finally:
-            self.shard.release(tenant, lease_id)
+            self.shard.release(caller.tenant, lease_id)
         try:
-            declared = self.shard.declared(tenant, parse_header(header, limit_nbytes=found.nbytes).meta.namespace)
+            declared = self.shard.declared(
+                caller.tenant, parse_header(header, limit_nbytes=found.nbytes).meta.namespace
+            )
         except MMCacheError:
             declared = None
         return pb.InspectReply(
@@ -245,19 +292,22 @@ class Service:
         """Every number that is counted, by name: see mmcache.metrics."""
         return {**self.shard.stat(), "inflight_bytes": self._inflight_nbytes, "connections": self.connections}
 
-    def _stat(self, tenant: int, request: pb.StatRequest) -> Message:
+    def _stat(self, caller: Caller, request: pb.StatRequest) -> Message:
         return pb.StatReply(
-            counters=self.counters(),
+            counters=self.counters() if caller.admin else self.shard.stat_of(caller.tenant),
             server=f"mmcache/{__version__}",
             server_id=self.server_id,
             uptime_s=time.monotonic() - self.started_at,
         )
 
 
-def parse(message: _M, body: bytes) -> _M:
-    """`message` filled from `body`. Raises BadRequest."""
-    try:
-        message.ParseFromString(body)
-    except DecodeError as error:
-        raise BadRequest(f"the request body cannot be read as {type(message).__name__}: {error}") from None
-    return message
+def _media(request: pb.ReserveRequest, count: int) -> list[int]:
+    """One `pack_media` a key, from the columns that say what each was computed from, if they are there."""
+    if not request.modalities and not request.media_units:
+        return [0] * count
+    if not len(request.modalities) == len(request.media_units) == count:
+        sizes = f"{len(request.modalities)} modalities and {len(request.media_units)} amounts"
+        raise BadRequest(f"{sizes} for {count} keys; send one of each a key, or none")
+    if not _MODALITIES.issuperset(request.modalities):
+        raise BadRequest(f"modality {max(request.modalities)} is unknown to this release")
+    return [pack_media(*one) for one in zip(request.modalities, request.media_units, strict=True)]

@@ -52,7 +52,7 @@ class ServerProcess:
         self._environment = inherited | dict(environment or {})
         self._stderr: IO[bytes] | None = None
         self.process: subprocess.Popen[str] | None = None
-        self.url = self.unix_path = self.said = ""
+        self.url = self.unix_path = self.grpc_address = self.said = ""
 
     def start(self) -> ServerProcess:
         """Start it and wait until it accepts."""
@@ -73,6 +73,7 @@ class ServerProcess:
         ready = json.loads(line)
         self.process = process
         self.url, self.unix_path = ready["url"], ready["unix_path"]
+        self.grpc_address = ready.get("grpc_address", "")
         return self
 
     @property

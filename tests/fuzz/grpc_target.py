@@ -111,11 +111,8 @@ class GrpcTarget:
             request = _kind(method.input_type)()
             seeds.append(bytes([number]) + request.SerializeToString())
             for field in method.input_type.fields:
-                if field.type == field.TYPE_BYTES:
-                    value = [KNOWN[0]] if field.is_repeated else KNOWN[0]
-                    getattr(request, field.name).extend(value) if field.is_repeated else setattr(
-                        request, field.name, value
-                    )
+                if field.type == field.TYPE_BYTES and isinstance(getattr(request, field.name), bytes):
+                    setattr(request, field.name, KNOWN[0])
             seeds.append(bytes([number]) + request.SerializeToString())
         return seeds
 

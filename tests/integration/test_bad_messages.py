@@ -19,7 +19,7 @@ from mmcache.frame import SUM_OFFSET, Kind
 from mmcache.keyset import Keys
 from mmcache.pb import cache_pb2 as pb
 from mmcache.testing.process import ServerProcess
-from mmcache.transport.base import PROTOCOL, Op, pack_prelude
+from mmcache.transport.base import PRELUDE_VERSION, PROTOCOL, Op, pack_prelude
 from tests.integration.support import Raw, blanks, eventually, frame_bytes, keys_of, reserve_request, values_of
 
 BATCH_KEYS = 64
@@ -91,9 +91,9 @@ def test_the_shortest_http_request_is_answered_too(server: ServerProcess) -> Non
     [
         (b"SSH-2.0-OpenSSH_9.6\r\n" + b"z" * 100, "is this an mmcache port"),
         (bytes(range(256)), "is this an mmcache port"),
-        (b"MMC1" + bytes([PROTOCOL + 1]) + bytes(19), f"this release speaks {PROTOCOL}"),
-        (b"MMC1" + bytes([PROTOCOL, 200]) + bytes(18), "operation 200"),
-        (b"MMC1" + bytes([PROTOCOL, Op.STAT, 1, 0]) + bytes(16), "flags 1"),
+        (b"MMC1" + bytes([PRELUDE_VERSION + 1]) + bytes(19), f"this release reads {PRELUDE_VERSION}"),
+        (b"MMC1" + bytes([PRELUDE_VERSION, 200]) + bytes(18), "operation 200"),
+        (b"MMC1" + bytes([PRELUDE_VERSION, Op.STAT, 1, 0]) + bytes(16), "flags 1"),
         (pack_prelude(Op.JOIN, 1, BODY_NBYTES + 1), f"limit of {BODY_NBYTES}"),
         (pack_prelude(Op.JOIN, 1, 0xFFFFFFFF), "send fewer keys"),
         (pack_prelude(Op.JOIN, 1, 0, 1), "announces payload"),

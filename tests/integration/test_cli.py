@@ -155,6 +155,7 @@ def test_no_server_ends_with_1_and_the_remedy() -> None:
 
 
 COMMANDS: list[list[str]] = [[], ["serve"], ["stat"], ["inspect"], ["version"], ["bench"], ["bench", "media"]]
+COMMANDS += [["token"], ["token", "new"], ["token", "list"], ["token", "revoke"]]
 
 
 @pytest.mark.parametrize("command", COMMANDS)
@@ -178,6 +179,10 @@ def test_the_help_of_serve_tells_every_default_and_environment_variable() -> Non
         "MAX_CONNECTIONS": "256",
         "INSECURE_NETWORK": "off",
         "METRICS": "none",
+        "ACCESS_FILE": "none",
+        "TLS_CERT": "none",
+        "TLS_KEY": "none",
+        "TLS_CLIENT_CA": "none",
     }
     assert parse_nbytes(told["MEMORY"]) == ServerConfig().memory_nbytes
     server_config({f"MMCACHE_{name}": {"off": "no", "none": ""}.get(value, value) for name, value in told.items()})

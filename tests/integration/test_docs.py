@@ -47,12 +47,23 @@ def test_a_sample_that_does_not_run_is_noticed(tmp_path: Path) -> None:
     assert run_samples("```python\nimport mmcache\n```\n```python\nassert mmcache.nothing\n```\n", tmp_path).returncode
 
 
+def _shown(value: object) -> str:
+    return str(value).lower() if isinstance(value, bool) else str(value) or "none"
+
+
 def test_the_url_options_and_their_defaults_are_those_told() -> None:
     told = dict(re.findall(r"^\| `(\w+)` \| `([^`]+)` \|", PYTHON_MD, re.MULTILINE))
     defaults = ClientConfig()
     assert parse_nbytes(told.pop("memory")) == defaults.memory_nbytes
-    names = {field.name for field in fields(ClientConfig)} - {"scheme", "host", "port", "path", "memory_nbytes"}
-    assert told == {name: str(getattr(defaults, name)).replace("True", "true") for name in names}
+    names = {field.name for field in fields(ClientConfig)} - {
+        "scheme",
+        "host",
+        "port",
+        "path",
+        "memory_nbytes",
+        "token",
+    }
+    assert told == {name: _shown(getattr(defaults, name)) for name in names}
 
 
 def test_every_counter_outcome_and_error_is_told() -> None:

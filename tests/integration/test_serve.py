@@ -42,7 +42,7 @@ def fails(*words: str, code: int, says: list[str], environment: dict[str, str] |
         (["--listen", "127.0.0.1:99999"], ["HOST:PORT"]),
         (["--listen", "127.0.0.1:http"], ["HOST:PORT"]),
         (["--listen", "no.such.host.invalid:0"], ["no.such.host.invalid"]),
-        (["--listen", "0.0.0.0:0"], ["no authentication", "--insecure-network", "127.0.0.1"]),
+        (["--listen", "0.0.0.0:0"], ["--access", "--tls-cert", "--insecure-network", "127.0.0.1"]),
         (["--listen", "[::]:0"], ["--insecure-network"]),
         (["--listen", "", "--unix", ""], ["--listen", "--unix"]),
         (["--lease-s", "0"], ["lease_s", "greater than 0"]),

@@ -1,0 +1,122 @@
+"""How a client shows who it is, and whom it takes for its server: tokens and certificates, read when they are needed.
+
+Files are looked at for every new connection, so rotating them needs no restart. What cannot be used at the start is a
+ConfigError; later it is a TransportError, and so a miss.
+"""
+
+from __future__ import annotations
+
+import os
+import socket
+import ssl
+import struct
+import threading
+from typing import Final
+
+from mmcache.client.session import Wire
+from mmcache.config import ClientConfig
+from mmcache.errors import ConfigError, TransportError
+from mmcache.private_file import Signature, read_private, signature
+from mmcache.transport.tcp import Channel
+from mmcache.transport.tls import TlsChannel, client_context
+
+_PEER: Final = struct.Struct("3i")  # struct ucred: pid, uid, gid
+
+
+class Credentials:
+    """Of one client. Thread-safe. Raises ConfigError for a token file or certificate that cannot be used."""
+
+    def __init__(self, config: ClientConfig) -> None:
+        self._config = config
+        self._files = tuple(path for path in (config.ca, config.cert, config.key) if path)
+        self._lock = threading.Lock()
+        self._signature: Signature = ()
+        self._context: ssl.SSLContext | None = None
+        self._token()
+        if self.encrypts:
+            self._signature, self._context = signature(self._files), self._make_context()
+
+    def __getstate__(self) -> None:
+        raise TypeError("a client's credentials stay in its process; connect again in the other one")
+
+    def _make_context(self) -> ssl.SSLContext:
+        return client_context(self._config.ca, self._config.cert, self._config.key)
+
+    def _token(self) -> str:
+        config = self._config
+        if not config.token_file:
+            return config.token
+        token = read_private(config.token_file, "token file").decode(errors="replace").strip()
+        if not token or not token.isprintable() or " " in token:
+            raise ConfigError(f"the token file {config.token_file} does not hold one token; see `mmcache token new`")
+        return token
+
+    def context(self) -> ssl.SSLContext:
+        """The TLS settings of an mmcaches URL, made anew when its files change. Raises TransportError."""
+        with self._lock:
+            now = signature(self._files)
+            if self._context is None or now != self._signature:
+                try:
+                    self._context = self._make_context()
+                except ConfigError as error:
+                    raise TransportError(str(error)) from None
+                self._signature = now
+            return self._context
+
+    @property
+    def encrypts(self) -> bool:
+        """Whether the URL wants TLS."""
+        return self._config.scheme == "mmcaches"
+
+    @property
+    def server_name(self) -> str:
+        """Whom the server's certificate must name."""
+        return self._config.server_name or self._config.host
+
+    def secure(self, channel: Channel, deadline: float) -> Channel:
+        """A TCP channel as the URL wants it: as it is, or, for mmcaches, encrypted, with the server verified.
+
+        Raises TransportError; the channel is closed then.
+        """
+        if not self.encrypts:
+            return channel
+        try:
+            secured = TlsChannel(channel, self.context(), self.server_name)
+            channel = secured
+            secured.handshake(deadline)
+            return secured
+        except ValueError as error:  # a name that can be none
+            channel.close()
+            raise TransportError(f"server_name={self.server_name!r} cannot be a host: {error}") from None
+        except BaseException:
+            channel.close()
+            raise
+
+    def token_for(self, channel: Wire) -> str:
+        """The token to send over this channel; empty: none. Raises TransportError, and closes the channel, where it
+        cannot be had or would travel readable to another host."""
+        try:
+            token = self._token()
+            exposed = not channel.is_unix and not channel.is_tls and not channel.is_loopback
+            if token and exposed and not self._config.insecure_network:
+                raise TransportError(
+                    "the token would travel unencrypted to another host and was not sent; use mmcaches://, or add "
+                    "insecure_network=true to the URL if nobody else can see this network"
+                )
+            return token
+        except ConfigError as error:
+            channel.close()
+            raise TransportError(str(error)) from None
+        except BaseException:
+            channel.close()
+            raise
+
+    def check_same_user(self, channel: Wire) -> None:
+        """Before a token goes to a unix socket the server only named: whoever listens there must be this user or root,
+        as the server may be gone and its path somebody else's. Raises TransportError and closes the channel."""
+        if not (self._config.token or self._config.token_file):
+            return
+        _, uid, _ = _PEER.unpack(channel.sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _PEER.size))
+        if uid not in (0, os.geteuid()):
+            channel.close()
+            raise TransportError(f"user {uid} listens on the server's unix socket; the token was not sent there")
