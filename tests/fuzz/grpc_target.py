@@ -1,13 +1,13 @@
 """Any bytes as the body of a gRPC call: an answer or a status that blames the caller, within a second; never a crash.
 
 It knows no method by name: it takes them, and what their requests are, from the services of the schema. The first byte
-of an input picks the method, the rest is the body. It runs as soon as the schema has a service and a server can be
-told where to listen for it; `unavailable` says what is missing until then.
+of an input picks the method, the rest is the body.
 """
 
 from __future__ import annotations
 
 import importlib.util
+import time
 from dataclasses import fields
 from random import Random
 from typing import Any, Final
@@ -20,7 +20,7 @@ from mmcache.pb import cache_pb2 as pb
 from mmcache.server.serve import Server
 from tests.fuzz.bed import ANSWER_S, Complaints, Mutate, in_time, resident_below
 from tests.fuzz.edits import edit_body
-from tests.fuzz.server_target import KNOWN, ROOM_NBYTES
+from tests.fuzz.server_target import KEYS, KNOWN, NAMESPACE, ROOM_NBYTES, VALUE
 
 SETTING: Final = "grpc"  # of ServerConfig: HOST:PORT where gRPC is served, like `metrics`
 ADDRESS: Final = "grpc_address"  # of Server, once started: where that came to be
@@ -105,7 +105,7 @@ class GrpcTarget:
         self._methods = Methods(pb.DESCRIPTOR, f"{host}:{port}")
 
     def seeds(self) -> list[bytes]:
-        """For each method an empty request, and one whose bytes fields are a key."""
+        """For each method an empty request, and one whose bytes fields are a key; two entries, put and got."""
         seeds = []
         for number, method in enumerate(self._methods.methods):
             request = _kind(method.input_type)()
@@ -114,7 +114,14 @@ class GrpcTarget:
                 if field.type == field.TYPE_BYTES and isinstance(getattr(request, field.name), bytes):
                     setattr(request, field.name, KNOWN[0])
             seeds.append(bytes([number]) + request.SerializeToString())
-        return seeds
+        tensor = pb.Tensor(name="0", dtype="uint8", shape=[300], data=VALUE[:300].tobytes())
+        entries = [pb.PutEntry(key=key, tensors=[tensor]) for key in KEYS.digests[:2]]
+        put = pb.PutRequest(kind="kv", namespace=NAMESPACE.id, facts=NAMESPACE.id.facts, entries=entries)
+        return [self._input("Put", put), self._input("Get", pb.GetRequest(keys=b"".join(KEYS.digests[:3]))), *seeds]
+
+    def _input(self, name: str, request: Message) -> bytes:
+        numbers = {method.name: number for number, method in enumerate(self._methods.methods)}
+        return bytes([numbers[name]]) + request.SerializeToString()
 
     def mutate(self, data: bytes, random: Random, blind: Mutate) -> bytes:
         """One field of the request changed, or any bytes."""
@@ -128,6 +135,10 @@ class GrpcTarget:
         with resident_below(ROOM_NBYTES):
             in_time(lambda: self._methods.ask(number, data[1:]), "an answer over gRPC")
         self._complaints.check()
+        deadline = time.monotonic() + ANSWER_S
+        while any((claimed := self._server.service.counters())[name] for name in ("reservations", "inflight_bytes")):
+            assert time.monotonic() < deadline, f"something stays claimed: {claimed}"
+            time.sleep(0.001)
         shard = self._server.shard
         with shard.lock:
             shard.index.check_integrity()
