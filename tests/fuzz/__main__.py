@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Final, NamedTuple
 
 from tests.fuzz.bed import regressions
-from tests.fuzz.targets import REAL, TARGETS, unavailable
+from tests.fuzz.targets import REAL, TARGETS, start, unavailable
 
 ROOT: Final = Path(__file__).resolve().parents[2]
 HANG_S: Final = 30  # for libFuzzer, behind the targets' own limits
@@ -55,7 +55,7 @@ def fuzz(name: str, nbytes: int, seconds: int, folder: Path, seed: int = 0) -> O
     crashes.mkdir(parents=True, exist_ok=True)
     for path in regressions(name):
         (corpus / path.name).write_bytes(path.read_bytes())
-    target = TARGETS[name]()
+    target = start(name)
     for number, data in enumerate(target.seeds()):
         (corpus / f"seed-{number:02}").write_bytes(data)
     target.close()
@@ -100,7 +100,7 @@ def report(outcome: Outcome, nbytes: int, folder: Path) -> bool:
 
 def reproduce(name: str, file: Path) -> int:
     """Feed one input to a target, without a fuzzer; what it raises is shown."""
-    target = TARGETS[name]()
+    target = start(name)
     try:
         target.check(file.read_bytes())
     finally:
@@ -120,7 +120,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--reproduce", type=Path, metavar="FILE", help="feed this one input to TARGET")
     options = parser.parse_args(arguments)
     names = options.targets or REAL
-    if unknown := set(names) - set(TARGETS):
+    if unknown := set(names) - TARGETS:
         parser.error(f"no target {', '.join(sorted(unknown))}; there are {', '.join(REAL)}")
     if options.reproduce:
         if len(options.targets) != 1:

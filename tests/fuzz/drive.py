@@ -15,9 +15,8 @@ from typing import Final
 
 import atheris
 
-with atheris.instrument_imports(include=["mmcache"]):
-    from tests.fuzz import bed
-    from tests.fuzz.targets import TARGETS
+from tests.fuzz import bed
+from tests.fuzz.targets import start
 
 COUNTS: Final = Struct("<QQQ")
 
@@ -25,7 +24,8 @@ COUNTS: Final = Struct("<QQQ")
 def main() -> None:
     """Does not return."""
     name, counts_file, nbytes, *arguments = sys.argv[1:]
-    target = TARGETS[name]()
+    with atheris.instrument_imports(include=["mmcache"]):
+        target = start(name)
     limit_nbytes = int(nbytes)
     with open(counts_file, "r+b") as file:
         counts = mmap.mmap(file.fileno(), COUNTS.size)

@@ -18,7 +18,7 @@ from tests.fuzz.__main__ import Outcome, main, report, reproduce
 from tests.fuzz.edits import Piece, edit_frame, mend, pack, split
 from tests.fuzz.frame_target import FrameTarget
 from tests.fuzz.server_target import frame_of, read_answers
-from tests.fuzz.targets import REAL, TARGETS, unavailable
+from tests.fuzz.targets import REAL, start, unavailable
 
 needs_atheris = pytest.mark.skipif(importlib.util.find_spec("atheris") is None, reason="atheris has no wheel here")
 
@@ -27,7 +27,7 @@ needs_atheris = pytest.mark.skipif(importlib.util.find_spec("atheris") is None, 
 def test_seeds_and_what_once_broke_a_target_break_nothing(name: str) -> None:
     if reason := unavailable(name):
         pytest.skip(reason)
-    target = TARGETS[name]()
+    target = start(name)
     try:
         for data in [*target.seeds(), *(path.read_bytes() for path in bed.regressions(name))]:
             assert len(data) <= target.max_nbytes
