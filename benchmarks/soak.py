@@ -34,13 +34,14 @@ from rich.console import Console  # noqa: E402
 from rich.progress import Progress, TaskID  # noqa: E402
 
 import mmcache  # noqa: E402
-from benchmarks.soak_client import COUNTERS, run_client, shared_counts, working_set  # noqa: E402
+from benchmarks.soak_client import COUNTERS, Board, run_client, working_set  # noqa: E402
 from benchmarks.soak_connects import connect_and_leave  # noqa: E402
 from mmcache.config import parse_nbytes  # noqa: E402
 from mmcache.testing.process import ServerProcess  # noqa: E402
 
 TIMES_CAPACITY = 4
 TOLERANCE = 0.05
+START_S = 60.0  # for all the clients to be at work
 SETTLE_S = 30.0
 DEADLINE_S = 7.0  # a quarter of the leases, so that nobody is warned
 
@@ -75,9 +76,9 @@ def is_flat(name: str, second: float, last: float) -> bool:
 class Clients:
     """The client processes: started, killed now and then, started again."""
 
-    def __init__(self, server: ServerProcess, count: int, keys: int, file: Path, until: float) -> None:
+    def __init__(self, server: ServerProcess, count: int, keys: int, file: Path) -> None:
         self._spawn = multiprocessing.get_context("spawn")
-        self._server, self._count, self._keys, self._file, self._until = server, count, keys, file, until
+        self._server, self._count, self._keys, self._file = server, count, keys, file
         self._seed = self.killed = 0
         self._random = random.Random(0)
         self._processes = [self._start(row) for row in range(count)]
@@ -85,7 +86,7 @@ class Clients:
     def _start(self, row: int) -> Any:
         self._seed += 1
         url = f"{self._server.url}?transport={'shm' if row % 2 else 'tcp'}"
-        arguments = (url, self._seed, self._keys, self._file, self._count, row, self._until)
+        arguments = (url, self._seed, self._keys, self._file, self._count, row)
         process = self._spawn.Process(target=run_client, args=arguments)
         process.start()
         return process
@@ -112,9 +113,13 @@ def soak(server: ServerProcess, options: argparse.Namespace, progress: Progress,
     samples: list[Sample] = []
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "counts"
-        file.write_bytes(bytes(8 * len(COUNTERS) * options.clients))
+        Board.create(file, options.clients)
+        board = Board(file, options.clients)
+        clients = Clients(server, options.clients, keys, file)
+        end = time.monotonic() + START_S
+        while not board.counts[:, COUNTERS.index("ops")].all() and time.monotonic() < end:
+            time.sleep(0.05)
         begin = time.monotonic()
-        clients = Clients(server, options.clients, keys, file, begin + seconds)
         interval_s = min(1.0, seconds / 40)
         next_kill = begin + options.kill_every
         while (now := time.monotonic()) < begin + seconds:
@@ -124,8 +129,9 @@ def soak(server: ServerProcess, options: argparse.Namespace, progress: Progress,
                 clients.kill_one()
                 next_kill = time.monotonic() + options.kill_every
             time.sleep(interval_s)
+        board.end()
         codes = clients.end()
-        counted = dict(zip(COUNTERS, map(int, np.sum(shared_counts(file, options.clients), axis=0)), strict=True))
+        counted = dict(zip(COUNTERS, map(int, np.sum(board.counts, axis=0)), strict=True))
     medians = quarters(samples)
     flat = {name: is_flat(name, *(getattr(medians[i], name) for i in (1, 3))) for name in Sample._fields}
     reads = counted["hits"] + counted["misses"]

@@ -5,6 +5,7 @@ Its counts lie in a file that the soak maps too, so that they outlive a SIGKILL.
 
 from __future__ import annotations
 
+import os
 import random
 import sys
 import time
@@ -67,9 +68,26 @@ def working_set(nbytes: int) -> int:
     return len(SIZES) * -(-nbytes // sum(SIZES))
 
 
-def shared_counts(file: Path, clients: int) -> NDArray[np.int64]:
-    """The counts of every client, one row each, in a file."""
-    return np.memmap(file, np.int64, "r+", shape=(clients, len(COUNTERS)))
+class Board:
+    """What clients and the soak tell each other in a file: each client's counts, a row each, and whether it is over."""
+
+    def __init__(self, file: Path, clients: int) -> None:
+        cells = np.memmap(file, np.int64, "r+", shape=(clients * len(COUNTERS) + 1,))
+        self.counts: NDArray[np.int64] = cells[:-1].reshape(clients, len(COUNTERS))
+        self._over = cells[-1:]
+
+    @staticmethod
+    def create(file: Path, clients: int) -> None:
+        """An empty one."""
+        file.write_bytes(bytes(8 * (clients * len(COUNTERS) + 1)))
+
+    def end(self) -> None:
+        """Have every client stop."""
+        self._over[0] = 1
+
+    def over(self) -> bool:
+        """Whether they should."""
+        return bool(self._over[0])
 
 
 class SoakClient:
@@ -97,14 +115,14 @@ class SoakClient:
         some = self.random.choice((1, 1, 2, 4, 8))
         return list({int(self.count * self.random.random() ** 2) for _ in range(some)})
 
-    def run(self, until: float) -> None:
-        """Call until the monotonic clock says `until`."""
+    def run(self, over: Callable[[], bool]) -> None:
+        """Call until it is over."""
         weights = [weight for weight, _ in self.turns]
-        while time.monotonic() < until:
+        while not over():
             try:
                 with mmcache.connect(self.url, lazy=True) as cache:
                     for _ in range(RECONNECT_OPS):
-                        if time.monotonic() >= until:
+                        if over():
                             break
                         (_, turn), *_ = self.random.choices(self.turns, weights)
                         turn(cache)
@@ -188,6 +206,7 @@ class SoakClient:
             self.lapsing.append((time.monotonic() + TTL_S + TTL_GRACE_S, keys))
 
 
-def run_client(url: str, seed: int, count: int, file: Path, clients: int, row: int, until: float) -> None:
-    """The whole life of a client process."""
-    SoakClient(url, seed, count, shared_counts(file, clients)[row]).run(until)
+def run_client(url: str, seed: int, count: int, file: Path, clients: int, row: int) -> None:
+    """The whole life of a client process. It ends with its parent, too."""
+    board, parent = Board(file, clients), os.getppid()
+    SoakClient(url, seed, count, board.counts[row]).run(lambda: board.over() or os.getppid() != parent)

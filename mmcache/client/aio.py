@@ -178,6 +178,7 @@ class LoopClient(ClientCore):
     async def close(self) -> None:
         """Close every link; those in use are closed when their call ends. Leases still held end by themselves."""
         self._pool.close()
+        self._dialer.forget_arena()
         self._dialer.workers.close()
 
     async def _get(self, get: Get, deadline: float) -> list[Result]:

@@ -145,6 +145,10 @@ class AsyncDialer:
         """The map of the server's memory that its links use, None where they have none."""
         return self._route.known[1] if self._route.known is not None else None
 
+    def forget_arena(self) -> None:
+        """Hold the map no longer: it goes with the last link or view that uses it, not when this is collected."""
+        self._route.known = None
+
     async def open(self, deadline: float) -> AsyncLink:
         """A joined link. Raises TransportError when no path works."""
 

@@ -154,8 +154,9 @@ class Client(ClientCore):
         return self._demand(partial(calls.inspect, digest=digest))
 
     def close(self) -> None:
-        """Close every link of this process. Leases still held end by themselves."""
+        """Close every link of this process, and let go of the server's memory. Leases still held end by themselves."""
         self._pool.close()
+        self._dialer.forget_arena()
 
     def _demand(self, ask: Callable[[Link], Flow[T]], deadline: float | None = None) -> T:
         """Run a flow on a link; one more try on a fresh link if a kept one turns out to be dead."""

@@ -78,7 +78,6 @@ class Dialer:
     def __init__(self, config: ClientConfig, attach: Callable[[], Channel] | None = None) -> None:
         self.config = config
         self._credentials = Credentials(config)
-        self._credentials = Credentials(config)
         self._attach = attach
         self._route: Route[Link] = Route(config, attached=attach is not None)
         self._addresses: list[tuple[int, tuple[Any, ...]]] = []
@@ -87,6 +86,10 @@ class Dialer:
     def arena(self) -> ArenaMap | None:
         """The map of the server's memory that its links use, None where they have none."""
         return self._route.known[1] if self._route.known is not None else None
+
+    def forget_arena(self) -> None:
+        """Hold the map no longer: it goes with the last link or view that uses it, not when this is collected."""
+        self._route.known = None
 
     def open(self, deadline: float) -> Link:
         """A joined link. Raises TransportError when no path works."""
