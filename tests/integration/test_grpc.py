@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import re
+import subprocess
+import sys
 import time
 from collections.abc import Iterator
 from typing import Any
@@ -20,7 +22,7 @@ from mmcache.pb import cache_pb2 as pb
 from mmcache.tensors import as_dtype
 from mmcache.testing.process import ServerProcess
 from tests.integration.rpc_support import CACHE, Rpc, ones, put_of, put_request, rpc_to, tensor
-from tests.integration.support import NAMESPACE, MiB, eventually, keys_of, run_cli
+from tests.integration.support import NAMESPACE, ROOT, MiB, eventually, keys_of, run_cli
 
 LIMIT_NBYTES = 4 * MiB
 WORDS = {"bfloat16": "uint16", "float8_e4m3fn": "uint8", "float8_e5m2": "uint8"}
@@ -302,6 +304,15 @@ def test_a_peer_that_sends_nothing_is_let_go_and_others_are_served() -> None:
         silent = [rpc.channel.stream_unary(path).future(never()) for _ in range(8)]  # as many as there are workers
         assert rpc("Contains", pb.ContainsRequest(keys=bytes(32)), timeout_s=5).present == b"\0"
         assert {call.code() for call in silent} <= {grpc.StatusCode.CANCELLED, grpc.StatusCode.UNKNOWN}
+
+
+def test_the_sample_of_the_page_runs(server: ServerProcess) -> None:
+    page = (ROOT / "docs" / "grpc.md").read_text()
+    (sample,) = re.findall(r"^```python\n(.*?)^```", page, re.MULTILINE | re.DOTALL)
+    assert "127.0.0.1:7601" in sample
+    code = sample.replace("127.0.0.1:7601", server.grpc_address)
+    ended = subprocess.run([sys.executable, "-W", "error", "-c", code], capture_output=True, text=True, timeout=60)
+    assert (ended.returncode, ended.stderr) == (0, "")
 
 
 def test_an_address_beyond_this_host_is_refused() -> None:
