@@ -245,11 +245,12 @@ def test_damaged_memory_is_a_miss_and_is_dropped() -> None:
     key = keys_of(1, "damaged")[0]
     body = put_request(put_of(key, tensor("x", ones(1000)))).SerializeToString()
     with ExitStack() as held:
-        assert service.call("Put", LOCAL, body, held) == pb.PutReply(status=bytes([pb.STORED]))
+        assert service.call("Put", LOCAL, body, held) == pb.PutReply(status=bytes([pb.STORED])).SerializeToString()
         _, (found,) = shard.acquire(0, [key.digest])
         shard.view(found)[-1] ^= 1  # type: ignore[arg-type]
         ask = pb.GetRequest(keys=key.digest * 2).SerializeToString()
-        assert service.call("Get", LOCAL, ask, held) == pb.GetReply(entries=[pb.Entry(), pb.Entry()])
+        answer = pb.GetReply.FromString(service.call("Get", LOCAL, ask, held))
+        assert answer == pb.GetReply(entries=[pb.Entry(), pb.Entry()])
         assert (shard.stat()["corrupt_dropped"], shard.contains(0, [key.digest], prefix=False)) == (1, [False])
     shard.close()
 
