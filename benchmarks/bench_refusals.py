@@ -141,6 +141,7 @@ def framed_pairs(url: str, tries: int, keys: dict[str, list[bytes]]) -> Iterator
     questions: dict[str, Callable[[bytes], object]] = {
         "contains": lambda key: link.ask(Op.CONTAINS, pb.ContainsRequest(keys=key).SerializeToString()),
         "get": lambda key: link.ask(Op.ACQUIRE, pb.AcquireRequest(keys=key, inline=True).SerializeToString()),
+        "explain": lambda key: link.ask(Op.EXPLAIN, pb.ExplainRequest(keys=key).SerializeToString()),
         "inspect": lambda key: link.ask(Op.INSPECT, pb.InspectRequest(key=key).SerializeToString()),
     }
     yield from asked("framed TCP", tries, questions, keys)
@@ -157,7 +158,7 @@ def framed_pairs(url: str, tries: int, keys: dict[str, list[bytes]]) -> Iterator
 def grpc_pairs(address: str, tries: int, keys: dict[str, list[bytes]]) -> Iterator[Pair]:
     """Over gRPC."""
     channel = grpc.insecure_channel(address)
-    calls = {name: channel.unary_unary(SERVICE + name) for name in ("Contains", "Get", "Inspect")}
+    calls = {name: channel.unary_unary(SERVICE + name) for name in ("Contains", "Get", "Explain", "Inspect")}
 
     def metadata(token: str) -> Sequence[tuple[str, str]]:
         return [("authorization", f"Bearer {token}")]
@@ -168,6 +169,7 @@ def grpc_pairs(address: str, tries: int, keys: dict[str, list[bytes]]) -> Iterat
     questions = {
         "Contains": asks("Contains", lambda key: pb.ContainsRequest(keys=key)),
         "Get": asks("Get", lambda key: pb.GetRequest(keys=key)),
+        "Explain": asks("Explain", lambda key: pb.ExplainRequest(keys=key)),
         "Inspect": asks("Inspect", lambda key: pb.InspectRequest(key=key)),
     }
     yield from asked("gRPC", tries, questions, keys)

@@ -25,7 +25,8 @@ from mmcache.config import ServerConfig
 from mmcache.errors import TransportError
 from mmcache.pb import cache_pb2 as pb
 from mmcache.server.caller import Caller
-from mmcache.server.service import BadRequest, Service
+from mmcache.server.refuse import BadRequest
+from mmcache.server.service import Service
 from mmcache.server.tensor_service import METHODS, Gone, TensorService
 from mmcache.server.watched import Watched
 from mmcache.transport.tls import server_context

@@ -66,6 +66,7 @@ class Server:
         self._tls = _watch_tls(config)
         self.shard = Shard(config, progress=progress)
         self.service = Service(self.shard, config, self.access)
+        self._set_quotas()
         try:
             for family, address in addresses[:1]:
                 self._listen_tcp(family, address)
@@ -225,11 +226,16 @@ class Server:
             except Exception:
                 log.exception("the access file or certificate could not be looked at; what was read before stays")
 
+    def _set_quotas(self) -> None:
+        if self.access is not None:
+            self.shard.index.usage.quotas = self.access.quotas
+
     def _look_at_files(self) -> None:
         """Use what has changed in them, and end the connections of whoever may not be here any more."""
         if self._tls is not None:
             self._tls.refresh()
         changed = self.access is not None and self.access.refresh()
+        self._set_quotas()
         with self._lock:
             connections = list(self._connections)
         now_s = time.time()

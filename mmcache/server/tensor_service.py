@@ -34,7 +34,8 @@ from mmcache.keys import namespace_id
 from mmcache.pb import cache_pb2 as pb
 from mmcache.server.caller import Caller
 from mmcache.server.large_bodies import EntryIn, Malformed, Piece, TooMany, entry_pieces, open_put
-from mmcache.server.service import KEY_NBYTES, BadRequest, Service, parse, status_of
+from mmcache.server.refuse import BadRequest, parse
+from mmcache.server.service import KEY_NBYTES, Service, status_of
 from mmcache.store.answers import Found
 from mmcache.store.shard import Landing
 from mmcache.transport.base import SLICE_NBYTES, Op
@@ -209,7 +210,7 @@ class TensorService:
         finally:
             for landing in landings:
                 landing.abort()
-        return pb.PutReply(status=bytes(answer)).SerializeToString()
+        return pb.PutReply(status=bytes(answer), mode=self.service.mode).SerializeToString()
 
     def _open(self, body: bytes) -> tuple[pb.PutRequest, list[EntryIn]]:
         most_keys = self.service.config.max_batch_keys

@@ -1,4 +1,4 @@
-"""What every way to a shard must do alike: embedded, shared memory, a unix socket without it, and TCP.
+"""What every way to a shard must do alike, whoever waits for it: embedded, shared memory, unix without it, and TCP.
 
 The servers have small limits, so that batches and inline payloads are split on every path.
 """
@@ -23,6 +23,7 @@ from mmcache.keyset import Keys
 from mmcache.tensors import Pieces, as_dtype, as_numpy
 from mmcache.testing.process import ServerProcess
 from mmcache.transport.base import RING_SLOTS, SLICE_NBYTES, Outcome
+from tests.integration.on_a_loop import OnALoop
 from tests.integration.support import blanks, eventually, keys_of, value_of, values_of
 
 MEMORY = 64 << 20
@@ -39,20 +40,32 @@ def server() -> Iterator[ServerProcess]:
         yield process
 
 
+@pytest.fixture(scope="module", params=["blocking", "asyncio"])
+def waits_by(request: pytest.FixtureRequest) -> str:
+    return str(request.param)
+
+
 @pytest.fixture(scope="module", params=["embedded", "shm", "unix", "tcp"])
-def cache(request: pytest.FixtureRequest, server: ServerProcess) -> Iterator[Client]:
-    if request.param == "embedded":
+def cache(request: pytest.FixtureRequest, waits_by: str, server: ServerProcess) -> Iterator[Any]:
+    urls = {
+        "shm": f"{server.url}?transport=shm",
+        "unix": f"mmcache+unix://{server.unix_path}?transport=tcp",
+        "tcp": f"{server.url}?transport=tcp",
+    }
+    client: Any
+    if request.param in urls and waits_by == "asyncio":
+        client = OnALoop(mmcache.AsyncClient(urls[request.param], deadline_s=20))
+    elif request.param in urls:
+        client = mmcache.connect(urls[request.param], deadline_s=20)
+    else:
         limits = ServerConfig(
             listen="", unix_path="", memory_nbytes=MEMORY, max_batch_keys=BATCH_KEYS, max_inline_nbytes=INLINE_NBYTES
         )
-        client: Client = EmbeddedClient(ClientConfig(scheme="embedded", deadline_s=20), limits)
-    else:
-        url = {
-            "shm": f"{server.url}?transport=shm",
-            "unix": f"mmcache+unix://{server.unix_path}?transport=tcp",
-            "tcp": f"{server.url}?transport=tcp",
-        }[request.param]
-        client = mmcache.connect(url, deadline_s=20)
+        config = ClientConfig(scheme="embedded", deadline_s=20)
+        if waits_by == "asyncio":
+            client = OnALoop(mmcache.AsyncClient(config, server_config=limits))
+        else:
+            client = EmbeddedClient(config, limits)
     with client:
         reached_by = {"embedded": "shm"}.get(request.param, request.param)
         assert client.stat()["transport"] == reached_by

@@ -230,6 +230,29 @@ def test_compressed_requests_are_refused_whole(server: ServerProcess) -> None:
     assert caught.value.code() in (grpc.StatusCode.UNIMPLEMENTED, grpc.StatusCode.INTERNAL)
 
 
+def test_operators_work_over_grpc_too() -> None:
+    with ServerProcess("16MiB", "--grpc", "127.0.0.1:0") as server, rpc_to(server.grpc_address) as rpc:
+        keys = keys_of(3, "operators")
+        assert rpc("Put", put_request(put_of(keys[0], tensor("x", ones(9))))).status == bytes([pb.STORED])
+        (row,) = rpc("List", pb.ListRequest()).namespaces
+        assert (row.namespace, row.entries, dict(row.facts)) == (NAMESPACE.id, 1, dict(NAMESPACE.facts))
+        assert rpc("Get", pb.GetRequest(keys=keys[1].digest)).entries[0].status == pb.MISS
+        assert rpc("Explain", pb.ExplainRequest(keys=keys[0].digest + keys[1].digest)).why == bytes(
+            [pb.HERE, pb.NEVER_STORED]
+        )
+        assert [miss.key for miss in rpc("Recent", pb.RecentRequest(limit=5)).misses] == [keys[1].digest]
+        assert rpc("Mode", pb.ModeRequest(set=True, mode=pb.READ)).mode == pb.READ
+        stopped = rpc("Put", put_request(put_of(keys[2], tensor("x", ones(9)))))
+        assert (stopped.status, stopped.mode) == (bytes([pb.STOPPED]), pb.READ)
+        assert rpc("Mode", pb.ModeRequest(set=True, mode=pb.WRITE)).mode == pb.WRITE
+        reply = rpc("Get", pb.GetRequest(keys=keys[0].digest))
+        assert ([entry.status for entry in reply.entries], reply.mode) == ([pb.MISS], pb.WRITE)
+        rpc("Mode", pb.ModeRequest(set=True, mode=pb.BOTH))
+        assert rpc("Audit", pb.AuditRequest(share=1)).entries == 1
+        assert rpc("Remove", pb.RemoveRequest(of=pb.Selection(namespace=NAMESPACE.id))).entries == 1
+        assert rpc("Contains", pb.ContainsRequest(keys=keys[0].digest)).present == b"\0"
+
+
 def test_damaged_memory_is_a_miss_and_is_dropped() -> None:
     from contextlib import ExitStack
 

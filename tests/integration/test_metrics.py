@@ -14,7 +14,7 @@ from prometheus_client.parser import text_string_to_metric_families
 import mmcache
 from mmcache.config import ServerConfig
 from mmcache.errors import ConfigError, TransportError
-from mmcache.metrics import KIND_PREFIX, KINDS, METRICS
+from mmcache.metrics import LABELLED, METRICS
 from mmcache.server.serve import Server
 from mmcache.testing import faults
 from tests.integration.support import blanks, keys_of, run_cli, values_of
@@ -54,9 +54,11 @@ def test_the_page_shows_what_stat_shows_after_real_work() -> None:
     assert page["mmcache_misses_total"] == 2
     assert page["mmcache_corrupt_dropped_total"] == page["mmcache_put_present_total"] == 1
     assert page[f"mmcache_build_info:{mmcache.__version__}"] == 1
+    labelled = {one.prefix + value + one.suffix: (one, value) for one in LABELLED for value in one.values}
     for name, number in stat.items():
-        if name.removeprefix(KIND_PREFIX) in KINDS:
-            assert page[f"mmcache_stored_bytes:{name.removeprefix(KIND_PREFIX)}"] == number
+        if name in labelled:
+            one, value = labelled[name]
+            assert page[f"mmcache_{one.name}{'_total' if one.grows else ''}:{value}"] == one.scale * number
         else:
             meaning = METRICS[name]  # a number without a meaning would be a KeyError here
             assert page[f"mmcache_{meaning.name}{'_total' if meaning.grows else ''}"] == number
