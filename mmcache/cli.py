@@ -70,6 +70,15 @@ def _setting(name: str, text: str, *flags: str, metavar: str | None = None) -> A
     return typer.Option(*flags, metavar=metavar, help=f"{text} (default: {shown}; {variable})")
 
 
+Listen = Annotated[
+    str | None, _setting("listen", "Listen here; port 0 picks one, '' listens on no port.", metavar="HOST:PORT")
+]
+Metrics = Annotated[
+    str | None,
+    _setting("metrics", "Serve a page for Prometheus here; port 0 picks one, '' serves none.", metavar="HOST:PORT"),
+]
+Mode = Annotated[str | None, _setting("mode", "Allow both, read, write or off; see `mmcache mode`.", metavar="MODE")]
+LogForm = Annotated[str | None, _setting("log", "How to log: text or json, one object a line.", metavar="FORM")]
 Grpc = Annotated[
     str | None,
     _setting(
@@ -95,10 +104,7 @@ TlsClientCa = Annotated[
     "mmcache://127.0.0.1:7600 · **MMCACHE_MEMORY=8GiB mmcache serve --listen 127.0.0.1:7700**"
 )
 def serve(
-    listen: Annotated[
-        str | None,
-        _setting("listen", "Listen here; port 0 picks one, '' listens on no port.", metavar="HOST:PORT"),
-    ] = None,
+    listen: Listen = None,
     unix_path: Annotated[
         str | None,
         _setting(
@@ -129,15 +135,9 @@ def serve(
             "--insecure-network",
         ),
     ] = None,
-    metrics: Annotated[
-        str | None,
-        _setting("metrics", "Serve a page for Prometheus here; port 0 picks one, '' serves none.", metavar="HOST:PORT"),
-    ] = None,
-    mode: Annotated[
-        str | None,
-        _setting("mode", "Allow both, read, write or off; see `mmcache mode`.", metavar="MODE"),
-    ] = None,
-    log: Annotated[str | None, _setting("log", "How to log: text or json, one object a line.", metavar="FORM")] = None,
+    metrics: Metrics = None,
+    mode: Mode = None,
+    log: LogForm = None,
     grpc: Grpc = None,
     access_file: AccessFile = None,
     tls_cert: TlsCert = None,

@@ -17,7 +17,7 @@ from typing import Any, Final, Self, TypeVar
 from mmcache.client import calls
 from mmcache.client.aio_link import AsyncDialer, AsyncLink
 from mmcache.client.aio_pool import AsyncPool
-from mmcache.client.calls import AnyKeys, Get, Put
+from mmcache.client.calls import AnyKeys, AnyMedia, Get, Put
 from mmcache.client.core import ClientCore, Lent
 from mmcache.client.lease import LEASE_LOST, Taken, nothing_taken, take_lease
 from mmcache.client.pin import count_prefix
@@ -126,18 +126,26 @@ class LoopClient(ClientCore):
         get = Get.of(keys, buffers, self._verifies(verify), self._copier)
         return await self._in_parts(get, concurrency, self._get)
 
-    async def put(self, keys: AnyKeys, tensors: Sequence[Any], *, ttl_s: float | None = None) -> list[Result]:
+    async def put(
+        self, keys: AnyKeys, tensors: Sequence[Any], *, ttl_s: float | None = None, media: AnyMedia = None
+    ) -> list[Result]:
         """Store one value per key; one Result per key: stored, present or refused, with the reason. As `Client.put`.
 
         The values must not change until the call has ended.
         """
-        return await self._put(Put.of(keys, tensors, ttl_s), self._deadline())
+        return await self._put(Put.of(keys, tensors, ttl_s, media), self._deadline())
 
     async def put_many(
-        self, keys: AnyKeys, tensors: Sequence[Any], *, concurrency: int = 8, ttl_s: float | None = None
+        self,
+        keys: AnyKeys,
+        tensors: Sequence[Any],
+        *,
+        concurrency: int = 8,
+        ttl_s: float | None = None,
+        media: AnyMedia = None,
     ) -> list[Result]:
         """As `put`, in parts like those of `get_many`."""
-        return await self._in_parts(Put.of(keys, tensors, ttl_s), concurrency, self._put)
+        return await self._in_parts(Put.of(keys, tensors, ttl_s, media), concurrency, self._put)
 
     def acquire(self, keys: AnyKeys) -> AsyncLease:
         """Pin entries and see them without a copy (same host) or received whole: use with `async with`.

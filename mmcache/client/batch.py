@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
-from typing import Final
+from typing import Any, Final
 
 import xxhash
 
@@ -15,6 +15,7 @@ from mmcache.client.session import Session
 from mmcache.errors import KeyInputError
 from mmcache.frame import FrameMeta, Kind, frame_segments, pack_header
 from mmcache.keyset import Keys, NamespaceId
+from mmcache.media import Media
 from mmcache.pb import cache_pb2 as pb
 from mmcache.tensors import HostTensor, specs_of
 from mmcache.transport.base import Found, Op, Outcome, Result
@@ -97,8 +98,10 @@ class PutBatch:
         run: range,
         alignment: int,
         ttl_s: float | None,
+        media: Sequence[Media | None] = (),
     ) -> None:
         self.rows, self.values, self.sizes, self.run, self.alignment = rows, values, sizes, run, alignment
+        self._media = media[run.start : run.stop]
         self.created_ms = time.time_ns() // 1_000_000
         self.expires_ms = self.created_ms + max(1, int(ttl_s * 1000)) if ttl_s is not None else 0
 
@@ -112,7 +115,7 @@ class PutBatch:
             self.sizes[start:stop],
             bytes(_kind_of(rows.namespaces[position]) for position in self.run),
             session.ring is not None,
-            self._namespaces() if session.joined.protocol > 1 else b"",
+            **(self._provenance() if session.joined.protocol > 1 else {}),
         )
         wanted = [position for position, code in zip(self.run, status, strict=True) if code == pb.WANTED]
         stored: Iterator[int] = iter(())
@@ -121,10 +124,15 @@ class PutBatch:
             stored = iter((yield from conversation.send_frames(frames, len(wanted), session.ring)))
         return [put_result(next(stored) if code == pb.WANTED else code) for code in status]
 
-    def _namespaces(self) -> bytes:
-        """The column that says which namespace each key is of: one where all are of one."""
+    def _provenance(self) -> dict[str, Any]:
+        """The columns of protocol 2: which namespace each key is of, one where all are of one, and from which media."""
         namespaces = self.rows.namespaces[self.run.start : self.run.stop]
-        return namespaces[0] if namespaces.count(namespaces[0]) == len(namespaces) else b"".join(namespaces)
+        same = namespaces.count(namespaces[0]) == len(namespaces)
+        columns: dict[str, Any] = {"namespaces": namespaces[0] if same else b"".join(namespaces)}
+        if any(self._media):
+            columns["modalities"] = bytes(one.code if one else 0 for one in self._media)
+            columns["media_units"] = [one.units if one else 0 for one in self._media]
+        return columns
 
     def _segments(self, position: int) -> list[bytes | memoryview]:
         rows, value = self.rows, self.values[position]

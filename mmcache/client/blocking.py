@@ -15,7 +15,7 @@ from typing import Any, Self, TypeVar
 from google.protobuf.message import Message
 
 from mmcache.client import calls
-from mmcache.client.calls import AnyKeys, Get, Put
+from mmcache.client.calls import AnyKeys, AnyMedia, Get, Put
 from mmcache.client.core import ClientCore, Lent
 from mmcache.client.lease import LeasedFrames, nothing_taken, take_lease
 from mmcache.client.link import Dialer, Link
@@ -107,13 +107,16 @@ class Client(ClientCore):
                 self._demand(partial(calls.recheck, digests=get.corrupt()), deadline)
         return get.results
 
-    def put(self, keys: AnyKeys, tensors: Sequence[Any], *, ttl_s: float | None = None) -> list[Result]:
+    def put(
+        self, keys: AnyKeys, tensors: Sequence[Any], *, ttl_s: float | None = None, media: AnyMedia = None
+    ) -> list[Result]:
         """Store one value per key; one Result per key: stored, present (costs no payload) or refused, with the reason.
 
         A value is a tensor or buffer, or a mapping or list of them. It must not change during the call.
+        `media` says what the values were computed from, for the server's metrics: one Media, or one or None a key.
         Raises TensorError for values that cannot be stored, UsageError for a `ttl_s` that is not above 0.
         """
-        put = Put.of(keys, tensors, ttl_s)
+        put = Put.of(keys, tensors, ttl_s, media)
         if put.results:
             self._attempt(put.flow, put.fail, needs=STOPPED_WRITES)
         self._count(put.counts())

@@ -17,6 +17,7 @@ from mmcache.client.session import Session
 from mmcache.errors import ProtocolError, UsageError
 from mmcache.frame import check_specs, layout_of
 from mmcache.keyset import Key, Keys
+from mmcache.media import Media
 from mmcache.pb import cache_pb2 as pb
 from mmcache.tensors import HostTensor, check_count, named_tensors, specs_of
 from mmcache.transport.base import HIT, MISS, Op, Outcome, Result
@@ -25,6 +26,7 @@ from mmcache.transport.shm import Copier
 LONGEST_TTL_S: Final = 1e10
 RECHECK_KEYS: Final = 64
 AnyKeys = Keys | Key | Iterable[Key]
+AnyMedia = Media | Sequence[Media | None] | None
 
 
 class Get:
@@ -90,13 +92,19 @@ class Get:
 class Put:
     """Storing values. `results` holds one Result a key."""
 
-    def __init__(self, rows: Keys, values: Sequence[Mapping[str, HostTensor]], ttl_s: float | None) -> None:
-        self.rows, self.values, self.ttl_s = rows, values, ttl_s
+    def __init__(
+        self,
+        rows: Keys,
+        values: Sequence[Mapping[str, HostTensor]],
+        ttl_s: float | None,
+        media: Sequence[Media | None] = (),
+    ) -> None:
+        self.rows, self.values, self.ttl_s, self.media = rows, values, ttl_s, media
         self._namespaces = {described(namespace) for namespace in rows.namespaces}
         self.results = [Result(Outcome.UNAVAILABLE)] * len(rows)
 
     @classmethod
-    def of(cls, keys: AnyKeys, tensors: Sequence[Any], ttl_s: float | None) -> Put:
+    def of(cls, keys: AnyKeys, tensors: Sequence[Any], ttl_s: float | None, media: AnyMedia = None) -> Put:
         """From a caller's arguments. Raises TensorError and UsageError for what can never be stored."""
         if ttl_s is not None and not (isinstance(ttl_s, Real) and 0 < ttl_s < LONGEST_TTL_S):
             raise UsageError(f"ttl_s is {ttl_s!r}; give seconds, above 0 and below {LONGEST_TTL_S:g}, or None")
@@ -105,11 +113,15 @@ class Put:
         values = [named_tensors(value) for value in tensors]
         for value in values:
             check_specs(specs_of(value))
-        return cls(rows, values, ttl_s)
+        known = [media] * len(rows) if isinstance(media, Media) else list(media or ())
+        if not all(one is None or isinstance(one, Media) for one in known) or len(known) not in (0, len(rows)):
+            raise UsageError("media: give one Media, or one Media or None a key")
+        return cls(rows, values, ttl_s, known)
 
     def part(self, run: range) -> Put:
         """The same for some of the keys."""
-        return Put(self.rows[run.start : run.stop], self.values[run.start : run.stop], self.ttl_s)
+        part = slice(run.start, run.stop)
+        return Put(self.rows[part], self.values[part], self.ttl_s, self.media[part])
 
     def sizes(self) -> list[int]:
         """How many bytes each value has."""
@@ -124,7 +136,7 @@ class Put:
         alignment, limits = session.joined.alignment, session.joined.limits
         sizes = [layout_of([t.data.nbytes for t in value.values()], alignment).frame_nbytes for value in self.values]
         for run in put_batches(sizes, limits.batch_keys, limits.inline_nbytes):
-            batch = PutBatch(self.rows, self.values, sizes, run, alignment, self.ttl_s)
+            batch = PutBatch(self.rows, self.values, sizes, run, alignment, self.ttl_s, self.media)
             self.results[run.start : run.stop] = yield from batch.send(session)
 
     def fail(self, reason: str) -> None:

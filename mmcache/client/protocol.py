@@ -206,14 +206,14 @@ class Conversation:
         frame_nbytes: Sequence[int],
         kinds: bytes,
         ring: bool,
-        namespaces: bytes = b"",
+        **columns: Any,
     ) -> Flow[bytes]:
         """Ask to store frames of these sizes and kinds; the answer is one PutStatus byte a key.
 
-        `namespaces`: 32 bytes of all keys, or of each; protocol 2.
+        `columns` are those of protocol 2: namespaces, modalities, media_units.
         """
         message = pb.ReserveRequest(
-            keys=keys, parents=parents, frame_nbytes=frame_nbytes, kinds=kinds, ring=ring, namespaces=namespaces
+            keys=keys, parents=parents, frame_nbytes=frame_nbytes, kinds=kinds, ring=ring, **columns
         )
         reply = yield from self.call(Op.RESERVE, message, pb.ReserveReply())
         if len(reply.status) != len(frame_nbytes):
