@@ -162,7 +162,7 @@ class RpcServer:
         try:
             if not held.enter_context(self._tensors.service.inflight(len(body))):
                 raise BadRequest("too many bytes are in flight; try again", pb.ErrorReply.LIMIT)
-            reply = self._tensors.call(method, caller, body, held, lambda: _waits(context)).SerializeToString()
+            reply = self._tensors.call(method, caller, body, held, lambda: _waits(context))
         except BaseException as error:
             held.close()
             self._refuse(method, context, error)
@@ -208,7 +208,8 @@ def _options(config: ServerConfig) -> list[tuple[str, int]]:
         ("grpc.compression_enabled_algorithms_bitset", 1),  # none: a small message must not become a large one
         ("grpc.server_handshake_timeout_ms", int(1000 * config.io_timeout_s)),
         ("grpc.keepalive_time_ms", 60_000),
-        ("grpc.keepalive_timeout_ms", 20_000),
+        # Also how long a peer may take nothing of what it is sent.
+        ("grpc.keepalive_timeout_ms", int(1000 * config.io_timeout_s)),
     ]
 
 

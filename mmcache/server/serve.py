@@ -261,6 +261,7 @@ def _watch_tls(config: ServerConfig) -> Watched[ssl.SSLContext] | None:
 
 
 def _rpc_server(service: Service, place: tuple[str, int]) -> RpcServer:
+    os.environ.setdefault("GRPC_VERBOSITY", "NONE")  # else strangers write to stderr, in a form of their own
     try:
         from mmcache.server.rpc import RpcServer  # only where it is wanted: it needs an extra
     except ImportError as error:

@@ -10,10 +10,10 @@ import logging
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
+from itertools import chain
 from typing import Final, NamedTuple
 
 import xxhash
-from google.protobuf.message import Message
 
 from mmcache._version import __version__
 from mmcache.errors import FrameError, KeyInputError, TensorError
@@ -33,9 +33,9 @@ from mmcache.frame import (
 from mmcache.keys import namespace_id
 from mmcache.pb import cache_pb2 as pb
 from mmcache.server.caller import Caller
+from mmcache.server.large_bodies import EntryIn, Malformed, Piece, TooMany, entry_pieces, open_put
 from mmcache.server.refuse import BadRequest, parse
 from mmcache.server.service import KEY_NBYTES, Service, status_of
-from mmcache.server.weigh import Malformed, count_fields
 from mmcache.store.answers import Found
 from mmcache.store.shard import Landing
 from mmcache.transport.base import SLICE_NBYTES, Op
@@ -44,7 +44,7 @@ log = logging.getLogger("mmcache.server")
 WRITER: Final = f"mmcache/{__version__} grpc"
 KINDS: Final = {kind.name.lower(): kind for kind in Kind}
 METHODS: Final = tuple(method.name for method in pb.DESCRIPTOR.services_by_name["Cache"].methods)
-FIELDS_PER_KEY: Final = 64  # of a Put: three tensors of four dimensions an entry, and all else, take less
+FIELDS_PER_KEY: Final = 128  # of a Put, as open_put counts: three tensors of four dimensions an entry take less
 ENTRY_NBYTES: Final = 8  # at most, of a reply's entry that was not found; one that was takes no more than its frame
 MODALITIES: Final = frozenset(pb.Modality.values())
 _MAX_MS: Final = 1 << 62
@@ -55,12 +55,16 @@ class Gone(Exception):
     """The caller has left, or its deadline has passed: nobody waits for the answer."""
 
 
+Outgoing = tuple[list[Piece], tuple[bytes, ...]]
+"""An entry of a Get's reply: its pieces, and its tensors' checksums."""
+
+
 class Incoming(NamedTuple):
     """One checked entry of a Put: what its frame's header says, and the tensors' bytes."""
 
     meta: FrameMeta
     specs: tuple[TensorSpec, ...]
-    payloads: tuple[bytes, ...]
+    payloads: tuple[memoryview, ...]
     sums: tuple[bytes, ...]  # as the client gave them; b"": it did not
 
     @property
@@ -83,8 +87,8 @@ class TensorService:
         body: bytes,
         held: ExitStack,
         alive: Callable[[], bool] = lambda: True,
-    ) -> Message:
-        """The reply to a method's request. Raises BadRequest, or Gone once `alive` says no; nothing else.
+    ) -> bytes:
+        """The reply to a method's request, as bytes. Raises BadRequest, or Gone once `alive` says no; nothing else.
 
         What a reply takes of the bytes in flight is given back when `held` is closed: close it when the reply is sent.
         """
@@ -100,11 +104,11 @@ class TensorService:
             return self._get(caller, parse(pb.GetRequest(), body), held, alive)
         if method == "Put":
             return self._put(caller, body, alive)
-        return self.service.handle(Op[method.upper()], caller, body)
+        return self.service.handle(Op[method.upper()], caller, body).SerializeToString()
 
     # Get
 
-    def _get(self, caller: Caller, request: pb.GetRequest, held: ExitStack, alive: Callable[[], bool]) -> Message:
+    def _get(self, caller: Caller, request: pb.GetRequest, held: ExitStack, alive: Callable[[], bool]) -> bytes:
         keys = self.service.split(request.keys)
         limit = min(self.limit_nbytes, request.max_nbytes or self.limit_nbytes)
         room = limit - ENTRY_NBYTES * (len(keys) + 1)
@@ -115,7 +119,6 @@ class TensorService:
             )
         asked = pb.AcquireRequest(keys=request.keys, prefix=request.prefix, inline=True, max_nbytes=room)
         reply, found, _ = self.service.acquire(caller, asked.SerializeToString())
-        bad: list[bytes] = []
         try:
             if found and found[0].nbytes > room:
                 key = keys[reply.status.index(pb.FOUND)]
@@ -126,15 +129,7 @@ class TensorService:
                 )
             if not held.enter_context(self.service.inflight(sum(place.nbytes for place in found))):
                 raise BadRequest("too many bytes are in flight; try again", pb.ErrorReply.LIMIT)
-            answer = pb.GetReply(mode=reply.mode)
-            places = iter(found)
-            for key, status in zip(keys, reply.status, strict=False):
-                if not alive():
-                    raise Gone
-                if status != pb.FOUND:
-                    answer.entries.add(status=status)
-                elif not self._fill(answer.entries.add(), key, next(places)):
-                    bad.append(key)
+            answer, bad = self._copy_out(keys, reply, found, alive)
         finally:
             if reply.lease_id:
                 self.service.shard.release(caller.tenant, reply.lease_id)
@@ -143,62 +138,69 @@ class TensorService:
             self.service.shard.recheck(caller.tenant, key)
         return answer
 
-    def _fill(self, entry: pb.Entry, key: bytes, found: Found) -> bool:
-        """Copy a frame's tensors out and check the copies; False, and the entry is a miss, if they are not right."""
+    def _copy_out(
+        self, keys: Sequence[bytes], reply: pb.AcquireReply, found: Sequence[Found], alive: Callable[[], bool]
+    ) -> tuple[bytes, list[bytes]]:
+        """The reply, in which every tensor was hashed; and the keys whose entries are bad, and so are misses."""
+        bad: list[bytes] = []
+        places = iter(found)
+        entries = [
+            self._pieces(key, status, next(places) if status == pb.FOUND else None, bad)
+            for key, status in zip(keys, reply.status, strict=False)
+        ]
+        end = pb.GetReply(mode=reply.mode).SerializeToString()
+        while True:
+            if not alive():
+                raise Gone
+            answer = b"".join([*chain.from_iterable(pieces for pieces, _ in entries), end])
+            wrong = _wrong_entries(answer, entries)
+            if not wrong:
+                return answer, bad
+            for place in wrong:
+                bad.append(keys[place])
+                entries[place] = self._pieces(keys[place], pb.MISS, None, bad)
+
+    def _pieces(self, key: bytes, status: int, found: Found | None, bad: list[bytes]) -> Outgoing:
+        """An entry's pieces and its tensors' checksums. A header that is not right makes it a miss, and `key` bad."""
+        if found is None:
+            return entry_pieces(pb.Entry(status=status), ()), ()  # type: ignore[arg-type]
         view = self.service.shard.view(found)
         try:
             header = parse_header(
                 bytes(view[: found.header_nbytes]), limit_nbytes=found.nbytes, checksum=found.header_sum
             )
-            meta = header.meta
-            for tensor in header.tensors:
-                data = bytes(view[tensor.offset : tensor.offset + tensor.nbytes])
-                if xxhash.xxh3_128_digest(data) != tensor.checksum or meta.key != key:
-                    raise FrameError("not what was stored")
-                entry.tensors.add(
-                    name=tensor.spec.name,
-                    dtype=tensor.spec.dtype,
-                    shape=tensor.spec.shape,
-                    data=data,
-                    xxh3_128=tensor.checksum,
-                )
+            if header.meta.key != key:
+                raise FrameError("another key's frame")
         except FrameError:
-            entry.Clear()
-            return False
-        entry.status = pb.FOUND
-        entry.kind = meta.kind.name.lower()
-        entry.namespace, entry.home = meta.namespace, meta.home
-        entry.parent = b"" if meta.parent == NO_KEY else meta.parent
-        entry.chain_index, entry.created_ms, entry.expires_ms = meta.chain_index, meta.created_ms, meta.expires_ms
-        return True
+            bad.append(key)
+            return self._pieces(key, pb.MISS, None, bad)
+        meta = header.meta
+        entry = pb.Entry(
+            status=pb.FOUND,
+            kind=meta.kind.name.lower(),
+            namespace=meta.namespace,
+            parent=b"" if meta.parent == NO_KEY else meta.parent,
+            home=meta.home,
+            chain_index=meta.chain_index,
+            created_ms=meta.created_ms,
+            expires_ms=meta.expires_ms,
+        )
+        tensors = [(one, view[one.offset : one.offset + one.nbytes]) for one in header.tensors]
+        return entry_pieces(entry, tensors), tuple(one.checksum for one in header.tensors)
 
     # Put
 
-    def _put(self, caller: Caller, body: bytes, alive: Callable[[], bool]) -> Message:
-        most = FIELDS_PER_KEY * self.service.config.max_batch_keys
-        try:
-            fields = count_fields(body, pb.PutRequest.DESCRIPTOR, most)
-        except Malformed as error:
-            raise BadRequest(f"the request body cannot be read as PutRequest: {error}") from None
-        if fields > most:
-            raise BadRequest(f"a Put of more than {most} fields; put fewer entries at once", pb.ErrorReply.LIMIT)
-        request = parse(pb.PutRequest(), body)
-        if len(request.entries) > self.service.config.max_batch_keys:
-            raise BadRequest(
-                f"{len(request.entries)} entries in one Put; the limit is {self.service.config.max_batch_keys}: "
-                "split it",
-                pb.ErrorReply.LIMIT,
-            )
+    def _put(self, caller: Caller, body: bytes, alive: Callable[[], bool]) -> bytes:
+        request, given = self._open(body)
         kind, namespace = namespace_of(request)
         now_ms = time.time_ns() // 1_000_000
         entries = [
-            checked_entry(entry, kind, namespace, now_ms, f"entries[{place}]")
-            for place, entry in enumerate(request.entries)
+            checked_entry(entry, kind, namespace, now_ms, f"entries[{place}]") for place, entry in enumerate(given)
         ]
         if request.facts:
             declared = pb.DeclareRequest(namespace=namespace, kind=request.kind, facts=request.facts)
             self.service.handle(Op.DECLARE, caller, declared.SerializeToString())
-        status, landings = self.service.reserve(caller, self._reserve_request(request, entries))
+        status, landings = self.service.reserve(caller, self._reserve_request(given, entries))
         answer = bytearray(status)
         try:
             for place, landing in zip(_wanted(status), landings, strict=True):
@@ -208,9 +210,26 @@ class TensorService:
         finally:
             for landing in landings:
                 landing.abort()
-        return pb.PutReply(status=bytes(answer))
+        return pb.PutReply(status=bytes(answer), mode=self.service.mode).SerializeToString()
 
-    def _reserve_request(self, request: pb.PutRequest, entries: Sequence[Incoming]) -> pb.ReserveRequest:
+    def _open(self, body: bytes) -> tuple[pb.PutRequest, list[EntryIn]]:
+        most_keys = self.service.config.max_batch_keys
+        try:
+            request, entries = open_put(body, FIELDS_PER_KEY * most_keys)
+        except Malformed as error:
+            raise BadRequest(f"the request body cannot be read as PutRequest: {error}") from None
+        except TooMany:
+            raise BadRequest(
+                f"a Put of more than {FIELDS_PER_KEY * most_keys} fields; put fewer entries at once",
+                pb.ErrorReply.LIMIT,
+            ) from None
+        if len(entries) > most_keys:
+            raise BadRequest(
+                f"{len(entries)} entries in one Put; the limit is {most_keys}: split it", pb.ErrorReply.LIMIT
+            )
+        return request, entries
+
+    def _reserve_request(self, given: Sequence[EntryIn], entries: Sequence[Incoming]) -> pb.ReserveRequest:
         alignment = self.service.config.alignment
         return pb.ReserveRequest(
             keys=b"".join(entry.meta.key for entry in entries),
@@ -218,8 +237,8 @@ class TensorService:
             frame_nbytes=[layout_of(entry.sizes, alignment).frame_nbytes for entry in entries],
             kinds=bytes(entry.meta.kind for entry in entries),
             namespaces=entries[0].meta.namespace if entries else b"",
-            modalities=bytes(entry.modality for entry in request.entries),
-            media_units=[entry.media_units for entry in request.entries],
+            modalities=bytes(entry.message.modality for entry in given),
+            media_units=[entry.message.media_units for entry in given],
         )
 
     def _land(self, entry: Incoming, landing: Landing) -> int:
@@ -230,7 +249,7 @@ class TensorService:
             return pb.BAD_FRAME
         alignment = self.service.config.alignment
         header = pack_header(entry.meta, entry.specs, sums, alignment)
-        for segment in frame_segments(header, [memoryview(payload) for payload in entry.payloads], alignment):
+        for segment in frame_segments(header, entry.payloads, alignment):
             _copy(memoryview(segment), landing)
         return status_of(landing.commit())
 
@@ -244,6 +263,23 @@ def _copy(segment: memoryview, landing: Landing) -> None:
 
     while position < len(segment) and landing.refusal is None:
         position += landing.land(min(SLICE_NBYTES, len(segment) - position), fill, _NO_SCRATCH)
+
+
+def _wrong_entries(answer: bytes, entries: Sequence[Outgoing]) -> list[int]:
+    """Which entries have a tensor that does not match its checksum, in the bytes that are to be sent."""
+    wrong, view, position = [], memoryview(answer), 0
+    for place, (pieces, sums) in enumerate(entries):
+        start = position
+        for number, piece in enumerate(pieces):
+            # As entry_pieces lays them out: data are the fourth, sixth, ...
+            tensor = (number - 3) // 2 if number >= 3 and number % 2 else -1
+            end = start + len(piece)
+            if tensor >= 0 and xxhash.xxh3_128_digest(view[start:end]) != sums[tensor]:
+                wrong.append(place)
+                break
+            start = end
+        position += sum(map(len, pieces))
+    return wrong
 
 
 def _wanted(status: bytes) -> Iterator[int]:
@@ -268,15 +304,16 @@ def namespace_of(request: pb.PutRequest) -> tuple[Kind, bytes]:
     return kind, found
 
 
-def checked_entry(entry: pb.PutEntry, kind: Kind, namespace: bytes, now_ms: int, where: str) -> Incoming:
+def checked_entry(given: EntryIn, kind: Kind, namespace: bytes, now_ms: int, where: str) -> Incoming:
     """An entry of a Put, checked but for its checksums. Raises BadRequest, which names the entry and the tensor."""
+    entry = given.message
     key = _digest(entry.key, f"{where}.key")
     if entry.ttl_ms > _MAX_MS:
         raise BadRequest(f"{where}.ttl_ms is {entry.ttl_ms}; leave it out for no limit")
     if entry.modality not in MODALITIES:
         raise BadRequest(f"{where}.modality {entry.modality} is unknown to this release; leave it out")
     specs = []
-    for tensor in entry.tensors:
+    for tensor, _ in given.tensors:
         if len(tensor.shape) > MAX_DIMS:
             raise BadRequest(f"{where}: tensor {tensor.name!r} has {len(tensor.shape)} sizes; the limit is {MAX_DIMS}")
         specs.append(TensorSpec(tensor.name, tensor.dtype[:40], tuple(tensor.shape)))
@@ -284,10 +321,10 @@ def checked_entry(entry: pb.PutEntry, kind: Kind, namespace: bytes, now_ms: int,
         check_specs(specs)
     except TensorError as error:
         raise BadRequest(f"{where}: {error}") from None
-    for spec, tensor in zip(specs, entry.tensors, strict=True):
-        if spec.nbytes != len(tensor.data):
+    for spec, (tensor, data) in zip(specs, given.tensors, strict=True):
+        if spec.nbytes != len(data):
             raise BadRequest(
-                f"{where}: tensor {spec.name!r} has {len(tensor.data)} bytes of data; "
+                f"{where}: tensor {spec.name!r} has {len(data)} bytes of data; "
                 f"{spec.dtype} of shape {list(spec.shape)} has {spec.nbytes}"
             )
         if len(tensor.xxh3_128) not in (0, SUM_NBYTES):
@@ -306,8 +343,8 @@ def checked_entry(entry: pb.PutEntry, kind: Kind, namespace: bytes, now_ms: int,
     return Incoming(
         meta,
         tuple(specs),
-        tuple(tensor.data for tensor in entry.tensors),
-        tuple(tensor.xxh3_128 for tensor in entry.tensors),
+        tuple(data for _, data in given.tensors),
+        tuple(tensor.xxh3_128 for tensor, _ in given.tensors),
     )
 
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import re
+import subprocess
+import sys
 import time
 from collections.abc import Iterator
 from typing import Any
@@ -20,7 +22,7 @@ from mmcache.pb import cache_pb2 as pb
 from mmcache.tensors import as_dtype
 from mmcache.testing.process import ServerProcess
 from tests.integration.rpc_support import CACHE, Rpc, ones, put_of, put_request, rpc_to, tensor
-from tests.integration.support import NAMESPACE, MiB, eventually, keys_of, run_cli
+from tests.integration.support import NAMESPACE, ROOT, MiB, eventually, keys_of, run_cli
 
 LIMIT_NBYTES = 4 * MiB
 WORDS = {"bfloat16": "uint16", "float8_e4m3fn": "uint8", "float8_e5m2": "uint8"}
@@ -228,6 +230,29 @@ def test_compressed_requests_are_refused_whole(server: ServerProcess) -> None:
     assert caught.value.code() in (grpc.StatusCode.UNIMPLEMENTED, grpc.StatusCode.INTERNAL)
 
 
+def test_operators_work_over_grpc_too() -> None:
+    with ServerProcess("16MiB", "--grpc", "127.0.0.1:0") as server, rpc_to(server.grpc_address) as rpc:
+        keys = keys_of(3, "operators")
+        assert rpc("Put", put_request(put_of(keys[0], tensor("x", ones(9))))).status == bytes([pb.STORED])
+        (row,) = rpc("List", pb.ListRequest()).namespaces
+        assert (row.namespace, row.entries, dict(row.facts)) == (NAMESPACE.id, 1, dict(NAMESPACE.facts))
+        assert rpc("Get", pb.GetRequest(keys=keys[1].digest)).entries[0].status == pb.MISS
+        assert rpc("Explain", pb.ExplainRequest(keys=keys[0].digest + keys[1].digest)).why == bytes(
+            [pb.HERE, pb.NEVER_STORED]
+        )
+        assert [miss.key for miss in rpc("Recent", pb.RecentRequest(limit=5)).misses] == [keys[1].digest]
+        assert rpc("Mode", pb.ModeRequest(set=True, mode=pb.READ)).mode == pb.READ
+        stopped = rpc("Put", put_request(put_of(keys[2], tensor("x", ones(9)))))
+        assert (stopped.status, stopped.mode) == (bytes([pb.STOPPED]), pb.READ)
+        assert rpc("Mode", pb.ModeRequest(set=True, mode=pb.WRITE)).mode == pb.WRITE
+        reply = rpc("Get", pb.GetRequest(keys=keys[0].digest))
+        assert ([entry.status for entry in reply.entries], reply.mode) == ([pb.MISS], pb.WRITE)
+        rpc("Mode", pb.ModeRequest(set=True, mode=pb.BOTH))
+        assert rpc("Audit", pb.AuditRequest(share=1)).entries == 1
+        assert rpc("Remove", pb.RemoveRequest(of=pb.Selection(namespace=NAMESPACE.id))).entries == 1
+        assert rpc("Contains", pb.ContainsRequest(keys=keys[0].digest)).present == b"\0"
+
+
 def test_damaged_memory_is_a_miss_and_is_dropped() -> None:
     from contextlib import ExitStack
 
@@ -243,11 +268,12 @@ def test_damaged_memory_is_a_miss_and_is_dropped() -> None:
     key = keys_of(1, "damaged")[0]
     body = put_request(put_of(key, tensor("x", ones(1000)))).SerializeToString()
     with ExitStack() as held:
-        assert service.call("Put", LOCAL, body, held) == pb.PutReply(status=bytes([pb.STORED]))
+        assert service.call("Put", LOCAL, body, held) == pb.PutReply(status=bytes([pb.STORED])).SerializeToString()
         _, (found,) = shard.acquire(0, [key.digest])
         shard.view(found)[-1] ^= 1  # type: ignore[arg-type]
         ask = pb.GetRequest(keys=key.digest * 2).SerializeToString()
-        assert service.call("Get", LOCAL, ask, held) == pb.GetReply(entries=[pb.Entry(), pb.Entry()])
+        answer = pb.GetReply.FromString(service.call("Get", LOCAL, ask, held))
+        assert answer == pb.GetReply(entries=[pb.Entry(), pb.Entry()])
         assert (shard.stat()["corrupt_dropped"], shard.contains(0, [key.digest], prefix=False)) == (1, [False])
     shard.close()
 
@@ -302,6 +328,15 @@ def test_a_peer_that_sends_nothing_is_let_go_and_others_are_served() -> None:
         silent = [rpc.channel.stream_unary(path).future(never()) for _ in range(8)]  # as many as there are workers
         assert rpc("Contains", pb.ContainsRequest(keys=bytes(32)), timeout_s=5).present == b"\0"
         assert {call.code() for call in silent} <= {grpc.StatusCode.CANCELLED, grpc.StatusCode.UNKNOWN}
+
+
+def test_the_sample_of_the_page_runs(server: ServerProcess) -> None:
+    page = (ROOT / "docs" / "grpc.md").read_text()
+    (sample,) = re.findall(r"^```python\n(.*?)^```", page, re.MULTILINE | re.DOTALL)
+    assert "127.0.0.1:7601" in sample
+    code = sample.replace("127.0.0.1:7601", server.grpc_address)
+    ended = subprocess.run([sys.executable, "-W", "error", "-c", code], capture_output=True, text=True, timeout=60)
+    assert (ended.returncode, ended.stderr) == (0, "")
 
 
 def test_an_address_beyond_this_host_is_refused() -> None:

@@ -15,9 +15,12 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha.proto_reflection_descriptor_database import ProtoReflectionDescriptorDatabase
 
 import mmcache
+import mmcache.server.rpc as rpc_server
+from mmcache.config import ServerConfig
 from mmcache.keyset import Keys
 from mmcache.pb import cache_pb2 as pb
 from mmcache.server.grants import digest_of
+from mmcache.server.serve import Server
 from mmcache.testing.process import ServerProcess
 from tests.integration.certificates import Authority
 from tests.integration.rpc_support import CACHE, ones, put_of, put_request, rpc_to, tensor
@@ -274,3 +277,41 @@ def _private(folder: Path) -> Path:
     path = folder / "key.pem"
     path.touch(mode=0o600)
     return path
+
+
+def test_a_certificate_that_expires_is_refused_soon_and_no_call_fails_before(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(rpc_server, "CERTIFICATE_CHECK_S", 1)
+    authority = Authority(tmp_path)
+    cert, key = authority.issue("server")
+    config = ServerConfig(
+        listen="",
+        unix_path="",
+        grpc="127.0.0.1:0",
+        memory_nbytes=MiB,
+        access_file=write_access(tmp_path / "access.toml"),
+        tls_cert=cert,
+        tls_key=key,
+        tls_client_ca=authority.ca,
+    )
+    running = Server(config)
+    running.start()
+    assert running.grpc_address
+    host, port = running.grpc_address
+    begin = time.monotonic()
+    pair = authority.issue("team-a-client", left=timedelta(seconds=3))
+    pem = [Path(path).read_bytes() for path in (authority.ca, *reversed(pair))]
+    question = pb.ContainsRequest(keys=bytes(32))
+    with rpc_to(f"{host}:{port}", credentials=grpc.ssl_channel_credentials(*pem)) as rpc:
+
+        def refused() -> bool:
+            try:
+                rpc("Contains", question)
+            except grpc.RpcError as error:
+                return bool(error.code() == grpc.StatusCode.UNAVAILABLE)
+            return False
+
+        eventually(refused, "the certificate was refused")
+        assert time.monotonic() - begin > 2
+    running.stop()

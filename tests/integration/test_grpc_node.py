@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import subprocess
 from collections.abc import Iterator
@@ -174,3 +175,18 @@ def test_node_asks_again_for_what_did_not_fit(server: ServerProcess) -> None:
     assert node(server.grpc_address, "many", "", **rest)["came"] == [[100_000]] * 4 + [None]
     refused = node(server.grpc_address, "many", "", **rest | {"options": {"maxNbytes": 50_000}})
     assert refused["code"] == 8  # RESOURCE_EXHAUSTED
+
+
+def test_the_sample_of_the_page_runs(server: ServerProcess, tmp_path: Path) -> None:
+    (sample,) = re.findall(
+        r"^```js\n(.*?)^```", (ROOT / "clients/node/README.md").read_text(), re.MULTILINE | re.DOTALL
+    )
+    assert '"./index.js"' in sample
+    assert "127.0.0.1:7601" in sample
+    script = tmp_path / "sample.mjs"
+    moved = sample.replace('"./index.js"', json.dumps((ROOT / "clients" / "node" / "index.js").as_uri()))
+    script.write_text(moved.replace("127.0.0.1:7601", server.grpc_address))
+    assert NODE
+    for said in ("stored\n[ 257, 1024 ]\n", "[ 257, 1024 ]\n"):
+        ended = subprocess.run([NODE, str(script)], capture_output=True, text=True, timeout=60, check=False)
+        assert (ended.returncode, ended.stdout, ended.stderr) == (0, said, "")
