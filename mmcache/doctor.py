@@ -10,11 +10,14 @@ import mmap
 import os
 import platform
 from collections.abc import Callable, Iterable
+from dataclasses import replace
 from importlib import metadata
 from typing import Final, NamedTuple
 
+from mmcache.client.blocking import Client
+from mmcache.config import parse_url
 from mmcache.connect import connect
-from mmcache.errors import MMCacheError
+from mmcache.errors import AccessDenied, MMCacheError, TransportError
 from mmcache.store.arena import MEMORY_SHARE, Arena, memory_left_nbytes
 
 GROUP: Final = "mmcache.doctor"
@@ -38,6 +41,7 @@ def examine(url: str) -> list[Finding]:
         "machine": _machine,
         "shared memory": _shared_memory,
         "server": lambda: _server(url),
+        "access": lambda: _access(url),
         "packages": _added,
     }
     found: list[Finding] = []
@@ -83,9 +87,36 @@ def _server(url: str) -> Iterable[Finding]:
     how = {
         "shm": "read in shared memory",
         "unix": "read over its unix socket, as the URL asks",
+        "tls": "read over TLS: its unix socket is off, on another host or not for this client, or the URL asks for it",
         "tcp": "read over TCP: its unix socket is off or on another host, or the URL asks for it",
     }
     yield Finding("server", GOOD, f"{stat['server']} at {url} answers; {how[stat['transport']]}")
+
+
+def _access(url: str) -> Iterable[Finding]:
+    """Whether the server asks who comes, found out by coming as nobody."""
+    config = parse_url(url, deadline_s=ASK_S)
+    if config.scheme == "embedded":
+        return
+    encrypted = "TLS" if config.scheme == "mmcaches" else "no TLS"
+    try:
+        with Client(replace(config, token="", token_file="", cert="", key="")) as nobody:
+            nobody.stat()
+    except TransportError as error:
+        try:
+            with Client(config) as known:
+                known.stat()
+        except AccessDenied:
+            yield Finding(
+                "access", BAD, f"{encrypted}; a valid token or client certificate is needed: see docs/access.md"
+            )
+        except TransportError:
+            return  # the finding about the server says it
+        else:
+            what = "a token or a client certificate" if isinstance(error, AccessDenied) else "a client certificate"
+            yield Finding("access", GOOD, f"{encrypted}; {what} is needed, and the URL's is good")
+    else:
+        yield Finding("access", "open", f"{encrypted}; whoever reaches the server may read and write: nothing is asked")
 
 
 def _added() -> Iterable[Finding]:

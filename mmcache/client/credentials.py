@@ -10,7 +10,6 @@ import os
 import socket
 import ssl
 import struct
-import threading
 from typing import Final
 
 from mmcache.client.session import Wire
@@ -20,6 +19,7 @@ from mmcache.private_file import Signature, read_private, signature
 from mmcache.transport.tcp import Channel
 from mmcache.transport.tls import TlsChannel, client_context
 
+_FRIENDS: Final = (0,)  # users that could read our files anyway
 _PEER: Final = struct.Struct("3i")  # struct ucred: pid, uid, gid
 
 
@@ -29,18 +29,19 @@ class Credentials:
     def __init__(self, config: ClientConfig) -> None:
         self._config = config
         self._files = tuple(path for path in (config.ca, config.cert, config.key) if path)
-        self._lock = threading.Lock()
-        self._signature: Signature = ()
-        self._context: ssl.SSLContext | None = None
+        self._made: tuple[Signature, ssl.SSLContext] | None = None  # no lock: a forked child could inherit it held
         self._token()
         if self.encrypts:
-            self._signature, self._context = signature(self._files), self._make_context()
+            try:
+                self.server_name.encode("idna")
+            except UnicodeError as error:
+                raise ConfigError(f"{self.server_name!r} cannot name a server: {error}") from None
+            self._make(signature(self._files))
 
-    def __getstate__(self) -> None:
-        raise TypeError("a client's credentials stay in its process; connect again in the other one")
-
-    def _make_context(self) -> ssl.SSLContext:
-        return client_context(self._config.ca, self._config.cert, self._config.key)
+    def _make(self, now: Signature) -> ssl.SSLContext:
+        context = client_context(self._config.ca, self._config.cert, self._config.key)
+        self._made = now, context
+        return context
 
     def _token(self) -> str:
         config = self._config
@@ -53,15 +54,13 @@ class Credentials:
 
     def context(self) -> ssl.SSLContext:
         """The TLS settings of an mmcaches URL, made anew when its files change. Raises TransportError."""
-        with self._lock:
-            now = signature(self._files)
-            if self._context is None or now != self._signature:
-                try:
-                    self._context = self._make_context()
-                except ConfigError as error:
-                    raise TransportError(str(error)) from None
-                self._signature = now
-            return self._context
+        now, made = signature(self._files), self._made
+        if made is not None and made[0] == now:
+            return made[1]
+        try:
+            return self._make(now)
+        except ConfigError as error:
+            raise TransportError(str(error)) from None
 
     @property
     def encrypts(self) -> bool:
@@ -85,9 +84,9 @@ class Credentials:
             channel = secured
             secured.handshake(deadline)
             return secured
-        except ValueError as error:  # a name that can be none
+        except ValueError as error:  # a name that OpenSSL does not take
             channel.close()
-            raise TransportError(f"server_name={self.server_name!r} cannot be a host: {error}") from None
+            raise TransportError(f"server_name cannot be checked: {error}") from None
         except BaseException:
             channel.close()
             raise
@@ -117,6 +116,6 @@ class Credentials:
         if not (self._config.token or self._config.token_file):
             return
         _, uid, _ = _PEER.unpack(channel.sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _PEER.size))
-        if uid not in (0, os.geteuid()):
+        if uid != os.geteuid() and uid not in _FRIENDS:
             channel.close()
             raise TransportError(f"user {uid} listens on the server's unix socket; the token was not sent there")

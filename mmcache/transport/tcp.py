@@ -280,9 +280,12 @@ class Channel:
         """The first of the next bytes, 1 to `nbytes` of them, left where they are. For a fresh channel only."""
         self._wait_for(select.POLLIN, deadline)
         try:
-            return self.sock.recv(nbytes, socket.MSG_PEEK)
+            start = self.sock.recv(nbytes, socket.MSG_PEEK)
         except OSError as error:
             raise as_transport_error(error) from error
+        if not start:
+            raise TransportError("the peer closed the connection")
+        return start
 
     @property
     def is_unix(self) -> bool:

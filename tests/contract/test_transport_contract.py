@@ -1,4 +1,4 @@
-"""What every way to a shard must do alike, whoever waits for it: embedded, shared memory, unix without it, and TCP.
+"""What every way to a shard must do alike, whoever waits for it: embedded, shared memory, unix without it, TCP, TLS.
 
 The servers have small limits, so that batches and inline payloads are split on every path.
 """
@@ -23,6 +23,7 @@ from mmcache.keyset import Keys
 from mmcache.tensors import Pieces, as_dtype, as_numpy
 from mmcache.testing.process import ServerProcess
 from mmcache.transport.base import RING_SLOTS, SLICE_NBYTES, Outcome
+from tests.integration.certificates import Authority
 from tests.integration.on_a_loop import OnALoop
 from tests.integration.support import blanks, eventually, keys_of, value_of, values_of
 
@@ -33,11 +34,21 @@ RING_NBYTES = RING_SLOTS * SLICE_NBYTES
 _fresh = count()
 
 
+LIMITS = {"MMCACHE_MAX_BATCH_KEYS": str(BATCH_KEYS), "MMCACHE_MAX_INLINE_NBYTES": str(INLINE_NBYTES)}
+
+
 @pytest.fixture(scope="module")
 def server() -> Iterator[ServerProcess]:
-    limits = {"MMCACHE_MAX_BATCH_KEYS": str(BATCH_KEYS), "MMCACHE_MAX_INLINE_NBYTES": str(INLINE_NBYTES)}
-    with ServerProcess(str(MEMORY), environment=limits) as process:
+    with ServerProcess(str(MEMORY), environment=LIMITS) as process:
         yield process
+
+
+@pytest.fixture(scope="module")
+def tls_url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    authority = Authority(tmp_path_factory.mktemp("tls"))
+    cert, key = authority.issue("server")
+    with ServerProcess(str(MEMORY), "--tls-cert", cert, "--tls-key", key, environment=LIMITS) as process:
+        yield f"{process.url}?ca={authority.ca}&transport=tcp"
 
 
 @pytest.fixture(scope="module", params=["blocking", "asyncio"])
@@ -45,7 +56,7 @@ def waits_by(request: pytest.FixtureRequest) -> str:
     return str(request.param)
 
 
-@pytest.fixture(scope="module", params=["embedded", "shm", "unix", "tcp"])
+@pytest.fixture(scope="module", params=["embedded", "shm", "unix", "tcp", "tls"])
 def cache(request: pytest.FixtureRequest, waits_by: str, server: ServerProcess) -> Iterator[Any]:
     urls = {
         "shm": f"{server.url}?transport=shm",
@@ -53,11 +64,7 @@ def cache(request: pytest.FixtureRequest, waits_by: str, server: ServerProcess) 
         "tcp": f"{server.url}?transport=tcp",
     }
     client: Any
-    if request.param in urls and waits_by == "asyncio":
-        client = OnALoop(mmcache.AsyncClient(urls[request.param], deadline_s=20))
-    elif request.param in urls:
-        client = mmcache.connect(urls[request.param], deadline_s=20)
-    else:
+    if request.param == "embedded":
         limits = ServerConfig(
             listen="", unix_path="", memory_nbytes=MEMORY, max_batch_keys=BATCH_KEYS, max_inline_nbytes=INLINE_NBYTES
         )
@@ -66,6 +73,12 @@ def cache(request: pytest.FixtureRequest, waits_by: str, server: ServerProcess) 
             client = OnALoop(mmcache.AsyncClient(config, server_config=limits))
         else:
             client = EmbeddedClient(config, limits)
+    else:
+        url = urls[request.param] if request.param in urls else request.getfixturevalue("tls_url")
+        if waits_by == "asyncio":
+            client = OnALoop(mmcache.AsyncClient(url, deadline_s=20))
+        else:
+            client = mmcache.connect(url, deadline_s=20)
     with client:
         reached_by = {"embedded": "shm"}.get(request.param, request.param)
         assert client.stat()["transport"] == reached_by

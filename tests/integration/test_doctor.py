@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 from importlib import metadata
+from pathlib import Path
 
 import pytest
 
 from mmcache import doctor
 from mmcache.errors import StoreError
 from mmcache.testing.process import ServerProcess
+from tests.integration.access_bed import TOKENS, bed_arguments
 from tests.integration.support import run_cli
 
 
@@ -18,12 +20,37 @@ def test_a_server_that_answers_and_how_it_is_reached() -> None:
         found = {row["what"]: row for row in json.loads(run_cli("doctor", "--json", "-c", server.url).stdout)}
         assert found["server"]["state"] == "yes"
         assert "shared memory" in found["server"]["text"]
+        assert found["access"]["state"] == "open"
+        assert "no TLS" in found["access"]["text"]
         shown = run_cli("doctor", "-c", f"{server.url}?transport=tcp")
         assert shown.returncode == 0
         assert "over TCP" in " ".join(shown.stdout.split())
     assert found["shared memory"]["state"] == "yes"
     assert found["memory"]["state"].endswith("GiB")
     assert found["cores"]["state"].isdecimal()
+
+
+def test_whether_a_server_asks_for_a_token_or_a_certificate(tmp_path: Path) -> None:
+    authority, arguments = bed_arguments(tmp_path)
+    cert, key = authority.issue("engine-1")
+    token_file = tmp_path / "token"
+    token_file.touch(0o600)
+    token_file.write_text(TOKENS["a"])
+
+    def found(url: str) -> dict[str, doctor.Finding]:
+        return {row.what: row for row in doctor.examine(url)}
+
+    with ServerProcess("1MiB", *arguments) as server:
+        url = f"{server.url}?ca={authority.ca}"
+        for options in (f"&token_file={token_file}", f"&cert={cert}&key={key}"):
+            good = found(url + options)
+            assert good["server"].state == good["access"].state == "yes"
+            assert "TLS; a token or a client certificate is needed" in good["access"].text
+        bad = found(url)
+        assert bad["server"].state == bad["access"].state == "no"
+        assert "token_file=PATH" in bad["server"].text
+        assert "needed" in bad["access"].text
+        assert "use mmcaches://" in found(server.url.replace("mmcaches", "mmcache"))["server"].text
 
 
 def test_what_is_not_there_says_what_to_do() -> None:
