@@ -6,6 +6,9 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 # Engines live in environments of their own; their installers leave what is complete as it is.
 ENGINES ?= .engines
+# How many bytes each fuzz target is given, and the most seconds that may take.
+FUZZ_BYTES ?= 10000000
+FUZZ_SECONDS ?= 1800
 # Errors only: the rest of what pip says is noise here.
 PIP := $(BIN)/python -m pip --disable-pip-version-check -qq
 CREATED := $(VENV)/.stamp-created
@@ -15,12 +18,14 @@ TEST := $(VENV)/.stamp-test
 .DEFAULT_GOAL := help
 # One environment: two installations at once would break each other, so `make -j` runs one target at a time too.
 .NOTPARALLEL:
-.PHONY: help demo test check engines test-engines test-engines-full
+.PHONY: help demo test check fuzz soak engines test-engines test-engines-full
 
 help:
 	@echo "make demo    install, then run the main job: mmcache bench media"
-	@echo "make test    install, then run check and all tests with coverage"
+	@echo "make test    install (Node too, for its client), then run check and all tests with coverage"
 	@echo "make check   install, then run ruff, mypy and the import contracts"
+	@echo "make fuzz    install, then give every fuzz target FUZZ_BYTES=10000000 bytes"
+	@echo "make soak    install, then run eight clients against a server for five minutes, then 10,000 connections"
 	@echo "make test-engines        install the real vLLM and SGLang (CPU) into .engines, then run the engine suites"
 	@echo "make test-engines-full   the same, with every case (half an hour)"
 	@echo "PYTHON=...   the Python to build .venv with (default: python3; 3.11 or newer)"
@@ -35,7 +40,14 @@ check: $(TEST)
 	$(BIN)/lint-imports
 
 test: check
+	bash tests/clients/install-node.sh
 	$(BIN)/python -m pytest --cov --cov-report=term
+
+fuzz: $(TEST)
+	$(BIN)/python -m tests.fuzz --bytes $(FUZZ_BYTES) --seconds $(FUZZ_SECONDS)
+
+soak: $(BENCH)
+	$(BIN)/python benchmarks/soak.py --minutes 5 --connects 10000
 
 $(CREATED):
 	@command -v $(PYTHON) >/dev/null || \

@@ -1,4 +1,6 @@
-"""The command line: serve, token, bench, stat, inspect, doctor, version. Each has examples in its --help, and --json.
+"""The command line: serve, stat, inspect, doctor, version; the others are in cli_*.py.
+
+Every command has examples in its --help, and --json.
 
 Whatever is raised ends in `main`: one line on stderr, exit 2 for what can never work, else 1.
 """
@@ -17,14 +19,16 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from mmcache import cli_explain, cli_ops
 from mmcache._version import __version__
 from mmcache.cli_bench import bench_app
-from mmcache.cli_common import progress_bar, size_text
+from mmcache.cli_common import DEFAULT_URL, Json, Url, key_digest, progress_bar, size_text
 from mmcache.cli_token import token_app
 from mmcache.config import ServerConfig, parse_nbytes, server_config
 from mmcache.connect import connect
 from mmcache.errors import ConfigError, FrameError, MMCacheError, UsageError
 from mmcache.frame import parse_header
+from mmcache.logs import log_to_stderr
 from mmcache.server.serve import Server
 
 app = typer.Typer(
@@ -35,13 +39,12 @@ app = typer.Typer(
     "**mmcache serve --help** for the settings",
 )
 app.add_typer(bench_app, name="bench")
+cli_ops.register(app)
+cli_explain.register(app)
 app.add_typer(token_app, name="token")
 
-DEFAULT_URL = "mmcache://127.0.0.1:7600"
 STOP_SIGNALS = {signal.SIGTERM, signal.SIGINT}
 DEFAULTS = ServerConfig()
-Url = Annotated[str, typer.Option("--connect", "-c", metavar="URL", help="The server to ask.")]
-Json = Annotated[bool, typer.Option("--json", help="Print JSON for machines.")]
 
 
 def _print_version(wanted: bool) -> None:
@@ -67,6 +70,21 @@ def _setting(name: str, text: str, *flags: str, metavar: str | None = None) -> A
     return typer.Option(*flags, metavar=metavar, help=f"{text} (default: {shown}; {variable})")
 
 
+Listen = Annotated[
+    str | None, _setting("listen", "Listen here; port 0 picks one, '' listens on no port.", metavar="HOST:PORT")
+]
+Metrics = Annotated[
+    str | None,
+    _setting("metrics", "Serve a page for Prometheus here; port 0 picks one, '' serves none.", metavar="HOST:PORT"),
+]
+Mode = Annotated[str | None, _setting("mode", "Allow both, read, write or off; see `mmcache mode`.", metavar="MODE")]
+LogForm = Annotated[str | None, _setting("log", "How to log: text or json, one object a line.", metavar="FORM")]
+Grpc = Annotated[
+    str | None,
+    _setting(
+        "grpc", "Serve gRPC here, for clients in any language; port 0 picks one, '' serves none.", metavar="HOST:PORT"
+    ),
+]
 AccessFile = Annotated[
     str | None,
     _setting("access_file", "Who may come in, as whom: see `mmcache token --help`.", "--access", metavar="FILE"),
@@ -86,10 +104,7 @@ TlsClientCa = Annotated[
     "mmcache://127.0.0.1:7600 · **MMCACHE_MEMORY=8GiB mmcache serve --listen 127.0.0.1:7700**"
 )
 def serve(
-    listen: Annotated[
-        str | None,
-        _setting("listen", "Listen here; port 0 picks one, '' listens on no port.", metavar="HOST:PORT"),
-    ] = None,
+    listen: Listen = None,
     unix_path: Annotated[
         str | None,
         _setting(
@@ -120,10 +135,10 @@ def serve(
             "--insecure-network",
         ),
     ] = None,
-    metrics: Annotated[
-        str | None,
-        _setting("metrics", "Serve a page for Prometheus here; port 0 picks one, '' serves none.", metavar="HOST:PORT"),
-    ] = None,
+    metrics: Metrics = None,
+    mode: Mode = None,
+    log: LogForm = None,
+    grpc: Grpc = None,
     access_file: AccessFile = None,
     tls_cert: TlsCert = None,
     tls_key: TlsKey = None,
@@ -146,13 +161,15 @@ def serve(
         max_connections=max_connections,
         insecure_network=insecure_network,
         metrics=metrics,
+        mode=mode,
+        log=log,
+        grpc=grpc,
         access_file=access_file,
         tls_cert=tls_cert,
         tls_key=tls_key,
         tls_client_ca=tls_client_ca,
     )
-    level = logging.DEBUG if verbose else logging.WARNING
-    logging.basicConfig(level=level, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+    log_to_stderr(config.log, logging.DEBUG if verbose else logging.WARNING)
     _run_until_signal(config, as_json=as_json)
 
 
@@ -166,13 +183,17 @@ def _run_until_signal(config: ServerConfig, *, as_json: bool) -> None:
     host, port = server.address or ("", 0)
     scheme = "mmcaches" if config.tls_cert else "mmcache"
     url = f"{scheme}://{f'[{host}]' if ':' in host else host}:{port}" if host else f"mmcache+unix://{server.unix_path}"
+    grpc_host, grpc_port = server.grpc_address or ("", 0)
+    grpc = f"{f'[{grpc_host}]' if ':' in grpc_host else grpc_host}:{grpc_port}" if grpc_host else ""
     if as_json:
         ready = {"ready": True, "url": url, "unix_path": server.unix_path, "memory_nbytes": config.memory_nbytes}
         ready |= {"metrics_url": server.metrics_url} if server.metrics_url else {}
+        ready |= {"grpc_address": grpc} if grpc else {}
         print(json.dumps(ready), flush=True)
     else:
         size = f"{config.memory_nbytes / 2**20:.0f} MiB, {config.entries} entries"
         page = f"; metrics {server.metrics_url}" if server.metrics_url else ""
+        page += f"; gRPC {grpc}" if grpc else ""
         socket = f"unix socket {server.unix_path or 'off'}"
         print(f"mmcache {__version__} ready: {url} ({size}; {socket}{page})", flush=True)
     signal.sigwait(STOP_SIGNALS)
@@ -204,12 +225,7 @@ def inspect(
     as_json: Json = False,
 ) -> None:
     """Show one entry: its tensors, times and the facts of its namespace. Exit 1 if it is not stored."""
-    try:
-        digest = bytes.fromhex(key)
-        if len(digest) != 32:
-            raise ValueError
-    except ValueError:
-        raise UsageError(f"{key!r} is not a key; a key has 64 hexadecimal digits, as Key.hex() prints") from None
+    digest = key_digest(key)
     with connect(url) as client:
         reply = client.inspect(digest)
     if not reply.found:

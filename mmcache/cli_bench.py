@@ -17,68 +17,18 @@ from rich.table import Table
 
 from mmcache.bench.trace import MAX_LINE_CHARS, Row, Trace
 from mmcache.cli_common import progress_bar, write_text
+from mmcache.cli_workloads import JsonTo, workloads_app
 from mmcache.errors import ConfigError, UsageError
 
 bench_app = typer.Typer(
     no_args_is_help=True,
     rich_markup_mode="markdown",
-    help="Measure with real data. `media` needs the bench extra: pip install 'mmcache[bench]' (in a clone: make demo).",
-    epilog="Examples: **mmcache bench media** · **mmcache bench trace FILE** · **mmcache bench media --help**",
+    help="Measure with real data. `media`, `chat` and `diffusion` need the bench extra: pip install 'mmcache[bench]' "
+    "(in a clone: make demo).",
+    epilog="Examples: **mmcache bench media** · **mmcache bench chat --html chat.html** · "
+    "**mmcache bench transfer --quick** · **mmcache bench trace FILE** · **mmcache bench media --help**",
 )
-JsonTo = Annotated[str | None, typer.Option("--json", metavar="FILE", help="Write JSON to FILE, or - for stdout.")]
-
-
-@bench_app.command(
-    "media",
-    epilog="Examples: **mmcache bench media** · **mmcache bench media --memory 10%** · "
-    "**mmcache bench media --inject corrupt** (must be caught) · **--inject wrong --no-verify** (must show as wrong)",
-)
-def bench_media(
-    url: Annotated[
-        str | None, typer.Option("--connect", "-c", metavar="URL", help="A running server; default: its own.")
-    ] = None,
-    memory: Annotated[
-        str, typer.Option(metavar="SIZE", help="Of its own server: a size, a share of the working set, or auto.")
-    ] = "auto",
-    scale: Annotated[str, typer.Option(help="full or quick.")] = "full",
-    questions: Annotated[
-        int | None, typer.Option(help="Questions about each photo and video, 1 to 6; default: full 4, quick 3.")
-    ] = None,
-    inject: Annotated[str | None, typer.Option(help="Damage stored entries: wrong or corrupt.", metavar="KIND")] = None,
-    verify: Annotated[bool, typer.Option(help="Verify what is read.")] = True,
-    seed: Annotated[int, typer.Option(help="Of the encoder, the order of requests and the damage; 0 or more.")] = 0,
-    json_to: JsonTo = None,
-) -> None:
-    """Ask questions about photos and videos, and compare every value that comes back with a recomputation.
-
-    The photos are those scikit-image ships; the videos are camera moves over them, really encoded to mp4 and decoded.
-    Reports the hit rate of each kind beside the ideal (an endless cache) and an exact LRU, bytes and latencies. Exits 1
-    if anything wrong was read, if damage that was planted did not show, or if the server stopped answering.
-    """
-    from mmcache.bench.media import MediaOptions, run
-
-    options = MediaOptions(
-        connect=url,
-        memory=memory,
-        scale=scale,
-        questions=questions,
-        inject=inject,  # type: ignore[arg-type]  # MediaOptions checks it
-        verify=verify,
-        seed=seed,
-    )
-    if json_to not in (None, "-"):
-        write_text(Path(json_to), "", "a")  # find out now, not after the run
-    with progress_bar("requests") as show:
-        report = run(options, show)
-    report.print(Console(stderr=json_to == "-"))
-    if json_to is not None:
-        text = json.dumps(report.to_dict()) + "\n"
-        if json_to == "-":
-            print(text, end="")
-        else:
-            write_text(Path(json_to), text)
-    if not report.ok:
-        raise typer.Exit(1)
+bench_app.add_typer(workloads_app)
 
 
 @bench_app.command(

@@ -1,4 +1,4 @@
-"""What several commands share: sizes for people, progress bars, files that are written for --json."""
+"""What several commands share: options, sizes for people, progress bars, files that are written for --json."""
 
 from __future__ import annotations
 
@@ -6,11 +6,17 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Annotated
 
+import typer
 from rich.console import Console
 from rich.progress import Progress
 
-from mmcache.errors import ConfigError
+from mmcache.errors import ConfigError, UsageError
+
+DEFAULT_URL = "mmcache://127.0.0.1:7600"
+Url = Annotated[str, typer.Option("--connect", "-c", metavar="URL", help="The server to ask.")]
+Json = Annotated[bool, typer.Option("--json", help="Print JSON for machines.")]
 
 
 def size_text(nbytes: int) -> str:
@@ -36,10 +42,21 @@ def progress_bar(what: str) -> Iterator[Callable[[int, int], None]]:
         yield show
 
 
-def write_text(path: Path, text: str, mode: str = "w") -> None:
-    """Write a file. Raises ConfigError, with the remedy."""
+def write_text(path: Path, text: str, mode: str = "w", option: str = "--json") -> None:
+    """Write a file that `option` names. Raises ConfigError, with the remedy."""
     try:
         with path.open(mode) as file:
             file.write(text)
     except OSError as error:
-        raise ConfigError(f"cannot write {path}: {error.strerror}; give --json a file that can be written") from None
+        raise ConfigError(f"cannot write {path}: {error.strerror}; give {option} a file that can be written") from None
+
+
+def key_digest(text: str) -> bytes:
+    """The 32 bytes of a key as Key.hex() prints it. Raises UsageError."""
+    try:
+        digest = bytes.fromhex(text)
+        if len(digest) != 32:
+            raise ValueError
+    except ValueError:
+        raise UsageError(f"{text!r} is not a key; a key has 64 hexadecimal digits, as Key.hex() prints") from None
+    return digest

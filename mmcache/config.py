@@ -19,7 +19,7 @@ from mmcache.units import MiB as MiB
 from mmcache.units import parse_nbytes as parse_nbytes
 
 DEFAULT_PORT: Final = 7600
-BODY_NBYTES_PER_KEY: Final = 96  # a Reserve's key, parent, size and kind, with room to spare
+BODY_NBYTES_PER_KEY: Final = 128  # a Reserve's key, parent, namespace, size, kind and media, with room to spare
 _ENV_PREFIX: Final = "MMCACHE_"
 _LONGEST_S: Final = 86400.0  # the kernel's timers take no infinity, and what waits longer than a day is not waiting
 
@@ -63,6 +63,10 @@ class ServerConfig:
     drain_s: float = 5.0
     insecure_network: bool = False
     metrics: str = ""  # HOST:PORT of a page for Prometheus; empty: none
+    log: str = "text"  # or json
+    mode: str = "both"  # what is allowed at the start: both, read, write or off
+    grpc: str = ""  # HOST:PORT of the public carrier; empty: none
+    max_grpc_nbytes: int = 64 * MiB  # the largest message, either way
     access_file: str = ""  # who may come in, as whom (docs/access.md); empty: anybody, as one tenant
     tls_cert: str = ""  # PEM chain; empty: no TLS
     tls_key: str = ""
@@ -70,7 +74,7 @@ class ServerConfig:
 
     def __post_init__(self) -> None:
         positive = ("memory_nbytes", "lease_s", "max_connections", "max_batch_keys", "max_body_nbytes",
-                    "max_inline_nbytes", "max_inflight_nbytes", "io_timeout_s")  # fmt: skip
+                    "max_inline_nbytes", "max_inflight_nbytes", "max_grpc_nbytes", "io_timeout_s")  # fmt: skip
         for name in positive:
             if not getattr(self, name) > 0:
                 raise ConfigError(f"{name} is {getattr(self, name)}; it must be greater than 0")
@@ -83,6 +87,12 @@ class ServerConfig:
                 f"allow {BODY_NBYTES_PER_KEY} bytes a key, or lower max_batch_keys"
             )
         _check_times(self, "lease_s", "io_timeout_s", "drain_s")
+        if self.mode not in ("both", "read", "write", "off"):
+            raise ConfigError(f"mode is {self.mode!r}; it must be both, read, write or off")
+        if self.log not in ("text", "json"):
+            raise ConfigError(f"log is {self.log!r}; it must be text or json")
+        if self.max_grpc_nbytes > GiB:
+            raise ConfigError(f"max_grpc_nbytes is {self.max_grpc_nbytes}; a gRPC message has at most 1GiB")
         if not 0 < self.pinned_share <= 1:
             raise ConfigError(f"pinned_share is {self.pinned_share}; it must be above 0 and at most 1")
         if self.alignment < 64 or self.alignment > 65536 or self.alignment & (self.alignment - 1):

@@ -1,9 +1,17 @@
-"""`connect`: from a URL to a client."""
+"""From a URL to a client: `connect` to a blocking one, `AsyncClient` is the asyncio one."""
 
 from __future__ import annotations
 
+import asyncio
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any, Self
+
+from mmcache.client.aio import LoopClient
 from mmcache.client.blocking import Client
-from mmcache.config import parse_url
+from mmcache.config import ClientConfig, ServerConfig, parse_url
+
+if TYPE_CHECKING:
+    from mmcache.embedded import EmbeddedServer
 
 
 def connect(
@@ -35,3 +43,56 @@ def connect(
             client.close()
             raise
     return client
+
+
+class AsyncClient(LoopClient):
+    """A cache client for asyncio: the calls of `Client`, awaited, and `get_many` and `put_many` besides.
+
+    `async with mmcache.AsyncClient(url) as cache:` asks the server once, and raises TransportError if it does not
+    answer; with `lazy` it is not asked, and calls answer misses until it is there. URLs and keywords are those of
+    `connect`; settings may stand in place of a URL, and `server_config` may be given for an embedded server. Raises
+    ConfigError. Without `async with`, await `open`, and `close` at the end.
+
+    A client belongs to the event loop that first uses it; any number of its tasks may share it. `counters` counts as
+    `Client.counters` does.
+    """
+
+    def __init__(
+        self,
+        url: str | ClientConfig,
+        *,
+        verify: bool | None = None,
+        deadline_s: float | None = None,
+        lazy: bool = False,
+        server_config: ServerConfig | None = None,
+    ) -> None:
+        given: dict[str, Any] = {
+            name: value for name, value in (("verify", verify), ("deadline_s", deadline_s)) if value is not None
+        }
+        config = replace(url, **given) if isinstance(url, ClientConfig) else parse_url(url, **given)
+        self._lazy = lazy
+        self._embedded: EmbeddedServer | None = None
+        if config.scheme == "embedded":
+            from mmcache.embedded import EmbeddedServer
+
+            self._embedded = EmbeddedServer(config, server_config)
+        super().__init__(config, self._embedded.attach_async if self._embedded is not None else None)
+
+    async def __aenter__(self) -> Self:
+        return self if self._lazy else await self.open()
+
+    async def open(self) -> Self:
+        """Ask the server once. If it does not answer, raises TransportError, and the client is closed."""
+        try:
+            await self.stat()
+        except BaseException:
+            await self.close()
+            raise
+        return self
+
+    async def close(self) -> None:
+        """Close every link; those in use are closed when their call ends. Ends an embedded server, frees its memory."""
+        await super().close()
+        server, self._embedded = self._embedded, None
+        if server is not None:
+            await asyncio.get_running_loop().run_in_executor(None, server.stop)

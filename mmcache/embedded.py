@@ -13,11 +13,12 @@ from mmcache.config import ClientConfig, ServerConfig
 from mmcache.errors import TransportError
 from mmcache.server.serve import Server
 from mmcache.store.shard import Shard
+from mmcache.transport.aio import AsyncChannel
 from mmcache.transport.tcp import Channel
 
 
-class EmbeddedClient(Client):
-    """A client with a server of its own; closing it frees the memory. `shard` is the store, for inspection."""
+class EmbeddedServer:
+    """A server in this process that clients of this process are joined to by socket pairs."""
 
     def __init__(self, config: ClientConfig, server_config: ServerConfig | None = None) -> None:
         self._server = Server(
@@ -25,25 +26,50 @@ class EmbeddedClient(Client):
         )
         self._server.start()
         self._owner_pid = os.getpid()
-        super().__init__(config, self._dial)
 
     @property
     def shard(self) -> Shard:
-        """The embedded store."""
+        """The store."""
         return self._server.shard
 
-    def _dial(self) -> Channel:
+    def attach(self) -> Channel:
+        """A blocking channel to it. Raises TransportError in another process than its own."""
+        return Channel(self._pair())
+
+    def attach_async(self) -> AsyncChannel:
+        """A channel to it for asyncio. Raises TransportError in another process than its own."""
+        return AsyncChannel(self._pair())
+
+    def _pair(self) -> socket.socket:
         if os.getpid() != self._owner_pid:
             raise TransportError(
                 "an embedded server stays in the process that made it; run `mmcache serve` to share one"
             )
         ours, theirs = socket.socketpair()
         self._server.attach(theirs)
-        return Channel(ours)
+        return ours
+
+    def stop(self) -> None:
+        """Stop it and free its memory; in a forked child it is not there to stop."""
+        if os.getpid() == self._owner_pid:
+            self._server.stop()
+
+
+class EmbeddedClient(Client):
+    """A client with a server of its own; closing it frees the memory. `shard` is the store, for inspection."""
+
+    def __init__(self, config: ClientConfig, server_config: ServerConfig | None = None) -> None:
+        self._server = EmbeddedServer(config, server_config)
+        super().__init__(config, self._server.attach)
+
+    @property
+    def shard(self) -> Shard:
+        """The embedded store."""
+        return self._server.shard
 
     def close(self) -> None:
         """Close the links and stop the server. Call it once no view is in use."""
-        closing = not self._pool.closed
+        closing = not self._closed
         super().close()
-        if closing and os.getpid() == self._owner_pid:
+        if closing:
             self._server.stop()

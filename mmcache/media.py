@@ -8,19 +8,54 @@ from __future__ import annotations
 
 import re
 import struct
+from dataclasses import dataclass
 from typing import Any, Final
 
 import numpy as np
 import numpy.typing as npt
 
 from mmcache.encoding import canonical, digest, exact_float, text_bytes
-from mmcache.errors import KeyInputError
+from mmcache.errors import KeyInputError, UsageError
 
 SAMPLE_DTYPES: Final = (
     *("bool", "uint8", "uint16", "uint32", "uint64"),
     *("int8", "int16", "int32", "int64", "float16", "float32", "float64"),
 )
 _MODALITY: Final = re.compile(r"[a-z][a-z0-9_]{0,31}")
+
+
+MODALITIES: Final = ("text", "image", "video", "audio")
+
+
+@dataclass(frozen=True, slots=True)
+class Media:
+    """What a value was computed from, where it is known, for the server's metrics; it decides nothing.
+
+    `modality` is "text", "image", "video" or "audio"; `pixels` of an image, `frames` of a video, `audio_s` of a sound
+    are what need not be encoded again when the value is found. Raises UsageError for anything else.
+    """
+
+    modality: str
+    pixels: int = 0
+    frames: int = 0
+    audio_s: float = 0.0
+
+    def __post_init__(self) -> None:
+        if self.modality not in MODALITIES:
+            raise UsageError(f"modality {self.modality!r} is unknown; give one of {', '.join(MODALITIES)}")
+        if not (self.pixels >= 0 and self.frames >= 0 and 0 <= self.audio_s < 1e9):
+            raise UsageError(f"{self} is no amount of media; give numbers that are not negative")
+
+    @property
+    def code(self) -> int:
+        """The number of the modality in the schema."""
+        return MODALITIES.index(self.modality) + 1
+
+    @property
+    def units(self) -> int:
+        """Pixels, frames or milliseconds, as the modality has it, at most 2^32 - 1."""
+        amounts = {"image": self.pixels, "video": self.frames, "audio": round(1000 * self.audio_s)}
+        return min(int(amounts.get(self.modality, 0)), 0xFFFFFFFF)
 
 
 def media_digest(data: bytes | bytearray | memoryview, modality: str) -> bytes:

@@ -18,8 +18,8 @@ from mmcache.errors import TransportError
 
 Read = Callable[[], Mapping[str, int]]
 PREFIX: Final = "mmcache_"
-KIND_PREFIX: Final = "bytes_"
 KINDS: Final = ("kv", "embedding", "prompt", "latent")
+MODALITIES: Final = ("text", "image", "video", "audio")
 
 
 class Meaning(NamedTuple):
@@ -52,6 +52,11 @@ METRICS: Final[Mapping[str, Meaning]] = {
     "put_full": Meaning("put_full", True, "Puts refused for want of memory."),
     "put_too_large": Meaning("put_too_large", True, "Puts refused as larger than may be."),
     "put_no_entries": Meaning("put_no_entries", True, "Puts refused as the index was full."),
+    "put_quota": Meaning("put_quota", True, "Puts refused as the tenant's or namespace's quota was used up."),
+    "put_stopped": Meaning("put_stopped", True, "Puts refused as an operator had stopped writes."),
+    "put_bad_frame": Meaning("put_bad_frame", True, "Puts whose bytes were not the frame that was announced."),
+    "put_lost": Meaning("put_lost", True, "Puts whose reservation ended before all bytes were there."),
+    "put_expired": Meaning("put_expired", True, "Puts whose time to live was over before they were stored."),
     "evictions": Meaning("evictions", True, "Entries that left for others."),
     "expired_entries": Meaning("expired_entries", True, "Entries whose time to live was over."),
     "expired_leases": Meaning("expired_leases", True, "Leases nobody gave back in time: killed or stopped readers."),
@@ -60,6 +65,34 @@ METRICS: Final[Mapping[str, Meaning]] = {
     "corrupt_dropped": Meaning("corrupt_dropped", True, "Entries dropped as their bytes had changed."),
     "namespaces_forgotten": Meaning("namespaces_forgotten", True, "Namespaces whose facts are no longer known."),
 }
+
+
+class Labelled(NamedTuple):
+    """A family of numbers with one label: STAT's name of one is `prefix`, the label's value, `suffix`."""
+
+    name: str
+    grows: bool
+    help: str
+    label: str
+    values: tuple[str, ...]
+    prefix: str
+    suffix: str = ""
+    scale: float = 1.0
+
+
+LABELLED: Final = (
+    Labelled("stored_bytes", False, "Bytes stored now, headers included.", "kind", KINDS, "bytes_"),
+    Labelled("kind_hits", True, "Values found, by kind.", "kind", KINDS, "hits_"),
+    Labelled("kind_stored", True, "Values stored since the start, by kind.", "kind", KINDS, "stored_"),
+    Labelled("media_hits", True, "Values found whose writer said what they are of.", "modality", MODALITIES, "hits_"),
+    Labelled("media_stored", True, "Values stored whose writer said what of.", "modality", MODALITIES, "stored_"),
+    Labelled("hit_pixels", True, "Pixels that were not encoded again.", "modality", ("image",), "hits_", "_pixels"),
+    Labelled("hit_frames", True, "Frames that were not encoded again.", "modality", ("video",), "hits_", "_frames"),
+    Labelled("hit_audio_seconds", True, "Sound not encoded again.", "modality", ("audio",), "hits_", "_ms", 1e-3),
+    Labelled("stored_pixels", True, "Pixels behind values stored.", "modality", ("image",), "stored_", "_pixels"),
+    Labelled("stored_frames", True, "Frames behind values stored.", "modality", ("video",), "stored_", "_frames"),
+    Labelled("stored_audio_seconds", True, "Sound behind them.", "modality", ("audio",), "stored_", "_ms", 1e-3),
+)
 
 
 class ShardCollector(Collector):
@@ -75,12 +108,12 @@ class ShardCollector(Collector):
             if name in numbers:
                 family = CounterMetricFamily if meaning.grows else GaugeMetricFamily
                 yield family(PREFIX + meaning.name, meaning.help, value=numbers[name])
-        stored = GaugeMetricFamily(
-            PREFIX + "stored_bytes", "Bytes stored of each kind, headers included.", labels=["kind"]
-        )
-        for kind in KINDS:
-            stored.add_metric([kind], numbers.get(KIND_PREFIX + kind, 0))
-        yield stored
+        for one in LABELLED:
+            family = CounterMetricFamily if one.grows else GaugeMetricFamily
+            labelled = family(PREFIX + one.name, one.help, labels=[one.label])
+            for value in one.values:
+                labelled.add_metric([value], one.scale * numbers.get(one.prefix + value + one.suffix, 0))
+            yield labelled
         version = GaugeMetricFamily(PREFIX + "build_info", "Always 1; the version is the label.", labels=["version"])
         version.add_metric([__version__], 1)
         yield version

@@ -23,13 +23,24 @@ PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
 MAX_FILE_LINES = 400
 MAX_FUNCTION_LINES = 70
 MAX_PUBLIC_NAMES = 15
+INSTALLED = {"__pycache__", "node_modules"}
 
 PURE = {
+    "mmcache.bench.html",
+    "mmcache.bench.page",
+    "mmcache.bench.plots",
+    "mmcache.bench.transfer_page",
     "mmcache.keys",
     "mmcache.media",
     "mmcache.frame",
     "mmcache.frame_view",
     "mmcache.store.answers",
+    "mmcache.store.explain",
+    "mmcache.store.history",
+    "mmcache.store.ledger",
+    "mmcache.store.namespaces",
+    "mmcache.store.sweep",
+    "mmcache.store.usage",
     "mmcache.store.columns",
     "mmcache.store.index",
     "mmcache.store.integrity",
@@ -51,6 +62,9 @@ UNSAFE_MODULES = {"pickle", "cPickle", "marshal", "shelve", "dill", "cloudpickle
 UNSAFE_CALLS = {"eval", "exec", "torch.load"}
 # What a distribution is imported as, where that is not its own name.
 IMPORT_NAMES = {
+    "grpcio": "grpc",
+    "grpcio-health-checking": "grpc_health",
+    "grpcio-reflection": "grpc_reflection",
     "pillow": "PIL",
     "prometheus-client": "prometheus_client",
     "protobuf": "google",
@@ -75,7 +89,7 @@ def repository_files() -> Iterator[Path]:
         if top.is_file() and not top.name.startswith(".coverage"):
             yield top
         elif top.name not in {"build", "dist", "htmlcov"} and (top.name in {".ci", ".github"} or top.name[0] != "."):
-            yield from (path for path in sorted(top.rglob("*")) if path.is_file() and "__pycache__" not in path.parts)
+            yield from (path for path in sorted(top.rglob("*")) if path.is_file() and INSTALLED.isdisjoint(path.parts))
 
 
 FILES = list(repository_files())
@@ -163,11 +177,13 @@ def torch_outside_tensors(path: Path, text: str) -> list[str]:
 
 
 def undeclared(path: Path, text: str) -> list[str]:
-    """Imports that no dependency in pyproject.toml brings: the base ones anywhere, an extra's in bench/ and media."""
+    """Imports that no dependency in pyproject.toml brings: the base ones anywhere, an extra's where it is used."""
     project = PYPROJECT["project"]
     declared = list(project["dependencies"])
     if path.is_relative_to(ROOT / "mmcache" / "bench"):
         declared += project["optional-dependencies"]["bench"] + project["optional-dependencies"]["media"]
+    if module_of(path) == "mmcache.server.rpc":
+        declared += project["optional-dependencies"]["grpc"]
     names = {Requirement(text).name for text in declared}
     known = {IMPORT_NAMES.get(name, name) for name in names} | set(sys.stdlib_module_names) | {"mmcache"}
     if module_of(path) == "mmcache.tensors":

@@ -1,7 +1,8 @@
-"""Benchmarks that check what they read. `media` is the first: photos and videos, embeddings and KV blocks.
+"""Benchmarks that check what they read: `media`, `chat`, `diffusion` and `transfer`; and `trace`, which replays.
 
 Here live the workloads, the tensors they can recompute from content, the pure replays they are judged against, and
-the reports. Nothing in the cache imports this package, and nothing here decides what a cache does.
+the reports, for terminals, programs and browsers. Nothing in the cache imports this package, and nothing here decides
+what a cache does.
 """
 
 from __future__ import annotations

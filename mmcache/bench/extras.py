@@ -1,4 +1,4 @@
-"""What `mmcache bench media` needs beyond the base install, imported only when a benchmark runs.
+"""What the workloads of `mmcache bench` need beyond the base install, imported only when a benchmark runs.
 
 Everything else of the command line, its --help included, works without.
 """
@@ -12,27 +12,32 @@ from typing import Any
 
 from mmcache.errors import ConfigError
 
-REMEDY = "`mmcache bench media` needs av, pillow and scikit-image: pip install 'mmcache[bench]' (in a clone: make demo)"
+REMEDY = "needs av, pillow and scikit-image: pip install 'mmcache[bench]' (in a clone: make demo)"
 
 
-def load(name: str) -> Any:
+def load(name: str, command: str = "") -> Any:
     """The module `name`. Raises ConfigError, with what to install, if it cannot be imported."""
     try:
         return importlib.import_module(name)
     except ImportError as error:
-        raise ConfigError(f"{REMEDY}; {error}") from error
+        raise ConfigError(f"{_remedy(command)}; {error}") from error
 
 
-def folder(name: str) -> Path:
+def folder(name: str, command: str = "") -> Path:
     """Where the package `name` is installed; it is not imported. Raises ConfigError, with what to install."""
     spec = importlib.util.find_spec(name)
     if spec is None or not spec.submodule_search_locations:
-        raise ConfigError(f"{REMEDY}; there is no {name}")
+        raise ConfigError(f"{_remedy(command)}; there is no {name}")
     return Path(spec.submodule_search_locations[0])
 
 
-def check() -> None:
-    """Raise ConfigError, with what to install, unless everything is there."""
-    load("av")
-    load("PIL.Image")
-    folder("skimage")
+def check(command: str) -> None:
+    """Raise ConfigError, with what to install, unless everything that `mmcache bench COMMAND` needs is there."""
+    if command == "media":
+        load("av", command)
+    load("PIL.Image", command)
+    folder("skimage", command)
+
+
+def _remedy(command: str) -> str:
+    return f"`mmcache bench{' ' if command else ''}{command}` {REMEDY}"

@@ -7,9 +7,10 @@ digests, never by mmcache's keys, so a key that splits or merges contents shows 
 from __future__ import annotations
 
 import math
-from collections import OrderedDict
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections import Counter, OrderedDict
+from collections.abc import Mapping, Sequence
+from dataclasses import astuple, dataclass
+from typing import Protocol
 
 
 @dataclass(frozen=True, slots=True)
@@ -19,18 +20,6 @@ class Entry:
     content: bytes
     parent: bytes
     nbytes: int
-
-
-@dataclass(frozen=True, slots=True)
-class Step:
-    """One request: its KV blocks in order, and its embeddings with the block count from which each is not needed."""
-
-    blocks: tuple[Entry, ...]
-    embeddings: tuple[tuple[int, Entry], ...]
-
-    def uncovered(self, prefix: int) -> list[Entry]:
-        """The embeddings still needed when `prefix` leading blocks are there, each content once."""
-        return list({entry.content: entry for covered_by, entry in self.embeddings if prefix < covered_by}.values())
 
 
 @dataclass(slots=True)
@@ -47,17 +36,49 @@ class Tally:
         return self.hits / self.lookups if self.lookups else 0.0
 
 
-@dataclass(slots=True)
-class Tallies:
-    """One Tally a kind, and the hit rate over both."""
+Moment = dict[str, tuple[int, int, int, int]]  # kind -> a Tally's numbers, summed up to a request
 
-    kv: Tally = field(default_factory=Tally)
-    embedding: Tally = field(default_factory=Tally)
+
+class Tallies:
+    """One Tally a kind, the hit rate over all, and how they grew request by request.
+
+    `work` counts what a workload counts beside lookups (steps of denoising, for one): what was asked for, and what
+    was not computed again.
+    """
+
+    def __init__(self, by_kind: Mapping[str, Tally]) -> None:
+        self.by_kind = dict(by_kind)
+        self.work: Counter[str] = Counter()
+        self.history: list[Moment] = []
+
+    @classmethod
+    def of(cls, *kinds: str) -> Tallies:
+        """Zeros for these kinds, in this order."""
+        return cls({kind: Tally() for kind in kinds})
+
+    def __getitem__(self, kind: str) -> Tally:
+        return self.by_kind[kind]
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, Tallies):
+            return NotImplemented
+        return (self.by_kind, self.work, self.history) == (other.by_kind, other.work, other.history)
+
+    def __repr__(self) -> str:
+        return f"Tallies({self.by_kind!r}, work={dict(self.work)!r})"
 
     @property
     def hit_rate(self) -> float:
-        lookups = self.kv.lookups + self.embedding.lookups
-        return (self.kv.hits + self.embedding.hits) / lookups if lookups else 0.0
+        return self.total().hit_rate
+
+    def total(self) -> Tally:
+        """All kinds together."""
+        rows = [astuple(tally) for tally in self.by_kind.values()]
+        return Tally(*map(sum, zip(*rows, strict=True)))
+
+    def mark(self) -> None:
+        """A request is done: remember where the counts stand."""
+        self.history.append({kind: astuple(tally) for kind, tally in self.by_kind.items()})
 
 
 class ExactLRU:
@@ -135,21 +156,52 @@ class ExactLRU:
         return not self._children.get(entry.content)
 
 
-def replay(steps: Sequence[Step], store: ExactLRU) -> Tallies:
-    """Run the benchmark's request flow over a store that only knows identities; the store keeps what it ends with."""
-    tallies = Tallies()
+class Step(Protocol):
+    """One request as the replays see it: what it looks up and stores, by identity alone."""
+
+    def serve(self, store: ExactLRU, tallies: Tallies) -> None:
+        """Do the request's lookups and stores, and count them."""
+
+
+@dataclass(frozen=True, slots=True)
+class PrefixStep:
+    """A prompt: its KV blocks in order, and its embeddings with the block count from which each is not needed.
+
+    `generated`: the blocks that the answer completes. They are stored for the next turn, not looked up by this one.
+    """
+
+    blocks: tuple[Entry, ...]
+    embeddings: tuple[tuple[int, Entry], ...]
+    generated: tuple[Entry, ...] = ()
+
+    def uncovered(self, prefix: int) -> list[Entry]:
+        """The embeddings still needed when `prefix` leading blocks are there, each content once."""
+        return list({entry.content: entry for covered_by, entry in self.embeddings if prefix < covered_by}.values())
+
+    def serve(self, store: ExactLRU, tallies: Tallies) -> None:
+        """See Step."""
+        prefix, tally = store.prefix(self.blocks), tallies["kv"]
+        store.read(self.blocks[:prefix])
+        tally.lookups += len(self.blocks)
+        tally.hits += prefix
+        tally.bytes_read += sum(entry.nbytes for entry in self.blocks[:prefix])
+        get_or_store(store, tallies["embedding"], self.uncovered(prefix))
+        tally.bytes_written += store.put((*self.blocks[prefix:], *self.generated))
+
+
+def get_or_store(store: ExactLRU, tally: Tally, wanted: Sequence[Entry]) -> None:
+    """Look up entries that stand alone, and store those that are missing."""
+    found = store.read(wanted)
+    tally.lookups += len(wanted)
+    tally.hits += sum(found)
+    tally.bytes_read += sum(entry.nbytes for entry, hit in zip(wanted, found, strict=True) if hit)
+    tally.bytes_written += store.put([entry for entry, hit in zip(wanted, found, strict=True) if not hit])
+
+
+def replay(steps: Sequence[Step], store: ExactLRU, kinds: Sequence[str] = ("embedding", "kv")) -> Tallies:
+    """Run a benchmark's request flow over a store that only knows identities; the store keeps what it ends with."""
+    tallies = Tallies.of(*kinds)
     for step in steps:
-        prefix = store.prefix(step.blocks)
-        store.read(step.blocks[:prefix])
-        tallies.kv.lookups += len(step.blocks)
-        tallies.kv.hits += prefix
-        tallies.kv.bytes_read += sum(entry.nbytes for entry in step.blocks[:prefix])
-        wanted = step.uncovered(prefix)
-        found = store.read(wanted)
-        tallies.embedding.lookups += len(wanted)
-        tallies.embedding.hits += sum(found)
-        tallies.embedding.bytes_read += sum(entry.nbytes for entry, hit in zip(wanted, found, strict=True) if hit)
-        missing = [entry for entry, hit in zip(wanted, found, strict=True) if not hit]
-        tallies.embedding.bytes_written += store.put(missing)
-        tallies.kv.bytes_written += store.put(step.blocks[prefix:])
+        step.serve(store, tallies)
+        tallies.mark()
     return tallies

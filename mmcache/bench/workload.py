@@ -13,13 +13,16 @@ import random
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import TypeVar
 
 from mmcache.bench import corpus
 from mmcache.bench.encoder import GRID, TOKENS_PER_PICTURE, KVShape, block_truths, preprocess, truth
-from mmcache.bench.oracle import Entry, Step
+from mmcache.bench.oracle import Entry, PrefixStep
 from mmcache.chain import PlaceholderSpan
 from mmcache.keys import item_digest
 from mmcache.media import media_digest, samples_digest
+
+T = TypeVar("T")
 
 # Special tokens of Qwen2-VL's tokenizer; words get stable made-up ids below them.
 IM_START, IM_END, VISION_START, VISION_END, IMAGE_PAD, VIDEO_PAD = 151644, 151645, 151652, 151653, 151655, 151656
@@ -85,11 +88,15 @@ class Medium:
 
 @dataclass(frozen=True, eq=False)
 class Request:
-    """One prompt: its token ids and the media in it with the token offset of their placeholders."""
+    """One prompt: its token ids and the media in it with the token offset of their placeholders.
+
+    `answer`: the ids that are generated after it; empty where a workload keeps the prompts alone.
+    """
 
     name: str
     token_ids: list[int]
     media: tuple[tuple[int, Medium], ...]
+    answer: tuple[int, ...] = ()
 
     def spans(self) -> list[PlaceholderSpan]:
         """The placeholders as mmcache's keys want them."""
@@ -101,17 +108,20 @@ class Request:
             for index, picture in enumerate(medium.pictures):
                 yield -(-(offset + (index + 1) * TOKENS_PER_PICTURE) // block_size), picture
 
-    def step(self, shape: KVShape, embedding_nbytes: int) -> Step:
+    def step(self, shape: KVShape, embedding_nbytes: int) -> PrefixStep:
         """The request as the replays see it, identified by truths alone."""
         media = [(offset, medium.length, medium.truth) for offset, medium in self.media]
-        contents = block_truths(shape, self.token_ids, media)
-        blocks = zip(contents, [b"", *contents[:-1]], strict=True)
-        return Step(
-            blocks=tuple(Entry(content, parent, shape.nbytes) for content, parent in blocks),
+        contents = block_truths(shape, [*self.token_ids, *self.answer], media)
+        parents = [b"", *contents[:-1]]
+        entries = [Entry(content, parent, shape.nbytes) for content, parent in zip(contents, parents, strict=True)]
+        asked = len(self.token_ids) // shape.block_size
+        return PrefixStep(
+            blocks=tuple(entries[:asked]),
             embeddings=tuple(
                 (covered_by, Entry(picture.truth, b"", embedding_nbytes))
                 for covered_by, picture in self.pictures(shape.block_size)
             ),
+            generated=tuple(entries[asked:]),
         )
 
 
@@ -156,16 +166,27 @@ def video_medium(video: corpus.Video, fps: float, max_pixels: int) -> Medium:
 
 def prompt(name: str, parts: Sequence[str | Medium]) -> Request:
     """A chat prompt: the shared system text, then the user's texts and media in this order."""
-    ids = [IM_START, *tokenize("system"), *tokenize(SYSTEM), IM_END, IM_START, *tokenize("user")]
-    media = []
+    ids, media = say(system(), "user", parts)
+    return Request(name, [*ids, IM_START, *tokenize("assistant")], media)
+
+
+def system() -> list[int]:
+    """The shared system text, as every prompt begins."""
+    return [IM_START, *tokenize("system"), *tokenize(SYSTEM), IM_END]
+
+
+def say(
+    ids: Sequence[int], role: str, parts: Sequence[str | Medium]
+) -> tuple[list[int], tuple[tuple[int, Medium], ...]]:
+    """`ids` and one message after them, and the media in that message with their token offsets."""
+    said, media = [*ids, IM_START, *tokenize(role)], []
     for part in parts:
         if isinstance(part, str):
-            ids += tokenize(part)
+            said += tokenize(part)
         else:
-            media.append((len(ids) + 1, part))
-            ids += [VISION_START, *[part.pad_token] * part.length, VISION_END]
-    ids += [IM_END, IM_START, *tokenize("assistant")]
-    return Request(name, ids, tuple(media))
+            media.append((len(said) + 1, part))
+            said += [VISION_START, *[part.pad_token] * part.length, VISION_END]
+    return [*said, IM_END], tuple(media)
 
 
 def requests(scale: Scale, seed: int) -> list[Request]:
@@ -192,7 +213,7 @@ def requests(scale: Scale, seed: int) -> list[Request]:
     ]
     rng = random.Random(seed)
     returns = [session[:1] for session in sessions]
-    return [*_interleave(sessions, rng), *_interleave(returns, rng)]
+    return [*interleave(sessions, rng, UNDER_WAY), *interleave(returns, rng, UNDER_WAY)]
 
 
 def _session(medium: Medium, variant: Medium, questions: int) -> list[Request]:
@@ -212,11 +233,11 @@ def _comparison(first: Medium, second: Medium) -> list[Request]:
     return [there, back, there]
 
 
-def _interleave(sessions: list[list[Request]], rng: random.Random) -> Iterator[Request]:
-    """The sessions in random order, UNDER_WAY of them at any time."""
+def interleave(sessions: Sequence[Sequence[T]], rng: random.Random, under_way: int) -> Iterator[T]:
+    """The sessions in random order, `under_way` of them at any time."""
     waiting = [list(session) for session in sessions]
     rng.shuffle(waiting)
-    active = [waiting.pop() for _ in range(min(UNDER_WAY, len(waiting)))]
+    active = [waiting.pop() for _ in range(min(under_way, len(waiting)))]
     while active:
         session = rng.choice(active)
         yield session.pop(0)

@@ -1,55 +1,58 @@
-"""One batch over one link: reading what an Acquire covers, and sending what a Reserve wants."""
+"""One batch over one session, as flows: reading what an Acquire covers, and sending what a Reserve wants."""
 
 from __future__ import annotations
 
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Final
+from functools import partial
+from typing import Any, Final
 
 import xxhash
 
 from mmcache._version import __version__
-from mmcache.client.link import Link
-from mmcache.client.protocol import put_result
+from mmcache.client.protocol import PLANNING_NBYTES, Flow, Work, put_result
+from mmcache.client.session import Session
 from mmcache.errors import KeyInputError
 from mmcache.frame import FrameMeta, Kind, frame_segments, pack_header
 from mmcache.keyset import Keys, NamespaceId
+from mmcache.media import Media
 from mmcache.pb import cache_pb2 as pb
 from mmcache.tensors import HostTensor, specs_of
-from mmcache.transport.base import Op, Outcome, Result
-from mmcache.transport.shm import Copier, plan_frame
+from mmcache.transport.base import Found, Op, Outcome, Result
+from mmcache.transport.shm import ArenaMap, Copier, plan_frame
 
 WRITER: Final = f"mmcache/{__version__}"
 
 
 def get_run(
-    link: Link,
+    session: Session,
     copier: Copier,
     digests: Sequence[bytes],
     targets: Sequence[Mapping[str, HostTensor]],
     results: list[Result],
     run: range,
     verify: bool,
-    deadline: float,
-) -> int:
+) -> Flow[int]:
     """Read the keys of `run` that one Acquire covers; returns where the next one starts."""
-    conversation, arena = link.conversation, link.arena
+    conversation, arena = session.conversation, session.arena
     column = b"".join(digests[run.start : run.stop])
-    limit = link.joined.limits.inline_nbytes
-    acquired = link.run(conversation.acquire(column, inline=arena is None, max_nbytes=limit), deadline)
+    limit = session.joined.limits.inline_nbytes
+    acquired = yield from conversation.acquire(column, inline=arena is None, max_nbytes=limit)
     found = [(position, place) for position, place in zip(run, acquired.entries, strict=True) if place]
+    read: list[Result] = []
     if arena is not None:
-        plans = [plan_frame(arena, place, digests[at], targets[at], verify) for at, place in found]
-        read = copier.copy(plans, verify)
+        nbytes = sum([place.nbytes for _, place in found]) + len(found) * PLANNING_NBYTES
+        read = yield Work(partial(_copy, copier, arena, found, digests, targets, verify), nbytes)
     else:
-        frames = [conversation.receive_frame(place, digests[at], targets[at], verify) for at, place in found]
-        read = [link.run(frame, deadline) for frame in frames]
+        for position, place in found:
+            frame = conversation.receive_frame(place, digests[position], targets[position], verify)
+            read.append((yield from frame))
     if acquired.lease_id:
         if verify:
-            link.release(acquired, deadline)
+            yield from session.release(acquired)
         else:
             request = pb.FinishRequest(lease_id=acquired.lease_id)
-            if not link.run(conversation.call(Op.FINISH, request, pb.FinishReply()), deadline).held:
+            if not (yield from conversation.call(Op.FINISH, request, pb.FinishReply())).held:
                 read = [Result(Outcome.MISS, "the lease expired while the entry was being read")] * len(read)
     for (position, _), result in zip(found, read, strict=True):
         results[position] = result
@@ -59,6 +62,18 @@ def get_run(
         results[run.start] = Result(Outcome.MISS, "too much memory is leased; release leases or raise --memory")
         return run.start + 1
     return run.start + acquired.later_from
+
+
+def _copy(
+    copier: Copier,
+    arena: ArenaMap,
+    found: Sequence[tuple[int, Found]],
+    digests: Sequence[bytes],
+    targets: Sequence[Mapping[str, HostTensor]],
+    verify: bool,
+) -> list[Result]:
+    plans = [plan_frame(arena, place, digests[at], targets[at], verify) for at, place in found]
+    return copier.copy(plans, verify)
 
 
 def described(namespace: bytes) -> NamespaceId:
@@ -83,29 +98,41 @@ class PutBatch:
         run: range,
         alignment: int,
         ttl_s: float | None,
+        media: Sequence[Media | None] = (),
     ) -> None:
         self.rows, self.values, self.sizes, self.run, self.alignment = rows, values, sizes, run, alignment
+        self._media = media[run.start : run.stop]
         self.created_ms = time.time_ns() // 1_000_000
         self.expires_ms = self.created_ms + max(1, int(ttl_s * 1000)) if ttl_s is not None else 0
 
-    def send(self, link: Link, deadline: float) -> list[Result]:
+    def send(self, session: Session) -> Flow[list[Result]]:
         """Reserve, send what is wanted, and say what became of each key."""
         start, stop = self.run.start, self.run.stop
-        rows, conversation = self.rows, link.conversation
-        reserve = conversation.reserve(
+        rows, conversation = self.rows, session.conversation
+        status = yield from conversation.reserve(
             b"".join(rows.digests[start:stop]),
             b"".join(rows.parents[start:stop]),
             self.sizes[start:stop],
             bytes(_kind_of(rows.namespaces[position]) for position in self.run),
-            link.ring is not None,
+            session.ring is not None,
+            **(self._provenance() if session.joined.protocol > 1 else {}),
         )
-        status = link.run(reserve, deadline)
         wanted = [position for position, code in zip(self.run, status, strict=True) if code == pb.WANTED]
         stored: Iterator[int] = iter(())
         if wanted:
-            frames = (self._segments(position) for position in wanted)
-            stored = iter(link.run(conversation.send_frames(frames, len(wanted), link.ring), deadline))
+            frames = (Work(partial(self._segments, position), self.sizes[position]) for position in wanted)
+            stored = iter((yield from conversation.send_frames(frames, len(wanted), session.ring)))
         return [put_result(next(stored) if code == pb.WANTED else code) for code in status]
+
+    def _provenance(self) -> dict[str, Any]:
+        """The columns of protocol 2: which namespace each key is of, one where all are of one, and from which media."""
+        namespaces = self.rows.namespaces[self.run.start : self.run.stop]
+        same = namespaces.count(namespaces[0]) == len(namespaces)
+        columns: dict[str, Any] = {"namespaces": namespaces[0] if same else b"".join(namespaces)}
+        if any(self._media):
+            columns["modalities"] = bytes(one.code if one else 0 for one in self._media)
+            columns["media_units"] = [one.units if one else 0 for one in self._media]
+        return columns
 
     def _segments(self, position: int) -> list[bytes | memoryview]:
         rows, value = self.rows, self.values[position]

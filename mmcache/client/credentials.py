@@ -12,6 +12,7 @@ import ssl
 import struct
 from typing import Final
 
+from mmcache.client.session import Wire
 from mmcache.config import ClientConfig
 from mmcache.errors import ConfigError, TransportError
 from mmcache.private_file import Signature, read_private, signature
@@ -30,11 +31,11 @@ class Credentials:
         self._files = tuple(path for path in (config.ca, config.cert, config.key) if path)
         self._made: tuple[Signature, ssl.SSLContext] | None = None  # no lock: a forked child could inherit it held
         self._token()
-        if config.scheme == "mmcaches":
+        if self.encrypts:
             try:
-                (config.server_name or config.host).encode("idna")
+                self.server_name.encode("idna")
             except UnicodeError as error:
-                raise ConfigError(f"{config.server_name or config.host!r} cannot name a server: {error}") from None
+                raise ConfigError(f"{self.server_name!r} cannot name a server: {error}") from None
             self._make(signature(self._files))
 
     def _make(self, now: Signature) -> ssl.SSLContext:
@@ -61,15 +62,25 @@ class Credentials:
         except ConfigError as error:
             raise TransportError(str(error)) from None
 
+    @property
+    def encrypts(self) -> bool:
+        """Whether the URL wants TLS."""
+        return self._config.scheme == "mmcaches"
+
+    @property
+    def server_name(self) -> str:
+        """Whom the server's certificate must name."""
+        return self._config.server_name or self._config.host
+
     def secure(self, channel: Channel, deadline: float) -> Channel:
         """A TCP channel as the URL wants it: as it is, or, for mmcaches, encrypted, with the server verified.
 
         Raises TransportError; the channel is closed then.
         """
-        if self._config.scheme != "mmcaches":
+        if not self.encrypts:
             return channel
         try:
-            secured = TlsChannel(channel, self.context(), self._config.server_name or self._config.host)
+            secured = TlsChannel(channel, self.context(), self.server_name)
             channel = secured
             secured.handshake(deadline)
             return secured
@@ -80,12 +91,12 @@ class Credentials:
             channel.close()
             raise
 
-    def token_for(self, channel: Channel) -> str:
+    def token_for(self, channel: Wire) -> str:
         """The token to send over this channel; empty: none. Raises TransportError, and closes the channel, where it
         cannot be had or would travel readable to another host."""
         try:
             token = self._token()
-            exposed = not channel.is_unix and not isinstance(channel, TlsChannel) and not channel.is_loopback
+            exposed = not channel.is_unix and not channel.is_tls and not channel.is_loopback
             if token and exposed and not self._config.insecure_network:
                 raise TransportError(
                     "the token would travel unencrypted to another host and was not sent; use mmcaches://, or add "
@@ -99,7 +110,7 @@ class Credentials:
             channel.close()
             raise
 
-    def check_same_user(self, channel: Channel) -> None:
+    def check_same_user(self, channel: Wire) -> None:
         """Before a token goes to a unix socket the server only named: whoever listens there must be this user or root,
         as the server may be gone and its path somebody else's. Raises TransportError and closes the channel."""
         if not (self._config.token or self._config.token_file):

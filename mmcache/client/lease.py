@@ -3,13 +3,24 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from types import TracebackType
+from typing import Final
 
-from mmcache.client.link import Link
+from mmcache.client.protocol import PLANNING_NBYTES, Flow, Work
+from mmcache.client.session import Session
 from mmcache.errors import FrameError, LeaseLost, RequestRefused
 from mmcache.frame import check_expected, parse_header
 from mmcache.frame_view import Frame
 from mmcache.transport.base import Found
+
+LEASE_LOST: Final = "the lease expired before it was given back: drop what was read; use it for less long"
+Taken = tuple[list[Frame | None], list[int]]  # a frame or None for each key, and the leases' ids
+
+
+def nothing_taken(count: int) -> Taken:
+    """What a server that cannot be asked leases of `count` keys."""
+    return [None] * count, []
 
 
 class LeasedFrames:
@@ -29,37 +40,6 @@ class LeasedFrames:
         self.frames = list(frames)
         self._lease_ids, self._release = list(lease_ids), release
 
-    @classmethod
-    def take(
-        cls, link: Link, digests: Sequence[bytes], deadline: float, release: Callable[[Sequence[int]], bool]
-    ) -> LeasedFrames:
-        """Acquire over `link`, in as many batches as the server's limits ask for.
-
-        A frame whose header does not verify, or that is another key's, counts as a miss; so does an entry that the
-        server cannot lease now because too much memory is leased. If the link breaks, what was leased expires.
-        """
-        frames: list[Frame | None] = []
-        lease_ids: list[int] = []
-        try:
-            while len(frames) < len(digests):
-                wanted = digests[len(frames) : len(frames) + link.joined.limits.batch_keys]
-                flow = link.conversation.acquire(
-                    b"".join(wanted), inline=link.arena is None, max_nbytes=link.joined.limits.inline_nbytes
-                )
-                acquired = link.run(flow, deadline)
-                if acquired.lease_id:
-                    lease_ids.append(acquired.lease_id)
-                count = len(wanted) if acquired.later_from is None else acquired.later_from
-                if count == 0:
-                    break
-                for key, found in zip(wanted[:count], acquired.entries, strict=False):
-                    frames.append(_received(link, found, key, deadline) if found else None)
-        except RequestRefused:
-            for lease_id in lease_ids:
-                link.run(link.conversation.release_quietly(lease_id), deadline)
-            raise
-        return cls(frames + [None] * (len(digests) - len(frames)), lease_ids, release)
-
     def __enter__(self) -> LeasedFrames:
         return self
 
@@ -68,7 +48,7 @@ class LeasedFrames:
     ) -> None:
         held = self.release()
         if not held and error is None:
-            raise LeaseLost("the lease expired before it was given back: drop what was read; use it for less long")
+            raise LeaseLost(LEASE_LOST)
 
     def release(self) -> bool:
         """Give the lease back; True if everything seen under it was right until now. Safe to call twice."""
@@ -77,12 +57,54 @@ class LeasedFrames:
         return self._release(lease_ids) if lease_ids and self._release else True
 
 
-def _received(link: Link, found: Found, key: bytes, deadline: float) -> Frame | None:
-    if link.arena is None:
-        data = memoryview(link.run(link.conversation.receive_whole(found), deadline)).toreadonly()
-    else:
-        data = link.arena.view[found.offset : found.offset + found.nbytes]
-    return _open(data, found, key)
+def take_lease(session: Session, digests: Sequence[bytes]) -> Flow[Taken]:
+    """Acquire, in as many batches as the server's limits ask for.
+
+    A frame whose header does not verify, or that is another key's, counts as a miss; so does an entry that the
+    server cannot lease now because too much memory is leased. If the link breaks, what was leased expires.
+    """
+    frames: list[Frame | None] = []
+    lease_ids: list[int] = []
+    limits = session.joined.limits
+    try:
+        while len(frames) < len(digests):
+            wanted = digests[len(frames) : len(frames) + limits.batch_keys]
+            acquired = yield from session.conversation.acquire(
+                b"".join(wanted), inline=session.arena is None, max_nbytes=limits.inline_nbytes
+            )
+            if acquired.lease_id:
+                lease_ids.append(acquired.lease_id)
+            count = len(wanted) if acquired.later_from is None else acquired.later_from
+            if count == 0:
+                break
+            places = acquired.entries[:count]
+            views = yield from _views(session, places)
+            opening = partial(_open_all, views, places, wanted)
+            frames += yield Work(opening, count * PLANNING_NBYTES)
+    except RequestRefused:
+        for lease_id in lease_ids:
+            yield from session.conversation.release_quietly(lease_id)
+        raise
+    return frames + [None] * (len(digests) - len(frames)), lease_ids
+
+
+def _views(session: Session, places: Sequence[Found | None]) -> Flow[list[memoryview | None]]:
+    views: list[memoryview | None] = []
+    for place in places:
+        if place is None:
+            views.append(None)
+        elif session.arena is None:
+            views.append((yield from session.conversation.receive_whole(place)).toreadonly())
+        else:
+            views.append(session.arena.view[place.offset : place.offset + place.nbytes])
+    return views
+
+
+def _open_all(
+    views: Sequence[memoryview | None], places: Sequence[Found | None], keys: Sequence[bytes]
+) -> list[Frame | None]:
+    rows = zip(views, places, keys, strict=False)
+    return [_open(view, place, key) if view is not None and place else None for view, place, key in rows]
 
 
 def _open(view: memoryview, found: Found, key: bytes) -> Frame | None:

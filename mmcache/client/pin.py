@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
-from mmcache.client.link import Link
 from mmcache.client.plan import batches
+from mmcache.client.protocol import Flow
+from mmcache.client.session import Session
 from mmcache.errors import RequestRefused
 from mmcache.pb import cache_pb2 as pb
 from mmcache.transport.base import Op
@@ -32,40 +33,39 @@ class Pinned:
         return self._release(lease_ids) if lease_ids and self._release else True
 
 
-def pin_prefix(
-    link: Link, digests: Sequence[bytes], deadline: float, release: Callable[[Sequence[int]], bool]
-) -> Pinned:
-    """Pin leading stored entries over `link`; where no more may be pinned, only count. A broken link raises."""
-    limits = link.joined.limits
+def pin_prefix(session: Session, digests: Sequence[bytes]) -> Flow[tuple[int, list[int]]]:
+    """Pin leading stored entries; where no more may be pinned, only count. How many, and the leases' ids."""
+    limits = session.joined.limits
     lease_ids: list[int] = []
     count = 0
     try:
         while count < len(digests):
             wanted = digests[count : count + limits.batch_keys]
-            flow = link.conversation.acquire(b"".join(wanted), prefix=True, max_nbytes=limits.inline_nbytes)
-            acquired = link.run(flow, deadline)
+            acquired = yield from session.conversation.acquire(
+                b"".join(wanted), prefix=True, max_nbytes=limits.inline_nbytes
+            )
             if acquired.lease_id:
                 lease_ids.append(acquired.lease_id)
             found = next((row for row, entry in enumerate(acquired.entries) if entry is None), len(acquired.entries))
             count += found
             if found == 0 and acquired.later_from == 0:  # no more may be pinned
-                count += count_prefix(link, digests[count:], deadline)
+                count += yield from count_prefix(session, digests[count:])
                 break
             if found < len(wanted) and acquired.later_from != found:
                 break  # the next one is not stored
     except RequestRefused:
         for lease_id in lease_ids:
-            link.run(link.conversation.release_quietly(lease_id), deadline)
+            yield from session.conversation.release_quietly(lease_id)
         raise
-    return Pinned(count, lease_ids, release)
+    return count, lease_ids
 
 
-def count_prefix(link: Link, digests: Sequence[bytes], deadline: float) -> int:
+def count_prefix(session: Session, digests: Sequence[bytes]) -> Flow[int]:
     """How many leading keys are stored; nothing is pinned."""
     matched = 0
-    for run in batches(len(digests), link.joined.limits.batch_keys):
+    for run in batches(len(digests), session.joined.limits.batch_keys):
         request = pb.ContainsRequest(keys=b"".join(digests[run.start : run.stop]), prefix=True)
-        reply = link.run(link.conversation.call(Op.CONTAINS, request, pb.ContainsReply()), deadline)
+        reply = yield from session.conversation.call(Op.CONTAINS, request, pb.ContainsReply())
         present = reply.present[: len(run)]
         absent = present.find(0)
         matched += len(present) if absent < 0 else absent

@@ -37,6 +37,7 @@ class Breaker:
 
     pause_s: float = 0.0
     retry_at: float = 0.0
+    failures: int = 0
 
     def allows(self, now: float) -> bool:
         """True if a call may go out at monotonic time `now`."""
@@ -45,12 +46,18 @@ class Breaker:
     def failed(self, now: float) -> bool:
         """Note a failure; True if it is the first after a success."""
         first = not self.pause_s
+        self.failures += 1
         self.pause_s = min(LONGEST_PAUSE_S, max(FIRST_PAUSE_S, 2 * self.pause_s))
         self.retry_at = now + self.pause_s
         return first
 
-    def succeeded(self) -> bool:
-        """Note a success; True if it is the first after a failure."""
+    def succeeded(self, failures: int | None = None) -> bool:
+        """Note a success; True if it is the first after a failure.
+
+        `failures` is how many there were when the call began: what was under way when the server failed proves nothing.
+        """
+        if failures is not None and failures != self.failures:
+            return False
         first = self.pause_s > 0.0
         self.pause_s = self.retry_at = 0.0
         return first

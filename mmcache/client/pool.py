@@ -10,12 +10,9 @@ import weakref
 from collections import deque
 from collections.abc import Callable
 
+from mmcache.client.core import PoolBusy
 from mmcache.client.link import Dialer, Link
-from mmcache.errors import TransportError, UsageError
-
-
-class PoolBusy(TransportError):
-    """Every link is in use by another thread: nothing is known against the server."""
+from mmcache.errors import UsageError
 
 
 class Pool:

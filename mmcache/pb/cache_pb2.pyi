@@ -416,7 +416,7 @@ class NamespaceRow(_message.Message):
     def __init__(self, namespace: _Optional[bytes] = ..., kind: _Optional[str] = ..., facts: _Optional[_Mapping[str, str]] = ..., tenant: _Optional[str] = ..., entries: _Optional[int] = ..., nbytes: _Optional[int] = ..., mode: _Optional[_Union[Mode, str]] = ...) -> None: ...
 
 class EntryRow(_message.Message):
-    __slots__ = ("key", "namespace", "tenant", "nbytes", "age_s", "expires_in_s", "children", "modality", "kind")
+    __slots__ = ("key", "namespace", "tenant", "nbytes", "age_s", "expires_in_s", "children", "modality", "kind", "units")
     KEY_FIELD_NUMBER: _ClassVar[int]
     NAMESPACE_FIELD_NUMBER: _ClassVar[int]
     TENANT_FIELD_NUMBER: _ClassVar[int]
@@ -426,6 +426,7 @@ class EntryRow(_message.Message):
     CHILDREN_FIELD_NUMBER: _ClassVar[int]
     MODALITY_FIELD_NUMBER: _ClassVar[int]
     KIND_FIELD_NUMBER: _ClassVar[int]
+    UNITS_FIELD_NUMBER: _ClassVar[int]
     key: bytes
     namespace: bytes
     tenant: str
@@ -435,7 +436,8 @@ class EntryRow(_message.Message):
     children: int
     modality: Modality
     kind: int
-    def __init__(self, key: _Optional[bytes] = ..., namespace: _Optional[bytes] = ..., tenant: _Optional[str] = ..., nbytes: _Optional[int] = ..., age_s: _Optional[float] = ..., expires_in_s: _Optional[float] = ..., children: _Optional[int] = ..., modality: _Optional[_Union[Modality, str]] = ..., kind: _Optional[int] = ...) -> None: ...
+    units: int
+    def __init__(self, key: _Optional[bytes] = ..., namespace: _Optional[bytes] = ..., tenant: _Optional[str] = ..., nbytes: _Optional[int] = ..., age_s: _Optional[float] = ..., expires_in_s: _Optional[float] = ..., children: _Optional[int] = ..., modality: _Optional[_Union[Modality, str]] = ..., kind: _Optional[int] = ..., units: _Optional[int] = ...) -> None: ...
 
 class AuditRequest(_message.Message):
     __slots__ = ("share", "seed", "start")
@@ -468,14 +470,16 @@ class ExplainRequest(_message.Message):
     def __init__(self, keys: _Optional[bytes] = ...) -> None: ...
 
 class ExplainReply(_message.Message):
-    __slots__ = ("why", "ago_s", "put_status")
+    __slots__ = ("why", "ago_s", "put_status", "children")
     WHY_FIELD_NUMBER: _ClassVar[int]
     AGO_S_FIELD_NUMBER: _ClassVar[int]
     PUT_STATUS_FIELD_NUMBER: _ClassVar[int]
+    CHILDREN_FIELD_NUMBER: _ClassVar[int]
     why: bytes
     ago_s: _containers.RepeatedScalarFieldContainer[float]
     put_status: bytes
-    def __init__(self, why: _Optional[bytes] = ..., ago_s: _Optional[_Iterable[float]] = ..., put_status: _Optional[bytes] = ...) -> None: ...
+    children: _containers.RepeatedScalarFieldContainer[int]
+    def __init__(self, why: _Optional[bytes] = ..., ago_s: _Optional[_Iterable[float]] = ..., put_status: _Optional[bytes] = ..., children: _Optional[_Iterable[int]] = ...) -> None: ...
 
 class RecentRequest(_message.Message):
     __slots__ = ("limit",)
@@ -490,7 +494,7 @@ class RecentReply(_message.Message):
     def __init__(self, misses: _Optional[_Iterable[_Union[Miss, _Mapping]]] = ...) -> None: ...
 
 class Miss(_message.Message):
-    __slots__ = ("ago_s", "tenant", "keys", "found", "prefix", "key", "why", "why_ago_s")
+    __slots__ = ("ago_s", "tenant", "keys", "found", "prefix", "key", "why", "why_ago_s", "put_status")
     AGO_S_FIELD_NUMBER: _ClassVar[int]
     TENANT_FIELD_NUMBER: _ClassVar[int]
     KEYS_FIELD_NUMBER: _ClassVar[int]
@@ -499,6 +503,7 @@ class Miss(_message.Message):
     KEY_FIELD_NUMBER: _ClassVar[int]
     WHY_FIELD_NUMBER: _ClassVar[int]
     WHY_AGO_S_FIELD_NUMBER: _ClassVar[int]
+    PUT_STATUS_FIELD_NUMBER: _ClassVar[int]
     ago_s: float
     tenant: str
     keys: int
@@ -507,7 +512,8 @@ class Miss(_message.Message):
     key: bytes
     why: Why
     why_ago_s: float
-    def __init__(self, ago_s: _Optional[float] = ..., tenant: _Optional[str] = ..., keys: _Optional[int] = ..., found: _Optional[int] = ..., prefix: bool = ..., key: _Optional[bytes] = ..., why: _Optional[_Union[Why, str]] = ..., why_ago_s: _Optional[float] = ...) -> None: ...
+    put_status: int
+    def __init__(self, ago_s: _Optional[float] = ..., tenant: _Optional[str] = ..., keys: _Optional[int] = ..., found: _Optional[int] = ..., prefix: bool = ..., key: _Optional[bytes] = ..., why: _Optional[_Union[Why, str]] = ..., why_ago_s: _Optional[float] = ..., put_status: _Optional[int] = ...) -> None: ...
 
 class StatRequest(_message.Message):
     __slots__ = ()
@@ -551,3 +557,96 @@ class ErrorReply(_message.Message):
     code: ErrorReply.Code
     message: str
     def __init__(self, code: _Optional[_Union[ErrorReply.Code, str]] = ..., message: _Optional[str] = ...) -> None: ...
+
+class Tensor(_message.Message):
+    __slots__ = ("name", "dtype", "shape", "data", "xxh3_128")
+    NAME_FIELD_NUMBER: _ClassVar[int]
+    DTYPE_FIELD_NUMBER: _ClassVar[int]
+    SHAPE_FIELD_NUMBER: _ClassVar[int]
+    DATA_FIELD_NUMBER: _ClassVar[int]
+    XXH3_128_FIELD_NUMBER: _ClassVar[int]
+    name: str
+    dtype: str
+    shape: _containers.RepeatedScalarFieldContainer[int]
+    data: bytes
+    xxh3_128: bytes
+    def __init__(self, name: _Optional[str] = ..., dtype: _Optional[str] = ..., shape: _Optional[_Iterable[int]] = ..., data: _Optional[bytes] = ..., xxh3_128: _Optional[bytes] = ...) -> None: ...
+
+class GetRequest(_message.Message):
+    __slots__ = ("keys", "prefix", "max_nbytes")
+    KEYS_FIELD_NUMBER: _ClassVar[int]
+    PREFIX_FIELD_NUMBER: _ClassVar[int]
+    MAX_NBYTES_FIELD_NUMBER: _ClassVar[int]
+    keys: bytes
+    prefix: bool
+    max_nbytes: int
+    def __init__(self, keys: _Optional[bytes] = ..., prefix: bool = ..., max_nbytes: _Optional[int] = ...) -> None: ...
+
+class GetReply(_message.Message):
+    __slots__ = ("entries", "mode")
+    ENTRIES_FIELD_NUMBER: _ClassVar[int]
+    MODE_FIELD_NUMBER: _ClassVar[int]
+    entries: _containers.RepeatedCompositeFieldContainer[Entry]
+    mode: Mode
+    def __init__(self, entries: _Optional[_Iterable[_Union[Entry, _Mapping]]] = ..., mode: _Optional[_Union[Mode, str]] = ...) -> None: ...
+
+class Entry(_message.Message):
+    __slots__ = ("status", "tensors", "kind", "namespace", "parent", "home", "chain_index", "created_ms", "expires_ms")
+    STATUS_FIELD_NUMBER: _ClassVar[int]
+    TENSORS_FIELD_NUMBER: _ClassVar[int]
+    KIND_FIELD_NUMBER: _ClassVar[int]
+    NAMESPACE_FIELD_NUMBER: _ClassVar[int]
+    PARENT_FIELD_NUMBER: _ClassVar[int]
+    HOME_FIELD_NUMBER: _ClassVar[int]
+    CHAIN_INDEX_FIELD_NUMBER: _ClassVar[int]
+    CREATED_MS_FIELD_NUMBER: _ClassVar[int]
+    EXPIRES_MS_FIELD_NUMBER: _ClassVar[int]
+    status: GetStatus
+    tensors: _containers.RepeatedCompositeFieldContainer[Tensor]
+    kind: str
+    namespace: bytes
+    parent: bytes
+    home: bytes
+    chain_index: int
+    created_ms: int
+    expires_ms: int
+    def __init__(self, status: _Optional[_Union[GetStatus, str]] = ..., tensors: _Optional[_Iterable[_Union[Tensor, _Mapping]]] = ..., kind: _Optional[str] = ..., namespace: _Optional[bytes] = ..., parent: _Optional[bytes] = ..., home: _Optional[bytes] = ..., chain_index: _Optional[int] = ..., created_ms: _Optional[int] = ..., expires_ms: _Optional[int] = ...) -> None: ...
+
+class PutRequest(_message.Message):
+    __slots__ = ("kind", "namespace", "facts", "entries")
+    class FactsEntry(_message.Message):
+        __slots__ = ("key", "value")
+        KEY_FIELD_NUMBER: _ClassVar[int]
+        VALUE_FIELD_NUMBER: _ClassVar[int]
+        key: str
+        value: str
+        def __init__(self, key: _Optional[str] = ..., value: _Optional[str] = ...) -> None: ...
+    KIND_FIELD_NUMBER: _ClassVar[int]
+    NAMESPACE_FIELD_NUMBER: _ClassVar[int]
+    FACTS_FIELD_NUMBER: _ClassVar[int]
+    ENTRIES_FIELD_NUMBER: _ClassVar[int]
+    kind: str
+    namespace: bytes
+    facts: _containers.ScalarMap[str, str]
+    entries: _containers.RepeatedCompositeFieldContainer[PutEntry]
+    def __init__(self, kind: _Optional[str] = ..., namespace: _Optional[bytes] = ..., facts: _Optional[_Mapping[str, str]] = ..., entries: _Optional[_Iterable[_Union[PutEntry, _Mapping]]] = ...) -> None: ...
+
+class PutEntry(_message.Message):
+    __slots__ = ("key", "parent", "home", "chain_index", "ttl_ms", "tensors", "modality", "media_units")
+    KEY_FIELD_NUMBER: _ClassVar[int]
+    PARENT_FIELD_NUMBER: _ClassVar[int]
+    HOME_FIELD_NUMBER: _ClassVar[int]
+    CHAIN_INDEX_FIELD_NUMBER: _ClassVar[int]
+    TTL_MS_FIELD_NUMBER: _ClassVar[int]
+    TENSORS_FIELD_NUMBER: _ClassVar[int]
+    MODALITY_FIELD_NUMBER: _ClassVar[int]
+    MEDIA_UNITS_FIELD_NUMBER: _ClassVar[int]
+    key: bytes
+    parent: bytes
+    home: bytes
+    chain_index: int
+    ttl_ms: int
+    tensors: _containers.RepeatedCompositeFieldContainer[Tensor]
+    modality: Modality
+    media_units: int
+    def __init__(self, key: _Optional[bytes] = ..., parent: _Optional[bytes] = ..., home: _Optional[bytes] = ..., chain_index: _Optional[int] = ..., ttl_ms: _Optional[int] = ..., tensors: _Optional[_Iterable[_Union[Tensor, _Mapping]]] = ..., modality: _Optional[_Union[Modality, str]] = ..., media_units: _Optional[int] = ...) -> None: ...

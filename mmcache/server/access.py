@@ -6,7 +6,6 @@ so tokens come and go and nothing is lost.
 
 from __future__ import annotations
 
-import threading
 import time
 from collections.abc import Callable, Mapping
 from typing import Final, NamedTuple
@@ -14,8 +13,10 @@ from typing import Final, NamedTuple
 from mmcache.errors import ConfigError
 from mmcache.private_file import read_private
 from mmcache.server.caller import Caller
-from mmcache.server.grants import Admitted, Grants, Quota, digest_of, parse_grants
+from mmcache.server.grants import Admitted, Grants, digest_of, parse_grants
+from mmcache.server.tenants import Tenants
 from mmcache.server.watched import Watched
+from mmcache.store.usage import Quota
 
 MAX_TOKEN_CHARS: Final = 512
 DENIED: Final = (
@@ -41,10 +42,9 @@ class Access:
 
     def __init__(self, path: str, *, wall_s: Callable[[], float] = time.time) -> None:
         self.path = path
+        self.tenants = Tenants()
         self._wall_s = wall_s
         self._looked_s = wall_s()
-        self._numbers: dict[str, int] = {}  # of tenants, in order of appearance; never reused
-        self._numbering = threading.Lock()
         self._file = Watched((path,), self._load, f"access file {path}")
 
     def _load(self) -> Grants:
@@ -53,9 +53,8 @@ class Access:
             grants = parse_grants(data.decode())
         except (ConfigError, UnicodeDecodeError) as error:
             raise ConfigError(f"access file {self.path}: {error}") from None
-        with self._numbering:
-            for name in grants.tenants:
-                self._numbers.setdefault(name, len(self._numbers) + 1)
+        for name in grants.tenants:
+            self.tenants.number(name)
         return grants
 
     def refresh(self) -> bool:
@@ -93,12 +92,7 @@ class Access:
     @property
     def quotas(self) -> Mapping[int, Quota]:
         """What each tenant may store, by its number; those that are no longer in the file are left out."""
-        return {self._numbers[name]: tenant.quota for name, tenant in self._file.value.tenants.items()}
-
-    @property
-    def names(self) -> Mapping[int, str]:
-        """Every tenant there ever was, by number."""
-        return {number: name for name, number in list(self._numbers.items())}
+        return {self.tenants.number(name): tenant.quota for name, tenant in self._file.value.tenants.items()}
 
     def _caller(self, admitted: Admitted) -> Caller:
-        return Caller(self._numbers[admitted.tenant], admitted.tenant, admitted.admin)
+        return Caller(self.tenants.number(admitted.tenant), admitted.tenant, admitted.admin)

@@ -1,4 +1,4 @@
-"""Who asks: what an authenticated connection, or call, may see and do. No secrets here."""
+"""Who asks: what an authenticated connection, or call, may see and do; no secrets here."""
 
 from __future__ import annotations
 

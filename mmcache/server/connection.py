@@ -19,7 +19,8 @@ from mmcache.errors import MMCacheError, ProtocolError, TransportError
 from mmcache.pb import cache_pb2 as pb
 from mmcache.server.access import DENIED, Pass
 from mmcache.server.caller import LOCAL
-from mmcache.server.service import BadRequest, Service, parse, status_of
+from mmcache.server.refuse import BadRequest, parse
+from mmcache.server.service import Service, status_of
 from mmcache.store.shard import Landing
 from mmcache.transport.base import (
     MAGIC,
@@ -43,6 +44,7 @@ MAX_SPINNING: Final = 4  # with more connections than this, none waits awake for
 SLOWEST_NBYTES_PER_S: Final = 4 << 20  # slower payload, either way, is not waited for: it holds memory
 MAX_JOIN_NBYTES: Final = 64 << 10  # of strangers nothing large is read
 LINGER_S: Final = 1.0  # how long a peer that broke the rules may take to read why
+_STATUS_V1: Final = bytes(pb.OVERLOADED if code in (pb.QUOTA, pb.STOPPED) else code for code in range(256))
 _HTTP_TEXT = b"This port speaks mmcache's framed protocol, not HTTP. Connect with mmcache://HOST:PORT.\n"
 _HTTP_ANSWER = (
     b"HTTP/1.1 400 Bad Request\r\nContent-Type: text/plain\r\nContent-Length: %d\r\nConnection: close\r\n\r\n%b"
@@ -232,14 +234,19 @@ class Connection:
             with self.service.inflight(sum(landing.left_nbytes for landing in landings)) as fits:
                 if not fits:
                     status = status.replace(bytes([pb.WANTED]), bytes([pb.OVERLOADED]))
-                self._reply(prelude, pb.ReserveReply(status=status))
+                mode = self.service.mode
+                self._reply(prelude, pb.ReserveReply(status=self._known(status), mode=mode))
                 if fits and landings:
                     self._receive_frames(landings, through_ring=request.ring)
                     results = bytes(status_of(landing.commit()) for landing in landings)
-                    self._reply(prelude, pb.PutReply(status=results), op=Op.PUT_DONE)
+                    self._reply(prelude, pb.PutReply(status=self._known(results), mode=mode), op=Op.PUT_DONE)
         finally:
             for landing in landings:
                 landing.abort()
+
+    def _known(self, status: bytes) -> bytes:
+        """Put statuses as the peer's protocol knows them."""
+        return status.translate(_STATUS_V1) if self._protocol == 1 else status
 
     def _receive_frames(self, landings: Sequence[Landing], *, through_ring: bool) -> None:
         if not len(self._scratch):

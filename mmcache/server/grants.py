@@ -17,19 +17,13 @@ from datetime import datetime
 from typing import Any, Final, NamedTuple, TypeVar
 
 from mmcache.errors import ConfigError
+from mmcache.store.usage import Quota
 from mmcache.units import parse_nbytes
 
 TENANT_NAME: Final = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 _DIGEST: Final = re.compile(r"[0-9a-f]{64}")
 MAX_ENTRIES: Final = 4096  # every token is compared with every entry
 G = TypeVar("G")
-
-
-class Quota(NamedTuple):
-    """The most bytes of frames a tenant may have in all, and in each namespace; None: no limit."""
-
-    nbytes: int | None = None
-    namespace_nbytes: int | None = None
 
 
 class Tenant(NamedTuple):

@@ -32,6 +32,7 @@ from mmcache.transport.tls import server_context
 
 if TYPE_CHECKING:
     from mmcache.metrics import MetricsPage
+    from mmcache.server.rpc import RpcServer
 
 log = logging.getLogger("mmcache.server")
 TICK_S: Final = 1.0
@@ -59,10 +60,13 @@ class Server:
         addresses = _resolve(config, config.listen, "--listen") if config.listen else []
         self._metrics_at = _resolve(config, config.metrics, "--metrics")[0][1] if config.metrics else None
         self._metrics: MetricsPage | None = None
+        self._grpc_at = _resolve(config, config.grpc, "--grpc")[0][1] if config.grpc else None
+        self._rpc: RpcServer | None = None
         self.access = Access(config.access_file) if config.access_file else None
         self._tls = _watch_tls(config)
         self.shard = Shard(config, progress=progress)
         self.service = Service(self.shard, config, self.access)
+        self._set_quotas()
         try:
             for family, address in addresses[:1]:
                 self._listen_tcp(family, address)
@@ -116,6 +120,9 @@ class Server:
             from mmcache.metrics import MetricsPage  # only where it is wanted: engines embed servers too
 
             self._metrics = MetricsPage(*self._metrics_at, self.service.counters)
+        if self._grpc_at is not None:
+            self._rpc = _rpc_server(self.service, self._grpc_at)
+            self._rpc.start()
         for listener in self._listeners:
             threading.Thread(target=self._accept, args=(listener,), name="mmcache-accept", daemon=True).start()
         threading.Thread(target=self._tick, name="mmcache-tick", daemon=True).start()
@@ -125,6 +132,11 @@ class Server:
         """Where Prometheus finds the metrics; empty: nowhere."""
         return self._metrics.url if self._metrics is not None else ""
 
+    @property
+    def grpc_address(self) -> tuple[str, int] | None:
+        """Where the public carrier listens; None: nowhere."""
+        return self._rpc.address if self._rpc is not None else None
+
     def attach(self, sock: socket.socket) -> None:
         """Serve one already connected unix socket as a client on this host."""
         self._serve(Channel(sock), same_host=True)
@@ -132,6 +144,8 @@ class Server:
     def stop(self) -> None:
         """Stop accepting, let running requests end within `drain_s`, close every connection and free the memory."""
         self._stopping.set()
+        if self._rpc is not None:
+            self._rpc.drain()
         if self._metrics is not None:
             self._metrics.close()
         for listener in self._listeners:
@@ -148,6 +162,8 @@ class Server:
             if not connections or time.monotonic() >= deadline + 1:
                 break
             next(iter(connections.values())).join(0.02)
+        if self._rpc is not None:
+            self._rpc.stop(deadline)
         if self._private_dir:
             self._private_dir.cleanup()
         elif self.unix_path:
@@ -210,11 +226,16 @@ class Server:
             except Exception:
                 log.exception("the access file or certificate could not be looked at; what was read before stays")
 
+    def _set_quotas(self) -> None:
+        if self.access is not None:
+            self.shard.index.usage.quotas = self.access.quotas
+
     def _look_at_files(self) -> None:
         """Use what has changed in them, and end the connections of whoever may not be here any more."""
         if self._tls is not None:
             self._tls.refresh()
         changed = self.access is not None and self.access.refresh()
+        self._set_quotas()
         with self._lock:
             connections = list(self._connections)
         now_s = time.time()
@@ -237,6 +258,15 @@ def _watch_tls(config: ServerConfig) -> Watched[ssl.SSLContext] | None:
 
     files = [path for path in (config.tls_cert, config.tls_key, config.tls_client_ca) if path]
     return Watched(files, load, "TLS certificate")
+
+
+def _rpc_server(service: Service, place: tuple[str, int]) -> RpcServer:
+    os.environ.setdefault("GRPC_VERBOSITY", "NONE")  # else strangers write to stderr, in a form of their own
+    try:
+        from mmcache.server.rpc import RpcServer  # only where it is wanted: it needs an extra
+    except ImportError as error:
+        raise ConfigError(f"--grpc needs the extra grpc ({error}); pip install 'mmcache[grpc]'") from None
+    return RpcServer(service, place)
 
 
 def _resolve(config: ServerConfig, place: str, option: str) -> list[tuple[int, tuple[str, int]]]:

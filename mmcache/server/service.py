@@ -10,9 +10,9 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Final, TypeVar
+from typing import Final
 
-from google.protobuf.message import DecodeError, Message
+from google.protobuf.message import Message
 
 from mmcache._version import __version__
 from mmcache.config import ServerConfig
@@ -20,15 +20,16 @@ from mmcache.errors import KeyInputError, MMCacheError
 from mmcache.frame import Kind, parse_header
 from mmcache.pb import cache_pb2 as pb
 from mmcache.server.access import DENIED, Access, Pass
+from mmcache.server.admin import Admin
 from mmcache.server.caller import LOCAL, Caller
-from mmcache.store.answers import Found, Refusal
+from mmcache.server.refuse import BadRequest, parse
+from mmcache.server.tenants import Tenants
+from mmcache.store.answers import Found, Modality, Refusal, pack_media
 from mmcache.store.shard import Landing, Shard
 from mmcache.transport.base import OLDEST_PROTOCOL, PLACE, PROTOCOL, Op
 
 KEY_NBYTES: Final = 32
 MAX_RECHECK_KEYS: Final = 64  # each is hashed whole
-_M = TypeVar("_M", bound=Message)
-_ADMIN_OPS: Final = frozenset({Op.REMOVE, Op.LIST, Op.AUDIT})  # and MODE, where it sets
 _KINDS: Final = frozenset(map(int, Kind))
 _FOUND, _MISS, _LATER = int(pb.FOUND), int(pb.MISS), int(pb.LATER)
 _PUT_STATUS: Final[dict[Refusal, int]] = {
@@ -41,15 +42,11 @@ _PUT_STATUS: Final[dict[Refusal, int]] = {
     Refusal.LOST: pb.LOST,
     Refusal.BAD_FRAME: pb.BAD_FRAME,
     Refusal.EXPIRED: pb.EXPIRED,
+    Refusal.QUOTA: pb.QUOTA,
+    Refusal.STOPPED: pb.STOPPED,
 }
-
-
-class BadRequest(MMCacheError):
-    """A request this server will not carry out; `code` and the message go back to the client."""
-
-    def __init__(self, message: str, code: int = pb.ErrorReply.BAD_REQUEST) -> None:
-        super().__init__(message)
-        self.code = code
+_ADMIN_OPS: Final = frozenset({Op.REMOVE, Op.AUDIT})
+_MODALITIES: Final = frozenset(map(int, Modality))
 
 
 def status_of(reason: Refusal | None) -> int:
@@ -66,6 +63,8 @@ class Service:
         self.unix_path = ""
         self.started_at = time.monotonic()
         self.connections = 0
+        self.tenants = access.tenants if access is not None else Tenants()
+        self.admin = Admin(shard, self.tenants, lambda refusal: status_of(refusal))
         self._inflight_nbytes = 0
         self._inflight_lock = threading.Lock()
         self._plain: dict[Op, tuple[Callable[[], Message], Callable[..., Message]]] = {
@@ -76,16 +75,24 @@ class Service:
             Op.RECHECK: (pb.RecheckRequest, self._recheck),
             Op.INSPECT: (pb.InspectRequest, self._inspect),
             Op.STAT: (pb.StatRequest, self._stat),
+            Op.EXPLAIN: (pb.ExplainRequest, self._explain),
+            **self.admin.handlers,
         }
 
     def handle(self, op: Op, caller: Caller, body: bytes) -> Message:
         """The reply to a request without payload. Raises BadRequest."""
-        if not caller.admin and (op in _ADMIN_OPS or (op is Op.MODE and parse(pb.ModeRequest(), body).set)):
-            raise BadRequest(f"{op.name} needs an admin token; see docs/access.md", pb.ErrorReply.DENIED)
         if op not in self._plain:
             raise BadRequest(f"{op.name} is not a request", pb.ErrorReply.UNSUPPORTED)
         make, answer = self._plain[op]
-        return answer(caller, parse(make(), body))
+        request = parse(make(), body)
+        if not caller.admin and (op in _ADMIN_OPS or (isinstance(request, pb.ModeRequest) and request.set)):
+            raise BadRequest(f"{op.name} needs an admin token; see docs/access.md", pb.ErrorReply.DENIED)
+        return answer(caller, request)
+
+    @property
+    def mode(self) -> pb.Mode:
+        """What is stopped for everybody, as every reply of a data operation says it."""
+        return int(self.shard.stopped)  # type: ignore[return-value]
 
     def admit(self, token: str, common_name: str | None) -> Pass:
         """Who joins with this token ("": without) and this verified certificate (None: without).
@@ -125,6 +132,7 @@ class Service:
                 batch_keys=config.max_batch_keys,
                 inline_nbytes=config.max_batch_nbytes,
             ),
+            mode=self.mode,
         )
 
     def acquire(self, caller: Caller, body: bytes) -> tuple[pb.AcquireReply, list[Found], bool]:
@@ -144,7 +152,7 @@ class Service:
             status = bytes([_FOUND if type(entry) is Found else _LATER if entry else _MISS for entry in entries])
             found = [entry for entry in entries if isinstance(entry, Found)]
             places = b"".join([PLACE.pack(*entry) for entry in found])
-            reply = pb.AcquireReply(lease_id=lease_id, status=status, places=places)
+            reply = pb.AcquireReply(lease_id=lease_id, status=status, places=places, mode=self.mode)
         except BaseException:
             self.shard.release(caller.tenant, lease_id)
             raise
@@ -163,18 +171,21 @@ class Service:
                 f"{len(keys)} keys, {len(parents)} parents, {len(sizes)} sizes, {len(request.kinds)} kinds; "
                 "send one of each per key"
             )
+        namespaces = self._namespaces(request.namespaces, len(keys))
+        media = _media(request, len(keys))
         status = bytearray()
         landings: list[Landing] = []
         room = self.config.max_batch_nbytes
         try:
-            for key, parent, nbytes, kind in zip(keys, parents, sizes, request.kinds, strict=True):
+            columns = zip(keys, parents, sizes, request.kinds, namespaces, media, strict=True)
+            for key, parent, nbytes, kind, namespace, one in columns:
                 if not nbytes or kind not in _KINDS:
                     status.append(pb.BAD_FRAME)
                     continue
                 if landings and nbytes > room:
                     status.append(pb.OVERLOADED)
                     continue
-                answer = self.shard.reserve(caller.tenant, key, parent, nbytes, kind)
+                answer = self.shard.reserve(caller.tenant, key, parent, nbytes, kind, namespace, one)
                 if isinstance(answer, Landing):
                     room -= nbytes
                     landings.append(answer)
@@ -186,6 +197,15 @@ class Service:
                 landing.abort()
             raise
         return bytes(status), landings
+
+    def _namespaces(self, column: bytes, count: int) -> list[bytes]:
+        """One namespace a key: all the same one, or none that is known."""
+        namespaces = self.split(column) or [b""]
+        if len(namespaces) == 1:
+            return namespaces * count
+        if len(namespaces) != count:
+            raise BadRequest(f"{len(namespaces)} namespaces for {count} keys; send one of all, or one a key")
+        return namespaces
 
     @contextmanager
     def inflight(self, nbytes: int) -> Iterator[bool]:
@@ -227,7 +247,7 @@ class Service:
 
     def _contains(self, caller: Caller, request: pb.ContainsRequest) -> Message:
         present = self.shard.contains(caller.tenant, self.split(request.keys), prefix=request.prefix)
-        return pb.ContainsReply(present=bytes(present))
+        return pb.ContainsReply(present=bytes(present), mode=self.mode)
 
     def _finish(self, caller: Caller, request: pb.FinishRequest) -> Message:
         return pb.FinishReply(held=self.shard.release(caller.tenant, request.lease_id))
@@ -241,11 +261,14 @@ class Service:
             raise BadRequest(f"{len(keys)} keys to recheck; the limit is {MAX_RECHECK_KEYS}", pb.ErrorReply.LIMIT)
         return pb.RecheckReply(dropped=bytes(self.shard.recheck(caller.tenant, key) for key in keys))
 
+    def _explain(self, caller: Caller, request: pb.ExplainRequest) -> Message:
+        return self.admin.explain(caller, self.split(request.keys))
+
     def _inspect(self, caller: Caller, request: pb.InspectRequest) -> Message:
         keys = self.split(request.key)
         if len(keys) != 1:
             raise BadRequest("inspect takes one key")
-        lease_id, (found,) = self.shard.acquire(caller.tenant, keys)
+        lease_id, (found,) = self.shard.acquire(caller.tenant, keys, counts=False)
         if not isinstance(found, Found):
             return pb.InspectReply(found=False)
         try:
@@ -271,17 +294,20 @@ class Service:
 
     def _stat(self, caller: Caller, request: pb.StatRequest) -> Message:
         return pb.StatReply(
-            counters=self.counters() if caller.admin else {},  # of everybody: not for one tenant to see
+            counters=self.counters() if caller.admin else self.shard.stat_of(caller.tenant),
             server=f"mmcache/{__version__}",
             server_id=self.server_id,
             uptime_s=time.monotonic() - self.started_at,
         )
 
 
-def parse(message: _M, body: bytes) -> _M:
-    """`message` filled from `body`. Raises BadRequest."""
-    try:
-        message.ParseFromString(body)
-    except DecodeError as error:
-        raise BadRequest(f"the request body cannot be read as {type(message).__name__}: {error}") from None
-    return message
+def _media(request: pb.ReserveRequest, count: int) -> list[int]:
+    """One `pack_media` a key, from the columns that say what each was computed from, if they are there."""
+    if not request.modalities and not request.media_units:
+        return [0] * count
+    if not len(request.modalities) == len(request.media_units) == count:
+        sizes = f"{len(request.modalities)} modalities and {len(request.media_units)} amounts"
+        raise BadRequest(f"{sizes} for {count} keys; send one of each a key, or none")
+    if not _MODALITIES.issuperset(request.modalities):
+        raise BadRequest(f"modality {max(request.modalities)} is unknown to this release")
+    return [pack_media(*one) for one in zip(request.modalities, request.media_units, strict=True)]

@@ -2,8 +2,27 @@
 
 from __future__ import annotations
 
-from enum import Enum
-from typing import NamedTuple
+from enum import Enum, IntEnum
+from typing import Final, NamedTuple
+
+
+class Modality(IntEnum):
+    """What a value was computed from, where its writer said so. The numbers are those of the schema's Modality."""
+
+    UNKNOWN = 0
+    TEXT = 1
+    IMAGE = 2
+    VIDEO = 3
+    AUDIO = 4
+
+
+UNIT_BITS: Final = 29  # of a row's `media`; the modality lies above
+MAX_UNITS: Final = (1 << UNIT_BITS) - 1
+
+
+def pack_media(modality: int, units: int) -> int:
+    """A modality and how much of it (pixels, frames, milliseconds) as one 32-bit number; larger amounts are cut."""
+    return modality << UNIT_BITS | min(units, MAX_UNITS)
 
 
 class Found(NamedTuple):
@@ -38,6 +57,8 @@ class Refusal(Enum):
     NO_ENTRIES = "the store holds its maximum number of entries and none can leave now; retry when leases end"
     BAD_FRAME = "the bytes are not the frame that was announced; pack it again"
     EXPIRED = "its time to live passed before it was stored"
+    QUOTA = "the tenant, or the namespace, has all the bytes it may have"
+    STOPPED = "the operator has stopped writes"
     LOST = "the reservation expired before the value was committed; put it again"
 
 

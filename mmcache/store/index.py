@@ -6,8 +6,8 @@ brought together. RESERVED rows, rows with children and rows whose extent a leas
 Leases pin extents, not rows. When a pinned entry is deleted, its row lets go of the extent at once (the key is a miss
 and can be stored again) and the extent is freed with its last pin; an extent is doomed when its row no longer has it.
 
-No call does unbounded work: beyond the keys it was given, a call drops about `EXPIRE_PINS` expired pins and evicts
-`MAKE_ROOM_STEPS` entries at most; what is left waits for the next call. Not thread-safe: the caller holds a lock.
+No call does unbounded work: beyond the keys it was given, a call drops about `ledger.EXPIRE_PINS` expired pins and
+evicts `MAKE_ROOM_STEPS` entries at most; what is left waits for the next call. Not thread-safe: callers hold a lock.
 `now` is monotonic seconds and never decreases. PURE: no clock, no randomness, no I/O.
 """
 
@@ -15,25 +15,20 @@ from __future__ import annotations
 
 import math
 from array import array
-from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import TypeVar
 
-from mmcache.errors import KeyInputError, StoreError, UsageError
-from mmcache.store.answers import Found, IndexStats, Refusal, Reserved, Unpinned
-from mmcache.store.columns import NIL, Memory, column32, heap
-from mmcache.store.extents import Extents
-from mmcache.store.integrity import check
-from mmcache.store.leases import Lease, Leases, Reservation, Reservations
-from mmcache.store.policy import LRU, Policy
-from mmcache.store.rows import LIVE, RECORD, RESERVED, Rows
+from mmcache.errors import KeyInputError, UsageError
+from mmcache.store.answers import Found, Refusal, Reserved, Unpinned
+from mmcache.store.history import Why
+from mmcache.store.ledger import Ledger
+from mmcache.store.rows import LIVE, RECORD, RESERVED
 from mmcache.store.table import KEY_NBYTES, tenant_prefix
+from mmcache.store.usage import UNKNOWN
 
 HEADER_SUM_NBYTES = 16
 ANY_NBYTES = 1 << 62
 MAX_CLAIMS = 65_536  # open leases, and open reservations: their tables must not grow without limit
-EXPIRE_PINS = 4096
-EXPIRE_CLAIMS = 256
 MAKE_ROOM_STEPS = 256
 SCAN_PER_STEP = 16
 EXPIRE_STEPS = 128  # what dropping expired claims counts for among the steps of making room
@@ -41,7 +36,7 @@ EXPIRE_STEPS = 128  # what dropping expired claims counts for among the steps of
 T = TypeVar("T")
 
 
-class Index:
+class Index(Ledger):
     """Entries, leases and reservations over `capacity_bytes` of arena; decides, and moves no bytes.
 
     At most `max_entries` rows, ghosts included. Leases and reservations last `lease_s`. `max_pinned_bytes` caps what
@@ -50,35 +45,6 @@ class Index:
     then), and nothing else.
     """
 
-    def __init__(
-        self,
-        *,
-        capacity_bytes: int,
-        max_entries: int,
-        alignment: int = 64,
-        seed: int,
-        lease_s: float = 30.0,
-        max_pinned_bytes: int | None = None,
-        policy: Callable[[int, Memory], Policy] = LRU,
-        memory: Memory = heap,
-    ) -> None:
-        if not 2 <= max_entries < 1 << 30:
-            raise StoreError(f"max_entries is {max_entries}; give 2 to 2**30 - 1")
-        self._lease_s = lease_s
-        self._extents = Extents(capacity_bytes, alignment, max_entries, memory)
-        self._max_held = self._extents.capacity_bytes if max_pinned_bytes is None else max_pinned_bytes
-        self._rows = Rows(max_entries, seed, policy, memory)
-        self._pins = column32(memory, 2 * max_entries + 1)  # how many leases pin it, by extent node
-        self._leases = Leases()
-        self._reservations = Reservations()
-        self._held: dict[int, int] = {}  # bytes pinned and reserved, by tenant
-        self._nbytes_by_kind: Counter[int] = Counter()
-        self._evictions = 0
-        self._expired_entries = 0
-        self._expired_leases = 0
-        self._expired_reservations = 0
-        self._refused_pins = 0
-
     # Reading
 
     def contains(self, tenant: int, keys: Sequence[bytes], now: float, *, prefix: bool = False) -> list[bool]:
@@ -86,15 +52,16 @@ class Index:
 
         Neither pins nor counts as a use.
         """
-        state, expires_at = self._rows.state, self._rows.expires_at
-        rows = self._rows.table.find_all(tenant_prefix(tenant), keys, prefix)
+        state, expires_at, numbers = self.rows.state, self.rows.expires_at, self.rows.namespace
+        unreadable = self.unreadable
+        rows = self.rows.table.find_all(tenant_prefix(tenant), keys, prefix)
         found: list[bool] = []
         append = found.append
         for row in rows:
-            hit = row >= 0 and state[row] == LIVE
+            hit = row >= 0 and state[row] == LIVE and not (unreadable and numbers[row] in unreadable)
             if hit and expires_at[row] <= now:
                 hit = False
-                self._expire_entry(row)
+                self._expire_entry(row, now)
             if prefix and not hit:
                 break
             append(hit)
@@ -110,6 +77,7 @@ class Index:
         prefix: bool = False,
         max_nbytes: int | None = None,
         lasting: bool = False,
+        counts: bool = True,
     ) -> list[Found | Unpinned | None]:
         """Where each stored key lies (None: a miss), pinned under one lease until `release` or `now + lease_s`.
 
@@ -117,14 +85,16 @@ class Index:
         one last. From the first key on that would bring the tenant's held bytes over its cap, or, unless it is the
         first to be found, this lease's values over `max_nbytes`, stored keys answer LATER; with `prefix` the list ends
         there. `refused_pins` counts calls the cap cut short. No lease is kept when nothing was pinned. A `lasting`
-        lease does not expire: only for a holder that is sure to release it. UsageError when `lease_id` is open.
+        lease does not expire: only for a holder that is sure to release it. Without `counts` this is no use of the
+        keys, nor a hit. UsageError when `lease_id` is open.
         """
         if lease_id in self._leases:
             raise UsageError(f"lease id {lease_id} is in use; draw a new one for every acquire")
         self.expire(now)
-        rows, pins, sizes = self._rows, self._pins, self._extents.size_bytes
+        rows, pins, sizes = self.rows, self._pins, self._extents.size_bytes
         state, expires_at, nodes, records = rows.state, rows.expires_at, rows.node, rows.records
         unpack, width, new = RECORD.unpack_from, RECORD.size, tuple.__new__
+        unreadable, numbers = self.unreadable, rows.namespace
         held, limit = self._held.get(tenant, 0), self._max_held
         if len(self._leases) >= MAX_CLAIMS:
             limit = -1
@@ -133,7 +103,7 @@ class Index:
         room = ANY_NBYTES if max_nbytes is None else max_nbytes
         later = False
         for row in rows.table.find_all(tenant_prefix(tenant), keys, prefix):
-            if row >= 0 and state[row] == LIVE:
+            if row >= 0 and state[row] == LIVE and not (unreadable and numbers[row] in unreadable):
                 if expires_at[row] > now:
                     place = new(Found, unpack(records, row * width))
                     room -= place[1]
@@ -153,7 +123,7 @@ class Index:
                     if prefix:
                         break
                     continue
-                self._expire_entry(row)
+                self._expire_entry(row, now)
             if prefix:
                 break
             found.append(None)
@@ -161,9 +131,11 @@ class Index:
             self._held[tenant] = held
             until = math.inf if lasting else now + self._lease_s
             self._leases.add(lease_id, tenant, until, array("I", pinned))
-            touch = rows.policy.touch
-            for row in pinned[-2::-2]:
-                touch(row)
+            if counts:
+                touch, kind, media = rows.policy.touch, rows.kind, rows.media
+                for row in pinned[-2::-2]:
+                    touch(row)
+                self.usage.hit(bytes([kind[row] for row in pinned[::2]]), (media[row] for row in pinned[::2]))
         return found
 
     def release(self, tenant: int, lease_id: int, now: float) -> bool:
@@ -178,7 +150,17 @@ class Index:
     # Writing
 
     def reserve(
-        self, tenant: int, key: bytes, parent: bytes, nbytes: int, *, reservation_id: int, now: float, kind: int = 0
+        self,
+        tenant: int,
+        key: bytes,
+        parent: bytes,
+        nbytes: int,
+        *,
+        reservation_id: int,
+        now: float,
+        kind: int = 0,
+        namespace: int = UNKNOWN,
+        media: int = 0,
     ) -> Reserved | Refusal:
         """Memory to write a value of `nbytes` >= 1 to, reserved until `commit`, `abort` or `now + lease_s`.
 
@@ -193,7 +175,7 @@ class Index:
         if reservation_id in self._reservations:
             raise UsageError(f"reservation id {reservation_id} is in use; draw a new one for every reserve")
         self.expire(now)
-        rows, extents = self._rows, self._extents
+        rows, extents = self.rows, self._extents
         prefix = tenant_prefix(tenant)
         row = rows.table.find(prefix, key)
         if row >= 0:
@@ -201,9 +183,11 @@ class Index:
                 if rows.expires_at[row] > now:
                     rows.policy.touch(row)
                     return Refusal.PRESENT
-                self._expire_entry(row)
+                self._expire_entry(row, now)
             elif rows.state[row] == RESERVED:
                 return Refusal.BUSY
+        if not self.usage.fits(tenant, namespace, nbytes):
+            return Refusal.QUOTA
         size = extents.rounded(nbytes)
         if nbytes > extents.capacity_bytes or size > self._max_held:
             return Refusal.TOO_LARGE
@@ -223,7 +207,8 @@ class Index:
             return place
         node, offset = place
         rows.node[row] = node
-        rows.kind[row] = kind
+        rows.kind[row], rows.namespace[row], rows.media[row] = kind, namespace, media
+        self.usage.claim(tenant, namespace, nbytes)
         RECORD.pack_into(rows.records, row * RECORD.size, offset, nbytes, 0, b"")
         self._held[tenant] = self._held.get(tenant, 0) + size  # by now claims may have expired
         self._reservations.add(reservation_id, row, tenant, now + self._lease_s)
@@ -239,9 +224,18 @@ class Index:
         self._cancel(self._reservations.end_write(reservation_id))
 
     def commit(
-        self, reservation_id: int, *, header_nbytes: int, header_sum: bytes, expires_at: float, now: float
+        self,
+        reservation_id: int,
+        *,
+        header_nbytes: int,
+        header_sum: bytes,
+        expires_at: float,
+        now: float,
+        namespace: int = UNKNOWN,
     ) -> bool:
         """Makes the reserved entry visible until `expires_at` (monotonic seconds; inf: for ever).
+
+        `namespace` is its number, where `reserve` was not told one.
 
         False, and nothing is stored: the reservation is gone, is still being written (it stays), or `expires_at` has
         passed (it ends). A reservation past its expiry that was not reclaimed yet is as good as any: its memory was
@@ -256,12 +250,18 @@ class Index:
         if reservation is None or expires_at <= now:
             self._cancel(reservation)
             return False
-        rows, row = self._rows, reservation.row
+        rows, row = self.rows, reservation.row
         offset, nbytes, _, _ = RECORD.unpack_from(rows.records, row * RECORD.size)
         RECORD.pack_into(rows.records, row * RECORD.size, offset, nbytes, header_nbytes, header_sum)
         rows.expires_at[row] = expires_at
         self._unhold(reservation.tenant, self._extents.size_bytes[rows.node[row]])
-        self._nbytes_by_kind[rows.kind[row]] += nbytes
+        self.usage.by_kind[rows.kind[row]] += nbytes
+        if not rows.namespace[row]:
+            self.usage.free(reservation.tenant, UNKNOWN, nbytes)
+            self.usage.claim(reservation.tenant, namespace, nbytes)
+            rows.namespace[row] = namespace
+        rows.stored_at_s[row] = int(now)
+        self.usage.stored(rows.kind[row], rows.media[row])
         rows.settle(row)
         return True
 
@@ -269,47 +269,29 @@ class Index:
         """Gives a reservation back, after the copies under way have ended. Unknown ids are ignored."""
         self._cancel(self._reservations.abandon(reservation_id))
 
-    def delete(self, tenant: int, keys: Sequence[bytes], now: float) -> list[bool]:
+    def delete(self, tenant: int, keys: Sequence[bytes], now: float, why: Why = Why.DELETED) -> list[bool]:
         """Removes entries; True for each key that was stored. Leased ones are misses at once, and their memory is
         freed with the last lease. A key being written is not stored yet: False, and the write goes on."""
         deleted: list[bool] = []
-        for row in self._rows.table.find_all(tenant_prefix(tenant), keys, False):
-            live = row >= 0 and self._rows.state[row] == LIVE
-            deleted.append(live and self._rows.expires_at[row] > now)
+        for row in self.rows.table.find_all(tenant_prefix(tenant), keys, False):
+            live = row >= 0 and self.rows.state[row] == LIVE
+            deleted.append(live and self.rows.expires_at[row] > now)
             if live:
-                self._drop(row)
+                self.drop(row, why, now)
         return deleted
 
-    # Time and room
-
-    def expire(self, now: float) -> bool:
-        """Drops expired leases and reservations, oldest first, up to the limits of one call; whether there were any.
-        `acquire` and `reserve` begin with this, but an idle index holds memory until somebody calls it."""
-        pins = claims = 0
-        while pins < EXPIRE_PINS and claims < EXPIRE_CLAIMS:
-            lease = self._leases.take_expired(now)
-            reservation = self._reservations.take_expired(now)
-            if lease is None and reservation is None:
-                break
-            claims += 1
-            if lease is not None:
-                self._expired_leases += 1
-                pins += self._unpin(lease)
-            if reservation is not None:
-                self._expired_reservations += 1
-                self._cancel(reservation)
-        return claims > 0
+    # Room
 
     def _make_room(self, attempt: Callable[[], T | None], now: float, none_left: Refusal) -> T | Refusal:
         """Evicts until `attempt` answers something; that, or why not."""
-        policy, steps = self._rows.policy, MAKE_ROOM_STEPS
+        policy, steps = self.rows.policy, MAKE_ROOM_STEPS
         while (got := attempt()) is None:
             if steps <= 0:
                 return Refusal.AGAIN
             steps -= 1
             victim = policy.victim(self._evictable, SCAN_PER_STEP)
             if victim is not None:
-                self._drop(victim)
+                self.drop(victim, Why.EVICTED, now)
                 self._evictions += 1
             elif policy.exhausted():
                 if not self.expire(now):
@@ -318,81 +300,7 @@ class Index:
         return got
 
     def _has_rows(self, prefix: bytes, key: bytes, parent: bytes) -> bool:
-        return self._rows.needed(prefix, key, parent) <= self._rows.table.available()
+        return self.rows.needed(prefix, key, parent) <= self.rows.table.available()
 
     def _evictable(self, row: int) -> bool:
-        return not self._rows.children[row] and not self._pins[self._rows.node[row]]
-
-    # How claims and entries end
-
-    def _drop(self, row: int) -> None:
-        """Ends a LIVE row. Its extent is freed now, or with its last pin."""
-        rows, node = self._rows, self._rows.node[row]
-        self._nbytes_by_kind[rows.kind[row]] -= RECORD.unpack_from(rows.records, row * RECORD.size)[1]
-        rows.vacate(row)
-        rows.node[row] = NIL
-        if not self._pins[node]:
-            self._extents.free(node)
-
-    def _expire_entry(self, row: int) -> None:
-        self._drop(row)
-        self._expired_entries += 1
-
-    def _unpin(self, lease: Lease) -> int:
-        """Ends a lease already taken from the table; the number of its pins."""
-        rows, pins, count, freed_bytes = self._rows, self._pins, 0, 0
-        # The order of acquire's touches, so that rows set aside meanwhile come back parents last.
-        for row, node in lease.pairs():
-            count += 1
-            pins[node] -= 1
-            if not pins[node]:
-                freed_bytes += self._extents.size_bytes[node]
-                if rows.node[row] != node:
-                    self._extents.free(node)
-                elif not rows.children[row]:
-                    rows.policy.unshelve(row)
-        self._unhold(lease.tenant, freed_bytes)
-        return count
-
-    def _cancel(self, reservation: Reservation | None) -> None:
-        """Ends a reservation already taken from the table, if one was."""
-        if reservation is None:
-            return
-        node = self._rows.node[reservation.row]
-        self._unhold(reservation.tenant, self._extents.size_bytes[node])
-        self._rows.node[reservation.row] = NIL
-        self._rows.vacate(reservation.row)
-        self._extents.free(node)
-
-    def _unhold(self, tenant: int, size: int) -> None:
-        held = self._held.pop(tenant, 0) - size
-        if held:
-            self._held[tenant] = held
-
-    # Looking at it
-
-    def stats(self) -> IndexStats:
-        """A snapshot of sizes and counts."""
-        return IndexStats(
-            entries=self._rows.live,
-            ghosts=self._rows.ghosts,
-            bytes_used=self._extents.capacity_bytes - self._extents.free_bytes,
-            bytes_capacity=self._extents.capacity_bytes,
-            largest_free_bytes=self._extents.largest_free_bytes(),
-            held_bytes=sum(self._held.values()),
-            leases=len(self._leases),
-            reservations=len(self._reservations),
-            evictions=self._evictions,
-            expired_entries=self._expired_entries,
-            expired_leases=self._expired_leases,
-            expired_reservations=self._expired_reservations,
-            refused_pins=self._refused_pins,
-        )
-
-    def nbytes_by_kind(self) -> dict[int, int]:
-        """Bytes of the stored values, unrounded, by kind; kinds with none are left out."""
-        return dict(+self._nbytes_by_kind)
-
-    def check_integrity(self) -> None:
-        """Walks everything; raises AssertionError saying what is wrong. For tests: O(entries)."""
-        check(self._rows, self._extents, self._pins, self._leases, self._reservations, self._held)
+        return not self.rows.children[row] and not self._pins[self.rows.node[row]]

@@ -8,6 +8,8 @@ from collections.abc import Mapping, Sequence
 from mmcache.store.extents import Extents
 from mmcache.store.leases import Leases, Reservations
 from mmcache.store.rows import LIVE, RECORD, RESERVED, Rows
+from mmcache.store.table import tenant_of
+from mmcache.store.usage import Usage
 
 
 def check(
@@ -17,6 +19,7 @@ def check(
     leases: Leases,
     reservations: Reservations,
     held: Mapping[int, int],
+    usage: Usage,
 ) -> None:
     """Walks everything; raises AssertionError saying what is wrong. O(entries)."""
     want = dict.fromkeys(held, 0)
@@ -42,3 +45,20 @@ def check(
         offset, nbytes, _, _ = RECORD.unpack_from(rows.records, row * RECORD.size)
         extent = extents.offset_bytes[rows.node[row]], extents.size_bytes[rows.node[row]]
         assert (offset, extents.rounded(nbytes)) == extent, f"row {row} is not where its extent is: {extent}"
+    _check_usage(rows, owners, usage)
+
+
+def _check_usage(rows: Rows, owners: Sequence[int], usage: Usage) -> None:
+    kinds: Counter[int] = Counter()
+    tenants: Counter[int] = Counter()
+    namespaces: Counter[int] = Counter()
+    for row in owners:
+        nbytes = RECORD.unpack_from(rows.records, row * RECORD.size)[1]
+        kinds[rows.kind[row]] += nbytes if rows.state[row] == LIVE else 0
+        tenants[tenant_of(rows.table.name(row))] += nbytes
+        namespaces[rows.namespace[row]] += nbytes
+    assert +kinds == +usage.by_kind, f"bytes by kind are {kinds}, counted as {usage.by_kind}"
+    assert tenants == usage.by_tenant, f"bytes by tenant are {tenants}, counted as {usage.by_tenant}"
+    assert namespaces == usage.by_namespace, f"bytes by namespace are {namespaces}, counted as {usage.by_namespace}"
+    counts = Counter(rows.namespace[row] for row in owners)
+    assert counts == usage.entries_by_namespace, f"entries by namespace are {counts}"

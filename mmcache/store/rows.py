@@ -25,10 +25,11 @@ MAX_ANCESTORS = 4096
 
 
 class Rows:
-    """The columns of at most `max_rows` rows: 102 bytes each with name and policy, and 16 in the hash table.
+    """The columns of at most `max_rows` rows: 114 bytes each with name and policy, and 16 in the hash table.
 
-    Readable by anyone, written by the index: `records`, `expires_at`, `node` (the extent), `kind`, while a row is
-    RESERVED or LIVE. Written here only: `state`, `parent` (a row or NIL), `children` (how many name it as parent).
+    Readable by anyone, written by the index: `records`, `expires_at`, `node` (the extent), `kind`, `namespace` (its
+    number), `media` (see answers.Media) and `stored_at_s` (whole monotonic seconds), while a row is RESERVED or LIVE.
+    Written here only: `state`, `parent` (a row or NIL), `children` (how many name it as parent).
     """
 
     def __init__(
@@ -41,6 +42,9 @@ class Rows:
         self.node = column32(memory, max_rows)
         self.parent = column32(memory, max_rows)
         self.children = column32(memory, max_rows)
+        self.namespace = column32(memory, max_rows)
+        self.media = column32(memory, max_rows)
+        self.stored_at_s = column32(memory, max_rows)
         self.kind = column8(memory, max_rows)
         self.state = column8(memory, max_rows)
         self.live = 0

@@ -10,33 +10,34 @@ import math
 import secrets
 import threading
 import time
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Final
 
 from mmcache.config import ServerConfig
 from mmcache.errors import FrameError, KeyInputError
-from mmcache.frame import FrameMeta, Kind
+from mmcache.frame import FrameHeader, FrameMeta
 from mmcache.frame_view import Frame, FrameCheck
 from mmcache.keys import namespace_id
 from mmcache.store.answers import Found, Refusal, Reserved, Unpinned
 from mmcache.store.arena import Arena, Progress
+from mmcache.store.explain import Miss, reason_for
+from mmcache.store.history import Reason, Why
 from mmcache.store.index import Index
+from mmcache.store.namespaces import Known, Namespaces, Stopped
+from mmcache.store.usage import UNKNOWN
 
-MAX_NAMESPACES: Final = 65536
-MAX_NAMESPACES_NBYTES: Final = 64 << 20  # of facts; the oldest declared are forgotten first
 COUNTERS: Final = ("hits", "misses", "lookups", "stored", "bytes_read", "bytes_written", "corrupt_dropped")
+RECENT_MISSES: Final = 1024
+REFUSAL_CODES: Final = tuple(Refusal)  # what the history keeps as a detail: a refusal's place here
+READS_STOPPED: Final = Reason(Why.READS_STOPPED)
+STOPPED_BY_MODE: Final = {
+    "both": Stopped.NOTHING,
+    "read": Stopped.WRITES,
+    "write": Stopped.READS,
+    "off": Stopped.BOTH,
+}
 ROOM_TRIES: Final = 64  # one index call evicts a bounded number; the lock is free between tries
-
-
-@dataclass(frozen=True, slots=True)
-class Declared:
-    """A namespace's facts as a client declared them; their digest is the namespace's id."""
-
-    kind: str
-    facts: Mapping[str, str]
-    nbytes: int
 
 
 class Shard:
@@ -56,8 +57,9 @@ class Shard:
         self.lock = threading.Lock()
         self._clock = clock
         self._wall_ms = wall_ms
-        self._namespaces: dict[tuple[int, bytes], Declared] = {}
-        self._namespaces_nbytes = 0
+        self.namespaces = Namespaces()
+        self.stopped = STOPPED_BY_MODE[config.mode]
+        self.recent: deque[Miss] = deque(maxlen=RECENT_MISSES)
         self.index = Index(
             capacity_bytes=config.memory_nbytes,
             max_entries=config.entries,
@@ -66,6 +68,7 @@ class Shard:
             lease_s=config.lease_s,
             max_pinned_bytes=int(config.memory_nbytes * config.pinned_share),
         )
+        self.index.unreadable = self.namespaces.unreadable
 
     def declare(self, tenant: int, namespace: bytes, kind: str, facts: Mapping[str, str]) -> None:
         """Keep a namespace's facts so that entries can be explained. Raises KeyInputError if they are not its own."""
@@ -73,27 +76,36 @@ class Shard:
             raise KeyInputError(
                 "the namespace id is not the digest of these facts; the client must be of another keys version"
             )
-        nbytes = sum(len(name.encode()) + len(text.encode()) for name, text in facts.items())
         with self.lock:
-            if (tenant, namespace) in self._namespaces:
-                return
-            self._namespaces[tenant, namespace] = Declared(kind, dict(facts), nbytes)
-            self._namespaces_nbytes += nbytes
-            while len(self._namespaces) > MAX_NAMESPACES or self._namespaces_nbytes > MAX_NAMESPACES_NBYTES:
-                oldest = self._namespaces.pop(next(iter(self._namespaces)))
-                self._namespaces_nbytes -= oldest.nbytes
-                self.counters["namespaces_forgotten"] += 1
+            self.namespaces.declare(self.number(tenant, namespace), kind, facts)
 
-    def declared(self, tenant: int, namespace: bytes) -> Declared | None:
+    def number(self, tenant: int, namespace: bytes) -> int:
+        """The number of a tenant's namespace. Under the lock."""
+        return self.namespaces.number(tenant, namespace, self.index.usage.by_namespace)
+
+    def declared(self, tenant: int, namespace: bytes) -> Known | None:
         """The facts a client of this tenant declared, if any did."""
-        return self._namespaces.get((tenant, namespace))
+        known = self.namespaces.find(tenant, namespace)
+        return known if known is not None and known.kind else None
 
     def contains(self, tenant: int, keys: Sequence[bytes], *, prefix: bool) -> list[bool]:
         """Presence of each key; with prefix, of the leading present ones only. Recency does not change."""
         with self.lock:
-            present = self.index.contains(tenant, keys, self._clock(), prefix=prefix)
-            self.counters["lookups"] += len(present)
+            now = self._clock()
+            if self.stopped & Stopped.READS:
+                present = [] if prefix else [False] * len(keys)
+            else:
+                present = self.index.contains(tenant, keys, now, prefix=prefix)
+                self.counters["lookups"] += len(present)
+            if prefix and len(present) < len(keys):
+                self._note_miss(tenant, keys, len(present), keys[len(present)], prefix, now)
         return present
+
+    def _note_miss(
+        self, tenant: int, keys: Sequence[bytes], found: int, first: bytes, prefix: bool, now: float
+    ) -> None:
+        reason = READS_STOPPED if self.stopped & Stopped.READS else reason_for(self.index, tenant, first, now)
+        self.recent.append(Miss(now, tenant, len(keys), found, prefix, first, reason))
 
     def acquire(
         self,
@@ -103,49 +115,97 @@ class Shard:
         prefix: bool = False,
         max_nbytes: int | None = None,
         lasting: bool = False,
+        counts: bool = True,
     ) -> tuple[int, list[Found | Unpinned | None]]:
         """Find and pin at most `max_nbytes`, but at least one; the lease id is 0 when nothing was pinned.
 
         Found extents stay as they are while the lease is held. A lasting lease does not expire: release it for sure.
+        Without `counts` this is neither a use nor a lookup.
         """
         lease_id = secrets.randbits(63) + 1
         with self.lock:
-            entries = self.index.acquire(
-                tenant,
-                keys,
-                lease_id=lease_id,
-                now=self._clock(),
-                prefix=prefix,
-                max_nbytes=max_nbytes,
-                lasting=lasting,
-            )
+            now = self._clock()
+            if self.stopped & Stopped.READS:
+                entries: list[Found | Unpinned | None] = [] if prefix else [None] * len(keys)
+            else:
+                entries = self.index.acquire(
+                    tenant,
+                    keys,
+                    lease_id=lease_id,
+                    now=now,
+                    prefix=prefix,
+                    max_nbytes=max_nbytes,
+                    lasting=lasting,
+                    counts=counts,
+                )
             found = [entry.nbytes for entry in entries if isinstance(entry, Found)]
-            self.counters["hits"] += len(found)
-            self.counters["misses"] += entries.count(None)
-            self.counters["bytes_read"] += sum(found)
+            if counts:
+                self.counters["hits"] += len(found)
+                self.counters["misses"] += entries.count(None)
+                self.counters["bytes_read"] += sum(found)
+                if len(found) < len(keys):
+                    self._note_first_miss(tenant, keys, entries, prefix, now)
         return (lease_id if found else 0), entries
+
+    def _note_first_miss(
+        self, tenant: int, keys: Sequence[bytes], entries: Sequence[Found | Unpinned | None], prefix: bool, now: float
+    ) -> None:
+        """Of a lookup that found less than all; one that only has to be asked again has missed nothing."""
+        first = entries.index(None) if None in entries else len(entries)
+        if first < len(keys) and Unpinned.LATER not in entries[:first]:
+            found = len(entries) - entries.count(None)
+            self._note_miss(tenant, keys, found, keys[first], prefix, now)
 
     def release(self, tenant: int, lease_id: int) -> bool:
         """Give a lease back; True if it was valid until now."""
         with self.lock:
             return self.index.release(tenant, lease_id, self._clock())
 
-    def reserve(self, tenant: int, key: bytes, parent: bytes, nbytes: int, kind: int) -> Landing | Refusal:
-        """Room for a frame of `nbytes`, or why there is none. The caller lands bytes, then commits or aborts."""
+    def reserve(
+        self, tenant: int, key: bytes, parent: bytes, nbytes: int, kind: int, namespace: bytes = b"", media: int = 0
+    ) -> Landing | Refusal:
+        """Room for a frame of `nbytes`, or why there is none. The caller lands bytes, then commits or aborts.
+
+        `namespace`: what the frame's header will say, if it is known; `media`: see answers.pack_media.
+        """
         reservation_id = secrets.randbits(63) + 1
+        answer: Reserved | Refusal = Refusal.AGAIN
         for _ in range(ROOM_TRIES):
             with self.lock:
-                answer = self.index.reserve(
-                    tenant, key, parent, nbytes, reservation_id=reservation_id, now=self._clock(), kind=kind
-                )
+                now = self._clock()
+                number = self.number(tenant, namespace) if namespace else UNKNOWN
+                if self.may_not_write(number):
+                    answer = Refusal.STOPPED
+                else:
+                    answer = self.index.reserve(
+                        tenant,
+                        key,
+                        parent,
+                        nbytes,
+                        reservation_id=reservation_id,
+                        now=now,
+                        kind=kind,
+                        namespace=number,
+                        media=media,
+                    )
             if answer is not Refusal.AGAIN:
                 break
         if isinstance(answer, Reserved):
             view = self.arena.view[answer.offset : answer.offset + nbytes]
-            return Landing(self, (key, parent, kind), reservation_id, view)
+            return Landing(self, tenant, (key, parent, kind, namespace), reservation_id, view)
         with self.lock:
-            self.counters[f"put_{answer.name.lower()}"] += 1
+            self.refused(tenant, key, answer)
         return answer
+
+    def may_not_write(self, number: int) -> bool:
+        """Whether the operator has stopped writes, of all or of this namespace."""
+        return bool(self.stopped & Stopped.WRITES) or number in self.namespaces.unwritable
+
+    def refused(self, tenant: int, key: bytes, refusal: Refusal) -> None:
+        """Count a refusal, and keep it for `explain`. Under the lock."""
+        self.counters[f"put_{refusal.name.lower()}"] += 1
+        if refusal not in (Refusal.PRESENT, Refusal.BUSY):
+            self.index.note(tenant, key, Why.REFUSED, self._clock(), REFUSAL_CODES.index(refusal))
 
     def delete(self, tenant: int, keys: Sequence[bytes]) -> list[bool]:
         """Forget these keys; memory under a lease is freed when the lease ends."""
@@ -155,11 +215,13 @@ class Shard:
     def recheck(self, tenant: int, key: bytes) -> bool:
         """Verify the stored bytes of `key` and drop the entry if they are bad. True if it was dropped.
 
-        Hashes the whole frame, under a lease of its own, and counts as a use but not as a hit.
+        Hashes the whole frame, under a lease of its own; it counts neither as a use nor as a hit.
         """
         lease_id = secrets.randbits(63) + 1
         with self.lock:
-            (found,) = self.index.acquire(tenant, [key], lease_id=lease_id, now=self._clock(), lasting=True)
+            (found,) = self.index.acquire(
+                tenant, [key], lease_id=lease_id, now=self._clock(), lasting=True, counts=False
+            )
         if not isinstance(found, Found):
             return False
         try:
@@ -168,10 +230,10 @@ class Shard:
             with self.lock:
                 # The lease keeps the extent: if the key still lies there, it is the entry that was checked.
                 again_id, now = secrets.randbits(63) + 1, self._clock()
-                same = self.index.acquire(tenant, [key], lease_id=again_id, now=now) == [found]
+                same = self.index.acquire(tenant, [key], lease_id=again_id, now=now, counts=False) == [found]
                 self.index.release(tenant, again_id, now)
                 self.counters["corrupt_dropped"] += same
-                return same and self.index.delete(tenant, [key], now)[0]
+                return same and self.index.delete(tenant, [key], now, Why.BAD_BYTES)[0]
         finally:
             self.release(tenant, lease_id)
 
@@ -195,9 +257,17 @@ class Shard:
     def stat(self) -> dict[str, int]:
         """Counters and gauges by name."""
         with self.lock:
-            nbytes_by_kind = self.index.nbytes_by_kind()
-            by_kind = {f"bytes_{kind.name.lower()}": nbytes_by_kind.get(kind, 0) for kind in Kind}
-            return {**self.index.stats()._asdict(), **by_kind, **self.counters}
+            return {
+                **self.index.stats()._asdict(),
+                **self.index.usage.numbers(),
+                **self.counters,
+                "namespaces_forgotten": self.namespaces.forgotten,
+            }
+
+    def stat_of(self, tenant: int) -> dict[str, int]:
+        """What one tenant may know: its own bytes."""
+        with self.lock:
+            return {"bytes_used": self.index.usage.by_tenant[tenant]}
 
     def expiry(self, meta: FrameMeta) -> float:
         """The monotonic instant at which a frame that is stored now expires; inf: never.
@@ -226,10 +296,13 @@ class Landing:
     and is harmless after `commit`.
     """
 
-    __slots__ = ("_check", "_names", "_reservation_id", "_shard", "_view", "landed_nbytes", "refusal")
+    __slots__ = ("_check", "_names", "_reservation_id", "_shard", "_tenant", "_view", "landed_nbytes", "refusal")
 
-    def __init__(self, shard: Shard, names: tuple[bytes, bytes, int], reservation_id: int, view: memoryview) -> None:
-        self._shard, self._names, self._reservation_id, self._view = shard, names, reservation_id, view
+    def __init__(
+        self, shard: Shard, tenant: int, names: tuple[bytes, bytes, int, bytes], reservation_id: int, view: memoryview
+    ) -> None:
+        self._shard, self._tenant, self._names = shard, tenant, names
+        self._reservation_id, self._view = reservation_id, view
         self._check = FrameCheck(view)
         self.landed_nbytes = 0
         self.refusal: Refusal | None = None
@@ -270,31 +343,41 @@ class Landing:
         header = self._check.header
         if self.refusal is None and (header is None or not self._check.done or not self._is_expected(header.meta)):
             self.refusal = Refusal.BAD_FRAME
-        if self.refusal is not None or header is None:
-            self.abort()
-            return self.refusal
         shard = self._shard
-        expires_at = shard.expiry(header.meta)
-        if expires_at <= shard.now():
-            self.refusal = Refusal.EXPIRED
-            self.abort()
-            return self.refusal
+        if self.refusal is None and header is not None:
+            self.refusal = self._commit(header)
+        if self.refusal is not None:
+            with shard.lock:
+                shard.index.abort(self._reservation_id)
+                shard.refused(self._tenant, self._names[0], self.refusal)
+        return self.refusal
+
+    def _commit(self, header: FrameHeader) -> Refusal | None:
+        shard, meta = self._shard, header.meta
+        expires_at = shard.expiry(meta)
         with shard.lock:
-            if shard.index.commit(
+            now = shard.now()
+            number = shard.number(self._tenant, meta.namespace)
+            if expires_at <= now:
+                return Refusal.EXPIRED
+            if shard.may_not_write(number):
+                return Refusal.STOPPED
+            if not shard.index.commit(
                 self._reservation_id,
                 header_nbytes=header.header_nbytes,
                 header_sum=header.checksum,
                 expires_at=expires_at,
-                now=shard.now(),
+                now=now,
+                namespace=number,
             ):
-                shard.counters["stored"] += 1
-                shard.counters["bytes_written"] += self.landed_nbytes
-            else:
-                self.refusal = Refusal.LOST
-        return self.refusal
+                return Refusal.LOST
+            shard.counters["stored"] += 1
+            shard.counters["bytes_written"] += self.landed_nbytes
+        return None
 
     def _is_expected(self, meta: FrameMeta) -> bool:
-        return (meta.key, meta.parent, meta.kind) == self._names
+        key, parent, kind, namespace = self._names
+        return (meta.key, meta.parent, meta.kind) == (key, parent, kind) and namespace in (b"", meta.namespace)
 
     def abort(self) -> None:
         """Give the room back, unless the frame was committed."""

@@ -27,6 +27,11 @@ def tenant_prefix(tenant: int) -> bytes:
     return tenant.to_bytes(4, "little")
 
 
+def tenant_of(name: bytes) -> int:
+    """The tenant of a name."""
+    return int.from_bytes(name[:4], "little")
+
+
 class Table:
     """Hands out row numbers 0..max_rows-1 to names (`tenant_prefix` + 32-byte key) and finds them again."""
 
@@ -72,6 +77,11 @@ class Table:
                     break
                 append(NO_ROW)
         return rows
+
+    @property
+    def bound(self) -> int:
+        """No row from here on was ever used."""
+        return self._fresh
 
     def available(self) -> int:
         """How many more rows can be added."""

@@ -48,7 +48,7 @@ def swap_entries(shard: Shard, first: bytes, second: bytes) -> None:
     locate(shard, first)
     locate(shard, second)
     with shard.lock:
-        rows = shard.index._rows
+        rows = shard.index.rows
         prefix = tenant_prefix(_TENANT)
         one, other = rows.table.find(prefix, first), rows.table.find(prefix, second)
         rows.node[one], rows.node[other] = rows.node[other], rows.node[one]

@@ -9,7 +9,7 @@ import signal
 import subprocess
 import sys
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from types import TracebackType
 from typing import IO
 
@@ -19,7 +19,8 @@ from mmcache.errors import TransportError
 class ServerProcess:
     """Starts a server on a free loopback port and stops it on leaving; `url` reaches it. Use as a context manager.
 
-    Extra words go to `mmcache serve` as they are; `environment` adds MMCACHE_ settings, of which none are inherited.
+    Extra words go to `mmcache serve` as they are; `environment` adds MMCACHE_ settings, of which none are inherited;
+    `under` comes before the command, and must become it (`ip netns exec NAME`).
     `said` is what it wrote to stderr, once it has ended. Raises TransportError with the server's own words if it does
     not become ready.
     """
@@ -31,8 +32,10 @@ class ServerProcess:
         listen: str = "127.0.0.1:0",
         ready_s: float = 30.0,
         environment: Mapping[str, str] | None = None,
+        under: Sequence[str] = (),
     ) -> None:
         command = [
+            *under,
             sys.executable,
             "-m",
             "mmcache",
@@ -49,7 +52,7 @@ class ServerProcess:
         self._environment = inherited | dict(environment or {})
         self._stderr: IO[bytes] | None = None
         self.process: subprocess.Popen[str] | None = None
-        self.url = self.unix_path = self.said = ""
+        self.url = self.unix_path = self.grpc_address = self.said = ""
 
     def start(self) -> ServerProcess:
         """Start it and wait until it accepts."""
@@ -70,6 +73,7 @@ class ServerProcess:
         ready = json.loads(line)
         self.process = process
         self.url, self.unix_path = ready["url"], ready["unix_path"]
+        self.grpc_address = ready.get("grpc_address", "")
         return self
 
     @property

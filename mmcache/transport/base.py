@@ -8,6 +8,7 @@ bytes (8), all little-endian. A reply repeats the request's operation and id.
 from __future__ import annotations
 
 import enum
+from collections.abc import Iterator, Sequence
 from struct import Struct
 from typing import Final, NamedTuple, Protocol
 
@@ -27,6 +28,10 @@ RING_SLOTS: Final = 4
 MAX_RING_NBYTES: Final = 64 << 20
 SLOT_NOTE: Final = Struct("<I")  # client to server: this many bytes are in the next slot
 SLOT_DONE: Final = b"\x01"  # server to client: the oldest slot is free again
+
+SHORT_NBYTES: Final = 32 << 10
+PIECE_NBYTES: Final = 1 << 20
+Buffer = bytes | bytearray | memoryview
 
 _PRELUDE = Struct("<4sBBHIIQ")
 assert _PRELUDE.size == PRELUDE_NBYTES
@@ -95,6 +100,31 @@ def parse_prelude(data: bytes | memoryview, max_body_nbytes: int) -> Prelude:
 def is_http(data: bytes) -> bool:
     """True if these first bytes are an HTTP request's."""
     return data[:4] in _HTTP_STARTS
+
+
+def pieces_of(buffers: Sequence[Buffer]) -> Iterator[Buffer]:
+    """What to send in one call each, in order: short buffers joined, long ones cut.
+
+    One large scatter-gather call would save system calls, but was measured at half the speed on loopback: the
+    receiver then lags behind by more than the CPU caches hold.
+    """
+    short = bytearray()
+    for buffer in buffers:
+        if len(buffer) <= SHORT_NBYTES:
+            short += buffer
+            if len(short) < SHORT_NBYTES:
+                continue
+        if short:
+            yield short
+            short = bytearray()
+        if len(buffer) <= SHORT_NBYTES:
+            continue
+        view = memoryview(buffer).cast("B")
+        step = len(view) if len(view) <= 2 * PIECE_NBYTES else PIECE_NBYTES
+        for start in range(0, len(view), step):
+            yield view[start : start + step]
+    if short:
+        yield short
 
 
 class Found(NamedTuple):

@@ -20,17 +20,24 @@ from struct import pack
 from typing import Any, Final
 
 from mmcache.errors import DeadlineExceeded, TransportError
+from mmcache.transport.base import Buffer, pieces_of
 
-Buffer = bytes | bytearray | memoryview
-_MAX_FDS: Final = 2
-SHORT_NBYTES: Final = 32 << 10
-PIECE_NBYTES: Final = 1 << 20
+MAX_FDS: Final = 2
 MAX_VIEWS: Final = 512  # in one system call; Linux takes 1024
 SPIN_S: Final = 100e-6
 CROWDED_S: Final = 500e-6  # a yield this long: somebody else had the CPU
 FIRST_REST_S: Final = 0.005
 LONGEST_REST_S: Final = 0.2
 READ_AHEAD_NBYTES: Final = 16 << 10  # small messages arrive whole in one system call; payloads bypass this
+
+
+def fds_in(ancillary: Sequence[tuple[int, int, bytes]]) -> list[int]:
+    """The file descriptors that came with a message; the caller owns them."""
+    fds = array.array("i")
+    for level, kind, payload in ancillary:
+        if level == socket.SOL_SOCKET and kind == socket.SCM_RIGHTS:
+            fds.frombytes(payload[: len(payload) - len(payload) % fds.itemsize])
+    return list(fds)
 
 
 def _timeval(seconds: float) -> bytes:
@@ -75,28 +82,9 @@ class Channel:
         return current_s
 
     def send(self, buffers: Sequence[Buffer], deadline: float | None) -> None:
-        """Send all the buffers, in order: short ones joined, long ones in pieces, each in a call of its own.
-
-        One large scatter-gather call would save system calls, but was measured at half the speed on loopback: the
-        receiver then lags behind by more than the CPU caches hold.
-        """
-        short = bytearray()
-        for buffer in buffers:
-            if len(buffer) <= SHORT_NBYTES:
-                short += buffer
-                if len(short) < SHORT_NBYTES:
-                    continue
-            if short:
-                self._send_all(short, deadline)
-                short = bytearray()
-            if len(buffer) <= SHORT_NBYTES:
-                continue
-            view = memoryview(buffer).cast("B")
-            step = len(view) if len(view) <= 2 * PIECE_NBYTES else PIECE_NBYTES
-            for start in range(0, len(view), step):
-                self._send_all(view[start : start + step], deadline)
-        if short:
-            self._send_all(short, deadline)
+        """Send all the buffers, in order."""
+        for piece in pieces_of(buffers):
+            self._send_all(piece, deadline)
 
     def _send_all(self, data: Buffer, deadline: float | None) -> None:
         sent = 0
@@ -108,7 +96,7 @@ class Channel:
             except BlockingIOError:
                 continue  # a little before the deadline: arming again tells
             except OSError as error:
-                raise _as_transport_error(error) from error
+                raise as_transport_error(error) from error
 
     def recv_into(self, views: Sequence[memoryview], deadline: float | None) -> None:
         """Fill the views (bytes) completely and in order: from what was read ahead, the rest straight from the socket,
@@ -145,7 +133,7 @@ class Channel:
             except BlockingIOError:
                 continue
             except OSError as error:
-                raise _as_transport_error(error) from error
+                raise as_transport_error(error) from error
             if count == 0:
                 raise TransportError("the peer closed the connection")
             self._end = count
@@ -159,7 +147,7 @@ class Channel:
         except BlockingIOError:
             return 0
         except OSError as error:
-            raise _as_transport_error(error) from error
+            raise as_transport_error(error) from error
         if count == 0 and len(view):
             raise TransportError("the peer closed the connection")
         return count
@@ -196,7 +184,7 @@ class Channel:
             except BlockingIOError:
                 pass
             except OSError as error:
-                raise _as_transport_error(error) from error
+                raise as_transport_error(error) from error
             else:
                 if count == 0:
                     raise TransportError("the peer closed the connection")
@@ -227,7 +215,7 @@ class Channel:
             except BlockingIOError:
                 continue  # a little before the deadline: arming again tells
             except OSError as error:
-                raise _as_transport_error(error) from error
+                raise as_transport_error(error) from error
             if count == 0:
                 raise TransportError("the peer closed the connection")
             return count
@@ -260,13 +248,13 @@ class Channel:
         try:
             sent = self.sock.sendmsg([data], rights)
         except OSError as error:
-            raise _as_transport_error(error) from error
+            raise as_transport_error(error) from error
         if sent < len(data):
             self.send([memoryview(data)[sent:]], deadline)
 
     def recv_with_fds(self, nbytes: int, deadline: float | None) -> tuple[bytes, list[int]]:
         """Exactly `nbytes` bytes and the file descriptors that came beside them; the caller owns those."""
-        space = socket.CMSG_SPACE(_MAX_FDS * 4)
+        space = socket.CMSG_SPACE(MAX_FDS * 4)
         while True:
             self._recv_timeout_s = self._arm(socket.SO_RCVTIMEO, self._recv_timeout_s, deadline)
             self._wait_for(select.POLLIN, deadline)
@@ -276,11 +264,8 @@ class Channel:
             except BlockingIOError:
                 continue  # a little before the deadline: arming again tells
             except OSError as error:
-                raise _as_transport_error(error) from error
-        fds = array.array("i")
-        for level, kind, payload in ancillary:
-            if level == socket.SOL_SOCKET and kind == socket.SCM_RIGHTS:
-                fds.frombytes(payload[: len(payload) - len(payload) % fds.itemsize])
+                raise as_transport_error(error) from error
+        fds = fds_in(ancillary)
         if not data:
             close_fds(fds)
             raise TransportError("the peer closed the connection")
@@ -289,12 +274,17 @@ class Channel:
         except TransportError:
             close_fds(fds)
             raise
-        return data + rest, list(fds)
+        return data + rest, fds
 
     @property
     def is_unix(self) -> bool:
         """True for a unix socket."""
         return self.sock.family == socket.AF_UNIX
+
+    @property
+    def is_tls(self) -> bool:
+        """True where what is sent is encrypted."""
+        return False
 
     @property
     def is_loopback(self) -> bool:
@@ -328,7 +318,8 @@ def close_fds(fds: Sequence[int]) -> None:
             os.close(fd)
 
 
-def _as_transport_error(error: OSError) -> TransportError:
+def as_transport_error(error: OSError) -> TransportError:
+    """What a socket's error is to a caller."""
     if isinstance(error, TransportError):
         return error
     return TransportError(f"the connection broke: {error}")

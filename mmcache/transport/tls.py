@@ -16,7 +16,8 @@ from typing import Final, NamedTuple, TypeVar
 
 from mmcache.errors import ConfigError, DeadlineExceeded, TransportError
 from mmcache.private_file import check_private
-from mmcache.transport.tcp import Buffer, Channel
+from mmcache.transport.base import Buffer
+from mmcache.transport.tcp import Channel
 
 T = TypeVar("T")
 HANDSHAKE_START: Final = b"\x16"  # the first byte of a TLS connection
@@ -91,7 +92,7 @@ def first_bytes(channel: Channel, nbytes: int, deadline: float) -> bytes:
     try:
         start = channel.sock.recv(nbytes, socket.MSG_PEEK)
     except OSError as error:
-        raise _as_transport_error(error) from error
+        raise as_tls_error(error) from error
     if not start:
         raise TransportError(_GONE)
     return start
@@ -119,6 +120,11 @@ class TlsChannel(Channel):
         self._until(self._tls.do_handshake, deadline)
 
     @property
+    def is_tls(self) -> bool:
+        """True."""
+        return True
+
+    @property
     def certificate(self) -> PeerCertificate | None:
         """What the peer showed, verified; None if it showed none."""
         found = self._tls.getpeercert()
@@ -140,7 +146,7 @@ class TlsChannel(Channel):
             except ssl.SSLWantWriteError:
                 event = select.POLLOUT
             except OSError as error:
-                raise _as_transport_error(error) from error
+                raise as_tls_error(error) from error
             self._wait(event, deadline)
 
     def _wait(self, event: int, deadline: float | None) -> None:
@@ -182,7 +188,7 @@ class TlsChannel(Channel):
         except (ssl.SSLWantReadError, ssl.SSLWantWriteError):
             return 0
         except OSError as error:
-            raise _as_transport_error(error) from error
+            raise as_tls_error(error) from error
 
     def wait_readable(self, deadline: float) -> None:
         """See Channel."""
@@ -195,7 +201,7 @@ class TlsChannel(Channel):
         except (ssl.SSLWantReadError, ssl.SSLWantWriteError):
             raise BlockingIOError from None
         except OSError as error:
-            raise _as_transport_error(error) from error
+            raise as_tls_error(error) from error
 
     def hang_up(self) -> None:
         """See Channel. Below TLS: SSLSocket.shutdown would make what another thread still sends plain."""
@@ -216,7 +222,7 @@ class TlsChannel(Channel):
                         return
 
 
-def _as_transport_error(error: OSError) -> TransportError:
+def as_tls_error(error: OSError) -> TransportError:
     if isinstance(error, TransportError):
         return error
     if isinstance(error, ssl.SSLCertVerificationError):

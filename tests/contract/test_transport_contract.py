@@ -1,4 +1,4 @@
-"""What every way to a shard must do alike: embedded, shared memory, a unix socket without it, TCP and TLS.
+"""What every way to a shard must do alike, whoever waits for it: embedded, shared memory, unix without it, TCP, TLS.
 
 The servers have small limits, so that batches and inline payloads are split on every path.
 """
@@ -24,6 +24,7 @@ from mmcache.tensors import Pieces, as_dtype, as_numpy
 from mmcache.testing.process import ServerProcess
 from mmcache.transport.base import RING_SLOTS, SLICE_NBYTES, Outcome
 from tests.integration.certificates import Authority
+from tests.integration.on_a_loop import OnALoop
 from tests.integration.support import blanks, eventually, keys_of, value_of, values_of
 
 MEMORY = 64 << 20
@@ -50,22 +51,34 @@ def tls_url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
         yield f"{process.url}?ca={authority.ca}&transport=tcp"
 
 
+@pytest.fixture(scope="module", params=["blocking", "asyncio"])
+def waits_by(request: pytest.FixtureRequest) -> str:
+    return str(request.param)
+
+
 @pytest.fixture(scope="module", params=["embedded", "shm", "unix", "tcp", "tls"])
-def cache(request: pytest.FixtureRequest, server: ServerProcess) -> Iterator[Client]:
+def cache(request: pytest.FixtureRequest, waits_by: str, server: ServerProcess) -> Iterator[Any]:
+    urls = {
+        "shm": f"{server.url}?transport=shm",
+        "unix": f"mmcache+unix://{server.unix_path}?transport=tcp",
+        "tcp": f"{server.url}?transport=tcp",
+    }
+    client: Any
     if request.param == "embedded":
         limits = ServerConfig(
             listen="", unix_path="", memory_nbytes=MEMORY, max_batch_keys=BATCH_KEYS, max_inline_nbytes=INLINE_NBYTES
         )
-        client: Client = EmbeddedClient(ClientConfig(scheme="embedded", deadline_s=20), limits)
-    elif request.param == "tls":
-        client = mmcache.connect(request.getfixturevalue("tls_url"), deadline_s=20)
+        config = ClientConfig(scheme="embedded", deadline_s=20)
+        if waits_by == "asyncio":
+            client = OnALoop(mmcache.AsyncClient(config, server_config=limits))
+        else:
+            client = EmbeddedClient(config, limits)
     else:
-        url = {
-            "shm": f"{server.url}?transport=shm",
-            "unix": f"mmcache+unix://{server.unix_path}?transport=tcp",
-            "tcp": f"{server.url}?transport=tcp",
-        }[request.param]
-        client = mmcache.connect(url, deadline_s=20)
+        url = urls[request.param] if request.param in urls else request.getfixturevalue("tls_url")
+        if waits_by == "asyncio":
+            client = OnALoop(mmcache.AsyncClient(url, deadline_s=20))
+        else:
+            client = mmcache.connect(url, deadline_s=20)
     with client:
         reached_by = {"embedded": "shm"}.get(request.param, request.param)
         assert client.stat()["transport"] == reached_by

@@ -11,21 +11,19 @@ import signal
 import sys
 import time
 from collections.abc import Iterator
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
 
 import mmcache
 from mmcache.client.link import Dialer, Link
-from mmcache.client.protocol import Acquired, Flow, put_result
+from mmcache.client.protocol import Acquired, Conversation, Flow, put_result
 from mmcache.config import parse_url
 from mmcache.errors import LeaseLost
 from mmcache.frame import Kind
 from mmcache.keyset import Keys
 from mmcache.tensors import as_numpy
 from tests.integration.support import blanks, keys_of, segments_of, value_of, values_of
-
-T = TypeVar("T")
 
 
 def say(**what: Any) -> None:
@@ -64,17 +62,17 @@ def hold(url: str, label: str, count: str, nbytes: str) -> None:
 
 def _stop_after_acquire() -> None:
     """From now on, stop once, as soon as the server has said where entries lie."""
-    run, done = Link.run, False
+    acquire, done = Conversation.acquire, False
 
-    def run_and_stop(self: Link, flow: Flow[T], deadline: float) -> T:
+    def acquire_and_stop(self: Conversation, *words: Any, **more: Any) -> Flow[Acquired]:
         nonlocal done
-        result = run(self, flow, deadline)
-        if isinstance(result, Acquired) and not done:
+        acquired = yield from acquire(self, *words, **more)
+        if not done:
             done = True
             stop()
-        return result
+        return acquired
 
-    Link.run = run_and_stop  # type: ignore[method-assign]
+    Conversation.acquire = acquire_and_stop  # type: ignore[method-assign]
 
 
 def stop_in_get(url: str, label: str, count: str, nbytes: str, verify: str) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import io
 import json
 import os
 import signal
@@ -12,7 +13,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, NamedTuple, Self
 
 import blake3
 import numpy as np
@@ -238,6 +239,38 @@ def child(*words: str) -> Iterator[Child]:
     finally:
         running.process.kill()
         running.process.communicate()
+
+
+class Ended(NamedTuple):
+    """How a command ended, and what it said."""
+
+    returncode: int
+    stdout: str
+    stderr: str
+
+
+def run_here(*words: str) -> Ended:
+    """The command line in this process: what it says and does is the same, without a second for a new interpreter."""
+    from mmcache.cli import main
+
+    out, err = io.StringIO(), io.StringIO()
+    code: object = 0
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err), arguments(["mmcache", *words]):
+        try:
+            main()
+        except SystemExit as ended:
+            code = ended.code
+    return Ended(code if isinstance(code, int) else 0, out.getvalue(), err.getvalue())
+
+
+@contextlib.contextmanager
+def arguments(words: list[str]) -> Iterator[None]:
+    """The process's arguments, for a while."""
+    before, sys.argv = sys.argv, words
+    try:
+        yield
+    finally:
+        sys.argv = before
 
 
 def run_cli(*words: str, environment: dict[str, str] | None = None) -> subprocess.CompletedProcess[str]:

@@ -24,7 +24,7 @@ def test_with_enough_memory_it_hits_like_an_endless_cache_and_reads_nothing_wron
     assert report.wrong == 0
     assert report.verify_failures == 0
     assert report.got == report.ideal == report.lru
-    assert report.compared == report.got.kv.hits + report.got.embedding.hits > 200
+    assert report.compared == report.got["kv"].hits + report.got["embedding"].hits > 200
     assert set(report.outcomes) == {"hit", "miss", "stored"}
     assert seen == [(done, report.requests) for done in range(1, report.requests + 1)]
 

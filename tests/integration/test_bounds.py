@@ -18,7 +18,7 @@ from mmcache.config import ServerConfig
 from mmcache.errors import DeadlineExceeded, TransportError
 from mmcache.keys import namespace_id
 from mmcache.pb import cache_pb2 as pb
-from mmcache.store import shard as shard_module
+from mmcache.store import namespaces as namespaces_module
 from mmcache.store.shard import Shard
 from mmcache.testing.process import ServerProcess
 from mmcache.transport.base import PLACE, PRELUDE_NBYTES, Op, pack_prelude, parse_prelude
@@ -159,7 +159,7 @@ def test_announced_bytes_that_never_come_cost_no_memory_and_no_time() -> None:
 
 
 def test_facts_of_namespaces_are_kept_within_a_budget(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(shard_module, "MAX_NAMESPACES_NBYTES", 2500)
+    monkeypatch.setattr(namespaces_module, "MAX_FACTS_NBYTES", 2500)
     shard = Shard(ServerConfig(memory_nbytes=MiB))
     facts = [{"model": f"m{i}", "text": "x" * 1000} for i in range(4)]
     ids = [namespace_id("kv", one) for one in facts]

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 import numpy as np
 import pytest
 
+import mmcache
 from mmcache.client.blocking import Client
 from mmcache.config import ClientConfig, ServerConfig
 from mmcache.embedded import EmbeddedClient
@@ -16,6 +18,7 @@ from mmcache.store.shard import Shard
 from mmcache.tensors import Pieces
 from mmcache.testing import faults
 from mmcache.transport.base import SLICE_NBYTES, Outcome
+from tests.integration.on_a_loop import OnALoop
 from tests.integration.support import blanks, keys_of, value_of, values_of
 
 NBYTES = 2 * SLICE_NBYTES + 100
@@ -23,19 +26,22 @@ HEADER_BITS = [0, 8 * 10 + 3, 8 * 32, 8 * 100, 8 * 180 + 7, 8 * 300, 8 * 400]  #
 PAYLOAD_BITS = [8 * 448, 8 * (448 + SLICE_NBYTES), 8 * (448 + NBYTES) - 1]
 
 
-@pytest.fixture(params=["shm", "tcp"])
+@pytest.fixture(params=["shm", "tcp", "asyncio shm", "asyncio tcp"])
 def reached(request: pytest.FixtureRequest) -> Iterator[tuple[Client, Shard]]:
     """A client of a server in this process, so that faults can be planted in its shard."""
     if request.param == "shm":
         with faults.embedded(16 << 20) as (client, shard):
             yield client, shard
         return
-    server = Server(ServerConfig(listen="127.0.0.1:0", unix_path="", memory_nbytes=16 << 20))
+    unix_path = "auto" if "shm" in request.param else ""
+    server = Server(ServerConfig(listen="127.0.0.1:0", unix_path=unix_path, memory_nbytes=16 << 20))
     server.start()
     assert server.address is not None
     host, port = server.address
-    with Client(ClientConfig(host=host, port=port)) as client:
-        assert client.stat()["transport"] == "tcp"
+    config = ClientConfig(host=host, port=port)
+    any_client: Any = OnALoop(mmcache.AsyncClient(config)) if "asyncio" in request.param else Client(config)
+    with any_client as client:
+        assert client.stat()["transport"] == request.param.split()[-1]
         yield client, server.shard
     server.stop()
 

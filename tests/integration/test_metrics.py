@@ -13,8 +13,9 @@ from prometheus_client.parser import text_string_to_metric_families
 
 import mmcache
 from mmcache.config import ServerConfig
-from mmcache.errors import ConfigError, TransportError
-from mmcache.metrics import KIND_PREFIX, KINDS, METRICS
+from mmcache.errors import ConfigError, TransportError, UsageError
+from mmcache.media import Media
+from mmcache.metrics import LABELLED, METRICS
 from mmcache.server.serve import Server
 from mmcache.testing import faults
 from tests.integration.support import blanks, keys_of, run_cli, values_of
@@ -54,9 +55,11 @@ def test_the_page_shows_what_stat_shows_after_real_work() -> None:
     assert page["mmcache_misses_total"] == 2
     assert page["mmcache_corrupt_dropped_total"] == page["mmcache_put_present_total"] == 1
     assert page[f"mmcache_build_info:{mmcache.__version__}"] == 1
+    labelled = {one.prefix + value + one.suffix: (one, value) for one in LABELLED for value in one.values}
     for name, number in stat.items():
-        if name.removeprefix(KIND_PREFIX) in KINDS:
-            assert page[f"mmcache_stored_bytes:{name.removeprefix(KIND_PREFIX)}"] == number
+        if name in labelled:
+            one, value = labelled[name]
+            assert page[f"mmcache_{one.name}{'_total' if one.grows else ''}:{value}"] == one.scale * number
         else:
             meaning = METRICS[name]  # a number without a meaning would be a KeyError here
             assert page[f"mmcache_{meaning.name}{'_total' if meaning.grows else ''}"] == number
@@ -73,7 +76,8 @@ def test_every_number_is_named_once_and_told_of() -> None:
     assert [name for name in METRICS if f"`{name}`" not in told] == []
     page = {f"mmcache_{meaning.name}{'_total' if meaning.grows else ''}" for meaning in METRICS.values()}
     used = set(re.findall(r"mmcache_[a-z_]+", (DOCS / "operations.md").read_text()))
-    assert used - page == {"mmcache_stored_bytes"}
+    page |= {f"mmcache_{one.name}{'_total' if one.grows else ''}" for one in LABELLED}
+    assert used <= page
 
 
 def test_without_the_option_there_is_no_page_and_elsewhere_it_is_refused() -> None:
@@ -111,3 +115,26 @@ def test_values_survive_many_scrapes() -> None:
             assert all(client.get_into(keys, back))
             assert np.array_equal(back[0], value), number
     server.stop()
+
+
+def test_what_values_were_computed_from_is_counted_where_writers_say_it() -> None:
+    server = started(metrics="127.0.0.1:0")
+    assert server.address is not None
+    with mmcache.connect("mmcache://{}:{}".format(*server.address)) as client:
+        keys = keys_of(3, "media")
+        known = [Media("image", pixels=640 * 480), None, Media("audio", audio_s=2.5)]
+        assert all(client.put(keys, values_of(keys, 500), media=known))
+        for _ in range(2):
+            assert all(client.get_into(keys, blanks(3, 500)))
+        page = scrape(server.metrics_url)
+        with pytest.raises(UsageError, match="one Media"):
+            client.put(keys, values_of(keys, 500), media=known[:2])
+        with pytest.raises(UsageError, match="'smell' is unknown"):
+            Media("smell")
+    server.stop()
+    assert page["mmcache_media_hits_total:image"] == 2
+    assert page["mmcache_hit_pixels_total:image"] == 2 * 640 * 480
+    assert page["mmcache_stored_audio_seconds_total:audio"] == 2.5
+    assert page["mmcache_hit_audio_seconds_total:audio"] == 5.0
+    assert page["mmcache_kind_hits_total:kv"] == 6
+    assert page["mmcache_media_stored_total:video"] == 0

@@ -15,7 +15,8 @@ from mmcache.server import serve
 from mmcache.server.access import Access
 from mmcache.server.access_edit import find_token, with_token, without_token
 from mmcache.server.caller import Caller
-from mmcache.server.grants import Quota, digest_of, parse_grants
+from mmcache.server.grants import digest_of, parse_grants
+from mmcache.store.usage import Quota
 
 
 def written(path: Path, text: str, mode: int = 0o600) -> str:
@@ -47,7 +48,7 @@ def test_tokens_come_and_go_and_tenants_keep_their_numbers(tmp_path: Path) -> No
     written(path, file_of(("a", "a2")))
     assert access.refresh()
     assert access.by_token("a2") == Caller(1, "a", admin=False)
-    assert access.names == {1: "a", 2: "b", 3: "c"}
+    assert [access.tenants.name(number) for number in (1, 2, 3)] == ["a", "b", "c"]
     assert not access.refresh()
 
 

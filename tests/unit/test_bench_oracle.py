@@ -5,7 +5,7 @@ from __future__ import annotations
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mmcache.bench.oracle import Entry, ExactLRU, Step, replay
+from mmcache.bench.oracle import Entry, ExactLRU, PrefixStep, Tallies, Tally, replay
 
 
 def entry(name: str, parent: str = "", nbytes: int = 10) -> Entry:
@@ -94,17 +94,36 @@ def test_storing_again_writes_nothing_but_touches() -> None:
 
 def test_replay_counts_as_an_engine_would() -> None:
     blocks = chain("abcd")
-    step = Step(blocks, ((2, entry("p", nbytes=7)), (4, entry("q", nbytes=7)), (4, entry("q", nbytes=7))))
-    longer = Step((*blocks, entry("e", "d")), step.embeddings)
-    other = Step((*blocks[:2], entry("x", "b")), ((1, entry("p", nbytes=7)), (3, entry("q", nbytes=7))))
+    step = PrefixStep(blocks, ((2, entry("p", nbytes=7)), (4, entry("q", nbytes=7)), (4, entry("q", nbytes=7))))
+    longer = PrefixStep((*blocks, entry("e", "d")), step.embeddings)
+    other = PrefixStep((*blocks[:2], entry("x", "b")), ((1, entry("p", nbytes=7)), (3, entry("q", nbytes=7))))
     got = replay([step, longer, other], ExactLRU())
-    assert (got.kv.lookups, got.kv.hits) == (4 + 5 + 3, 0 + 4 + 2)
-    assert (got.kv.bytes_read, got.kv.bytes_written) == (60, 60)
+    assert (got["kv"].lookups, got["kv"].hits) == (4 + 5 + 3, 0 + 4 + 2)
+    assert (got["kv"].bytes_read, got["kv"].bytes_written) == (60, 60)
     # the first asks for p and q once each, the second for none, the third for q: p lies inside its two hits
-    assert (got.embedding.lookups, got.embedding.hits) == (3, 1)
-    assert (got.embedding.bytes_read, got.embedding.bytes_written) == (7, 14)
+    assert (got["embedding"].lookups, got["embedding"].hits) == (3, 1)
+    assert (got["embedding"].bytes_read, got["embedding"].bytes_written) == (7, 14)
     assert got.hit_rate == 7 / 15
-    assert got.kv.hit_rate == 0.5
+    assert got["kv"].hit_rate == 0.5
+
+
+def test_what_an_answer_completes_is_stored_for_the_next_turn_and_not_looked_up() -> None:
+    first = PrefixStep(chain("abcd")[:2], (), generated=chain("abcd")[2:])
+    second = PrefixStep(chain("abcdef")[:5], (), generated=chain("abcdef")[5:])
+    got = replay([first, second], ExactLRU())
+    assert (got["kv"].lookups, got["kv"].hits) == (2 + 5, 0 + 4)
+    assert got["kv"].bytes_written == 60
+    assert [moment["kv"] for moment in got.history] == [(2, 0, 0, 40), (7, 4, 40, 60)]
+
+
+def test_totals_are_of_all_kinds() -> None:
+    got = Tallies({"a": Tally(4, 1, 10, 20), "b": Tally(6, 4, 1, 2)})
+    assert got.total() == Tally(10, 5, 11, 22)
+    assert got.hit_rate == 0.5
+    other = Tallies({"a": Tally(4, 1, 10, 20), "b": Tally(6, 4, 1, 2)})
+    assert got == other
+    other.mark()
+    assert got != other
 
 
 def test_no_lookups_is_a_hit_rate_of_zero() -> None:
@@ -113,12 +132,12 @@ def test_no_lookups_is_a_hit_rate_of_zero() -> None:
 
 @given(st.lists(st.integers(0, 8), max_size=60), st.integers(1, 6))
 def test_a_hit_is_an_entry_with_fewer_others_used_since_than_fit(accesses: list[int], capacity: int) -> None:
-    steps = [Step((), ((1, entry(str(name), nbytes=1)),)) for name in accesses]
+    steps = [PrefixStep((), ((1, entry(str(name), nbytes=1)),)) for name in accesses]
     expected = 0
     for at, name in enumerate(accesses):
         earlier = [i for i in range(at) if accesses[i] == name]
         expected += bool(earlier) and len(set(accesses[earlier[-1] + 1 : at])) < capacity
-    assert replay(steps, ExactLRU(capacity)).embedding.hits == expected
+    assert replay(steps, ExactLRU(capacity))["embedding"].hits == expected
 
 
 @given(st.lists(st.text("ab", min_size=1, max_size=6), max_size=40), st.integers(6, 14))

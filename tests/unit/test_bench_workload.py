@@ -48,8 +48,8 @@ def test_equal_tokens_over_other_media_are_in_the_workload(quick: list[Request])
 def test_some_reuse_is_possible_and_some_is_not(quick: list[Request]) -> None:
     steps = [request.step(QWEN2_VL_2B, EMBEDDING_NBYTES) for request in quick]
     ideal = replay(steps, ExactLRU())
-    assert 0.3 < ideal.kv.hit_rate < 0.9
-    assert 0.3 < ideal.embedding.hit_rate < 0.9
+    assert 0.3 < ideal["kv"].hit_rate < 0.9
+    assert 0.3 < ideal["embedding"].hit_rate < 0.9
 
 
 def picture(name: str) -> Picture:

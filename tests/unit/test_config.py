@@ -207,6 +207,8 @@ def test_a_bad_variable_is_named(variable: str, value: str, message: str) -> Non
         ({"max_body_nbytes": -5}, "max_body_nbytes is -5"),
         ({"max_inline_nbytes": 0}, "max_inline_nbytes"),
         ({"max_inflight_nbytes": 0}, "max_inflight_nbytes"),
+        ({"max_grpc_nbytes": 0}, "max_grpc_nbytes"),
+        ({"max_grpc_nbytes": GiB + 1}, "at most 1GiB"),
         ({"io_timeout_s": 0}, "io_timeout_s"),
         ({"max_entries": -1}, "cannot be negative"),
         ({"drain_s": -0.1}, "cannot be negative"),

@@ -13,7 +13,8 @@ from hypothesis import strategies as st
 
 from mmcache.errors import ConfigError
 from mmcache.server.access_edit import find_token, with_token, without_token
-from mmcache.server.grants import Admitted, Grants, Quota, digest_of, parse_grants
+from mmcache.server.grants import Admitted, Grants, digest_of, parse_grants
+from mmcache.store.usage import Quota
 
 A, B = digest_of("token of a"), digest_of("token of b")
 NOW_S = 1_800_000_000.0

@@ -192,9 +192,9 @@ def test_bytes_by_kind_follow_what_is_stored() -> None:
     for number, kind in ((1, 1), (2, 2), (3, 2)):
         bed.index.reserve(0, key(number), ROOT, 50, reservation_id=number, now=0.0, kind=kind)
         assert bed.commit(number)
-    assert bed.index.nbytes_by_kind() == {1: 50, 2: 100}
+    assert dict(+bed.index.usage.by_kind) == {1: 50, 2: 100}
     bed.index.delete(0, [key(1)], 0.0)
-    assert bed.index.nbytes_by_kind() == {2: 100}
+    assert dict(+bed.index.usage.by_kind) == {2: 100}
 
 
 def test_calls_that_break_the_contract_change_nothing() -> None:
@@ -244,6 +244,6 @@ def test_check_integrity_notices_damage(column: str) -> None:
     for number in range(1, 6):
         bed.put(key(number), key(number - 1))
     bed.acquire(key(3))
-    getattr(bed.index._rows, column)[2] ^= 1
+    getattr(bed.index.rows, column)[2] ^= 1
     with pytest.raises(AssertionError):
         bed.index.check_integrity()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 
 from mmcache.store import index as index_module
+from mmcache.store import ledger as ledger_module
 from mmcache.store.answers import Found, Refusal, Reserved, Unpinned
 from tests.unit.index_bed import SUM, UNIT, Bed, key
 
@@ -224,7 +225,7 @@ def test_one_call_looks_at_a_bounded_number_of_rows_that_may_not_leave(monkeypat
 
 
 def test_one_call_drops_a_bounded_number_of_expired_leases(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(index_module, "EXPIRE_CLAIMS", 3)
+    monkeypatch.setattr(ledger_module, "EXPIRE_CLAIMS", 3)
     bed = Bed()
     bed.put(key(1))
     for _ in range(7):
@@ -281,7 +282,7 @@ def test_blocks_stored_in_order_need_no_search_for_the_one_that_may_leave(monkey
 
 
 def test_making_room_drops_a_bounded_number_of_expired_leases(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(index_module, "EXPIRE_CLAIMS", 1)
+    monkeypatch.setattr(ledger_module, "EXPIRE_CLAIMS", 1)
     bed = Bed(units=12)
     for number in range(1, 13):
         bed.put(key(number), key(number - 1))

@@ -61,3 +61,13 @@ def test_a_breaker_doubles_its_pause_up_to_a_limit_and_forgets_on_success() -> N
     assert breaker.allows(0.0)
     breaker.failed(200.0)
     assert breaker.retry_at == pytest.approx(200.0 + FIRST_PAUSE_S)
+
+
+def test_a_call_that_was_under_way_when_the_server_failed_does_not_say_that_it_is_back() -> None:
+    breaker = Breaker()
+    before = breaker.failures
+    breaker.failed(10.0)
+    assert not breaker.succeeded(before)
+    assert not breaker.allows(10.0)
+    assert breaker.succeeded(breaker.failures)
+    assert breaker.allows(10.0)

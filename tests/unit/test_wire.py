@@ -13,7 +13,7 @@ from google.protobuf.message import Message
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mmcache.client.protocol import Conversation, Flow, Recv, Send, put_result
+from mmcache.client.protocol import Conversation, Flow, Recv, RecvInto, Send, put_result
 from mmcache.errors import ProtocolError, RequestRefused
 from mmcache.frame import FrameMeta, Kind, TensorSpec, frame_segments, pack_header
 from mmcache.frame_view import Frame
@@ -53,6 +53,7 @@ def drive(flow: Flow[T], script: bytes = b"") -> tuple[T, bytes, bytes]:
         if isinstance(effect, Send):
             sent += b"".join(effect.buffers)
             continue
+        assert isinstance(effect, (Recv, RecvInto))
         nbytes = effect.nbytes if isinstance(effect, Recv) else sum(map(len, effect.views))
         assert nbytes <= MAX_BODY_NBYTES
         if nbytes > len(script):

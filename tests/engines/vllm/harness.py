@@ -25,6 +25,7 @@ from typing import IO, Any, Self
 from mmcache.config import ServerConfig
 from mmcache.server.serve import Server
 from mmcache.store.rows import LIVE
+from mmcache.store.steward import EVERYTHING, Steward
 from mmcache.store.table import tenant_prefix
 from mmcache.testing import faults
 from tests.engines.vllm.models import FOLDER, IMAGE, MODELS, ROOT
@@ -339,7 +340,7 @@ class Cache:
     def digests(self) -> list[bytes]:
         """Every stored key."""
         with self.server.shard.lock:
-            rows = self.server.shard.index._rows
+            rows = self.server.shard.index.rows
             used = sorted(rows.table.check_integrity())
             return [rows.table.name(row)[TENANT_NBYTES:] for row in used if rows.state[row] == LIVE]
 
@@ -349,7 +350,8 @@ class Cache:
 
     def varying_facts(self) -> set[str]:
         """The facts that are not the same in all namespaces that clients declared."""
-        declared = [set(one.facts.items()) for one in self.server.shard._namespaces.values()]
+        namespaces = Steward(self.server.shard).namespaces(EVERYTHING)
+        declared = [set(use.known.facts.items()) for use in namespaces if use.known.kind]
         shared = declared[0].intersection(*declared[1:])
         return {name for facts in declared for name, _ in facts - shared}
 

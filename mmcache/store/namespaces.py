@@ -1,0 +1,171 @@
+"""What is known of namespaces: a number for each that a tenant uses, its declared facts, and what operators allow it.
+
+Entries carry the number. PURE: no clock, no randomness, no I/O.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from enum import IntFlag
+
+from mmcache.store.usage import UNKNOWN
+
+MAX_NAMESPACES = 65536
+MAX_FACTS_NBYTES = 64 << 20  # of all declarations; the oldest are forgotten first
+MAX_RULES = 256
+
+
+class Stopped(IntFlag):
+    """What operators have stopped. The numbers are those of the schema's Mode: BOTH, READ, WRITE, OFF."""
+
+    NOTHING = 0
+    WRITES = 1
+    READS = 2
+    BOTH = 3
+
+
+@dataclass(frozen=True, slots=True)
+class Selection:
+    """Which entries: all that agree with every field given.
+
+    `namespace`: the first bytes of its id. `facts`: of the namespace; a value also selects what ends in "/" + value,
+    so that `model=Qwen2.5-VL-7B` finds `Qwen/Qwen2.5-VL-7B`. `tenant`: its number. `older_than_s`: seconds since
+    it was stored.
+    """
+
+    namespace: bytes = b""
+    kind: str = ""
+    facts: Mapping[str, str] = field(default_factory=dict)
+    tenant: int | None = None
+    older_than_s: float = 0.0
+
+    def selects(self, known: Known) -> bool:
+        """Whether a namespace agrees, its entries' ages apart. One that was never declared has no kind and no facts."""
+        return (
+            known.namespace.startswith(self.namespace)
+            and self.tenant in (None, known.tenant)
+            and self.kind in ("", known.kind)
+            and all(_agrees(known.facts.get(name), value) for name, value in self.facts.items())
+        )
+
+
+def _agrees(fact: str | None, value: str) -> bool:
+    return fact is not None and (fact == value or fact.endswith(f"/{value}"))
+
+
+@dataclass(slots=True)
+class Known:
+    """One namespace of one tenant. Kind and facts are empty until a client declares them."""
+
+    tenant: int
+    namespace: bytes
+    kind: str = ""
+    facts: Mapping[str, str] = field(default_factory=dict)
+    facts_nbytes: int = 0
+
+
+class Namespaces:
+    """Numbers for namespaces, from 1 on; 0 stands for those nobody named, or too many to number."""
+
+    def __init__(self) -> None:
+        self._known: dict[int, Known] = {}
+        self._numbers: dict[tuple[int, bytes], int] = {}
+        self._facts_nbytes = 0
+        self._next = 1
+        self._rules: list[tuple[Selection, Stopped]] = []
+        self.forgotten = 0
+        self.unreadable: set[int] = set()
+        self.unwritable: set[int] = set()
+
+    def number(self, tenant: int, namespace: bytes, in_use: Mapping[int, int]) -> int:
+        """The number of a namespace, a new one for a new one. When there are too many, the oldest that is not
+        `in_use` is forgotten, and, where all are, the answer is UNKNOWN."""
+        number = self._numbers.get((tenant, namespace))
+        if number is not None:
+            return number
+        if len(self._known) >= MAX_NAMESPACES:
+            idle = next((number for number in self._known if number not in in_use), None)
+            if idle is None:
+                return UNKNOWN
+            self._forget(idle)
+        number, self._next = self._next, self._next + 1
+        self._known[number] = Known(tenant, namespace)
+        self._numbers[tenant, namespace] = number
+        self._apply(number)
+        return number
+
+    def _forget(self, number: int) -> None:
+        known = self._known.pop(number)
+        del self._numbers[known.tenant, known.namespace]
+        self._facts_nbytes -= known.facts_nbytes
+        self.forgotten += bool(known.facts_nbytes)
+        self.unreadable.discard(number)
+        self.unwritable.discard(number)
+
+    def declare(self, number: int, kind: str, facts: Mapping[str, str]) -> None:
+        """The facts of a numbered namespace; those declared first are forgotten when all take too many bytes."""
+        known = self._known.get(number)
+        if known is None or known.kind:
+            return
+        nbytes = sum(len(name.encode()) + len(text.encode()) for name, text in facts.items()) + len(kind)
+        known.kind, known.facts, known.facts_nbytes = kind, dict(facts), nbytes
+        self._facts_nbytes += nbytes
+        for other in self._known.values():
+            if self._facts_nbytes <= MAX_FACTS_NBYTES:
+                break
+            if other is not known and other.facts_nbytes:
+                self._facts_nbytes -= other.facts_nbytes
+                other.kind, other.facts, other.facts_nbytes = "", {}, 0
+                self.forgotten += 1
+        self._apply(number)
+
+    def find(self, tenant: int, namespace: bytes) -> Known | None:
+        """What is known of a namespace of this tenant."""
+        return self._known.get(self._numbers.get((tenant, namespace), UNKNOWN))
+
+    def known(self, number: int) -> Known | None:
+        """What is known of a numbered namespace."""
+        return self._known.get(number)
+
+    def selected(self, selection: Selection) -> Iterator[int]:
+        """The numbers of the namespaces that a selection selects. UNKNOWN is selected when nothing is asked of it."""
+        if not (selection.namespace or selection.kind or selection.facts or selection.tenant is not None):
+            yield UNKNOWN
+        yield from (number for number, known in self._known.items() if selection.selects(known))
+
+    # What operators allow
+
+    def stop(self, selection: Selection, stopped: Stopped) -> bool:
+        """From now on for every namespace selected, also those to come; a selection given before is replaced.
+        False, and nothing changes, when there are `MAX_RULES` already."""
+        rules = [rule for rule in self._rules if rule[0] != selection]
+        if stopped:
+            if len(rules) >= MAX_RULES:
+                return False
+            rules.append((selection, stopped))
+        self._rules = rules
+        self.unreadable.clear()
+        self.unwritable.clear()
+        if rules:
+            for number in self._known:
+                self._apply(number)
+        return True
+
+    def rules(self) -> list[tuple[Selection, Stopped]]:
+        """Those in force, oldest first."""
+        return list(self._rules)
+
+    def stopped(self, number: int) -> Stopped:
+        """What is stopped for a namespace: the sum of the rules that select it."""
+        reads = Stopped.READS if number in self.unreadable else Stopped.NOTHING
+        return reads | (Stopped.WRITES if number in self.unwritable else Stopped.NOTHING)
+
+    def _apply(self, number: int) -> None:
+        known = self._known[number]
+        for selection, stopped in self._rules:
+            if selection.selects(known):
+                if stopped & Stopped.READS:
+                    self.unreadable.add(number)
+                if stopped & Stopped.WRITES:
+                    self.unwritable.add(number)

@@ -1,0 +1,108 @@
+"""`mmcache bench chat`, `diffusion` and `transfer` against real caches: what must hit does, damage is seen."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+from mmcache.bench import chat, diffusion
+from mmcache.bench.report import Report
+from mmcache.bench.run import Options
+from mmcache.cli import app
+from mmcache.errors import ConfigError
+from mmcache.testing.process import ServerProcess
+from tests.integration.support import run_cli
+
+RUNS: dict[str, Callable[..., Report]] = {"chat": chat.run, "diffusion": diffusion.run}
+ROW_FIELDS = {
+    "transport", "op", "size_bytes", "batch", "clients", "gbps", "ratio_to_memcpy", "p50_us", "p99_us", "verified",
+}  # fmt: skip
+
+
+def check_html(file: Path, command: str) -> None:
+    text = file.read_text()
+    assert text.startswith("<!DOCTYPE html>")
+    assert text.count('<svg class="plot"') > 3
+    assert f"<code>mmcache {command}" in text
+
+
+@pytest.mark.parametrize("name", RUNS)
+def test_with_enough_memory_it_hits_like_an_endless_cache(name: str, tmp_path: Path) -> None:
+    file = tmp_path / "report.html"
+    ended = run_cli("bench", name, "--scale", "quick", "--json", "-", "--html", str(file))
+    assert ended.returncode == 0
+    found = json.loads(ended.stdout)
+    assert abs(found["hit_rate"] - found["ideal_hit_rate"]) < 0.01
+    assert (found["ok"], found["wrong"], found["verify_failures"]) == (True, 0, 0)
+    assert found["compared"] == sum(kind["hits"] for kind in found["by_kind"].values()) > 50
+    assert all(0 < kind["hit_rate"] == kind["ideal_hit_rate"] < 1 for kind in found["by_kind"].values())
+    assert set(found["outcomes"]) == {"hit", "miss", "stored"}
+    check_html(file, f"bench {name} --scale quick")
+
+
+@pytest.mark.parametrize("name", RUNS)
+def test_it_equals_the_replay_at_every_request(name: str) -> None:
+    with ServerProcess(memory="200MiB") as server:
+        seen: list[tuple[int, int]] = []
+        report = RUNS[name](
+            Options(connect=f"{server.url}?transport=tcp", scale="quick"),
+            lambda done, total: seen.append((done, total)),
+        )
+    assert report.ok
+    assert report.got == report.ideal == report.lru  # the history too
+    assert len(report.got.history) == report.requests == len(seen)
+
+
+def test_in_less_memory_it_hits_about_like_an_exact_lru_and_reads_nothing_wrong() -> None:
+    report = diffusion.run(Options(scale="quick", memory="50%"))
+    assert report.ok
+    assert report.got.hit_rate < report.ideal.hit_rate
+    assert abs(report.got.hit_rate - report.lru.hit_rate) < 0.05
+    assert report.compared > 50
+
+
+@pytest.mark.parametrize("name", RUNS)
+def test_damage_shows_when_reads_are_not_verified(name: str) -> None:
+    report = RUNS[name](Options(scale="quick", inject="wrong", verify=False))
+    assert report.injected > 0
+    assert report.wrong > 0
+    assert report.ok
+
+
+@pytest.mark.parametrize("name", RUNS)
+def test_damage_is_caught_by_verified_reads(name: str) -> None:
+    report = RUNS[name](Options(scale="quick", inject="corrupt"))
+    assert report.verify_failures > 0
+    assert report.wrong == 0
+    assert report.ok
+
+
+def test_options_that_cannot_work_are_refused() -> None:
+    with pytest.raises(ConfigError, match="full, quick"):
+        Options(scale="huge")
+    ended = run_cli("bench", "chat", "--html", "/no/such/folder/report.html")
+    assert (ended.returncode, ended.stderr.count("\n")) == (2, 1)
+    assert "give --html a file that can be written" in ended.stderr
+
+
+def test_transfer_measures_every_row_and_checks_what_arrived(tmp_path: Path) -> None:
+    file = tmp_path / "report.html"
+    ended = CliRunner().invoke(app, ["bench", "transfer", "--quick", "--json", "-", "--html", str(file)])
+    assert ended.exit_code == 0
+    found = json.loads(ended.stdout)
+    rows = found["rows"]
+    assert {frozenset(row) for row in rows} == {frozenset(ROW_FIELDS)}
+    assert {row["transport"] for row in rows} == {"shm", "unix", "tcp"}
+    assert {(row["op"], row["verified"]) for row in rows} == {("get", True), ("put", True), ("acquire", False)}
+    assert {row["clients"] for row in rows} == {1, 2}
+    assert len(rows) == 36
+    assert all(row["gbps"] > 0 and row["ratio_to_memcpy"] > 0 and 0 < row["p50_us"] <= row["p99_us"] for row in rows)
+    assert set(found["memcpy_gbps"]) == {"single", "sliced"}
+    assert all(rate > 0.05 for rate in found["memcpy_gbps"].values())
+    assert (found["ok"], found["wrong"], found["failed"]) == (True, 0, 0)
+    assert found["compared"] > 1000
+    check_html(file, "")
