@@ -65,6 +65,8 @@ class Admin:
             if not self._steward.stop(Stopped(request.mode), selection):
                 raise BadRequest("there are too many rules for namespaces; set some back to both", pb.ErrorReply.LIMIT)
         stopped, rules = self._steward.stopped()
+        if not caller.admin:  # the others name tenants and models that are not the caller's business
+            rules = [(of, rule) for of, rule in rules if of.tenant == caller.tenant]
         listed = [pb.ModeRule(of=self._message(of), mode=_mode(rule)) for of, rule in rules]
         return pb.ModeReply(mode=_mode(stopped), rules=listed)
 

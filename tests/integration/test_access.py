@@ -143,7 +143,6 @@ def test_numbers_of_everybody_are_for_admins(server: ServerProcess) -> None:
 ADMIN = {
     Op.MODE: pb.ModeRequest(set=True, mode=pb.BOTH),
     Op.REMOVE: pb.RemoveRequest(of=pb.Selection(tenant="nobody")),
-    Op.LIST: pb.ListRequest(),
     Op.AUDIT: pb.AuditRequest(),
 }
 
@@ -163,6 +162,37 @@ def test_what_operators_ask_needs_an_admin_token(server: ServerProcess, op: Op) 
         raw.ask(op, ADMIN[op])
         answer, body = raw.answer()
         assert answer == op or pb.ErrorReply.FromString(body).code != pb.ErrorReply.DENIED
+
+
+@pytest.mark.parametrize("asked_for", ["", "b", "no such tenant"])
+@pytest.mark.parametrize("entries", [True, False])
+def test_what_is_listed_to_a_tenant_is_its_own_whatever_it_asks_for(
+    server: ServerProcess, asked_for: str, entries: bool
+) -> None:
+    for tenant in ("a", "b"):
+        with mmcache.connect(server.url, token=TOKENS[tenant]) as cache:
+            keys = keys_of(1, f"listed/{tenant}")
+            assert all(cache.put(keys, values_of(keys, 100)))
+    with Raw(server) as raw:
+        assert ask_join(raw, TOKENS["a"])[0] == Op.JOIN
+        raw.ask(Op.LIST, pb.ListRequest(entries=entries, of=pb.Selection(tenant=asked_for)))
+        reply = pb.ListReply.FromString(raw.answer()[1])
+        rows = [row.tenant for row in reply.entries] + [row.tenant for row in reply.namespaces]
+        assert rows
+        assert set(rows) == {"a"}
+
+
+def test_rules_about_other_tenants_are_not_told(server: ServerProcess) -> None:
+    with Raw(server) as operator, Raw(server) as raw:
+        assert ask_join(operator, TOKENS["ops"])[0] == ask_join(raw, TOKENS["a"])[0] == Op.JOIN
+        for tenant in ("a", "b"):
+            operator.ask(Op.MODE, pb.ModeRequest(set=True, mode=pb.READ, of=pb.Selection(tenant=tenant, kind="x")))
+            assert operator.answer()[0] == Op.MODE
+        raw.ask(Op.MODE, pb.ModeRequest())
+        rules = pb.ModeReply.FromString(raw.answer()[1]).rules
+        assert [rule.of.tenant for rule in rules] == ["a"]
+        operator.ask(Op.MODE, pb.ModeRequest())
+        assert len(pb.ModeReply.FromString(operator.answer()[1]).rules) == 2
 
 
 def test_memory_holds_everybodys_entries_so_no_tenant_maps_it(server: ServerProcess) -> None:
