@@ -9,6 +9,8 @@ ENGINES ?= .engines
 # How many bytes each fuzz target is given, and the most seconds that may take.
 FUZZ_BYTES ?= 10000000
 FUZZ_SECONDS ?= 1800
+# Tests wait for processes and sockets more than for the CPU.
+WORKERS ?= 3
 # Errors only: the rest of what pip says is noise here.
 PIP := $(BIN)/python -m pip --disable-pip-version-check -qq
 CREATED := $(VENV)/.stamp-created
@@ -41,7 +43,7 @@ check: $(TEST)
 
 test: check
 	bash tests/clients/install-node.sh
-	$(BIN)/python -m pytest --cov --cov-report=term
+	$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal --cov --cov-report=term
 
 fuzz: $(TEST)
 	$(BIN)/python -m tests.fuzz --bytes $(FUZZ_BYTES) --seconds $(FUZZ_SECONDS)
