@@ -21,8 +21,8 @@ from mmcache.media import media_digest
 from mmcache.pb import cache_pb2 as pb
 from mmcache.tensors import as_dtype
 from mmcache.testing.process import ServerProcess
-from tests.integration.rpc_support import rpc_to
-from tests.integration.support import ROOT, keys_of
+from tests.integration.rpc_support import ones, put_of, put_request, rpc_to, tensor
+from tests.integration.support import ROOT, eventually, keys_of
 
 NODE = shutil.which("node")
 MODULES = ROOT / "clients" / "node" / "node_modules"
@@ -190,3 +190,28 @@ def test_the_sample_of_the_page_runs(server: ServerProcess, tmp_path: Path) -> N
     for said in ("stored\n[ 257, 1024 ]\n", "[ 257, 1024 ]\n"):
         ended = subprocess.run([NODE, str(script)], capture_output=True, text=True, timeout=60, check=False)
         assert (ended.returncode, ended.stdout, ended.stderr) == (0, said, "")
+
+
+def test_a_peer_that_takes_no_answer_is_let_go_and_its_memory_comes_back() -> None:
+    """Answers wait for HTTP/2's flow control, which only a client other than gRPC's can leave shut."""
+    with (
+        ServerProcess("32MiB", "--grpc", "127.0.0.1:0", environment={"MMCACHE_IO_TIMEOUT_S": "0.5"}) as server,
+        rpc_to(server.grpc_address) as rpc,
+    ):
+        key = keys_of(1, "silent")[0]
+        assert rpc("Put", put_request(put_of(key, tensor("x", ones(4 << 20))))).status == bytes([pb.STORED])
+
+        def inflight_nbytes() -> int:
+            return int(rpc("Stat", pb.StatRequest()).counters["inflight_bytes"])
+
+        assert NODE
+        command = [NODE, str(ROOT / "tests" / "clients" / "silent.mjs"), server.grpc_address, key.digest.hex()]
+        silent = subprocess.Popen(command)
+        try:
+            eventually(lambda: inflight_nbytes() > 4 * (4 << 20), "four answers were on their way")
+            eventually(lambda: inflight_nbytes() < 1 << 20, "their memory came back")
+            assert silent.poll() is None
+        finally:
+            silent.kill()
+            silent.wait()
+        assert rpc("Get", pb.GetRequest(keys=key.digest)).entries[0].status == pb.FOUND
