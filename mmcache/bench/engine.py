@@ -19,7 +19,7 @@ from mmcache.bench.inject import Injector
 from mmcache.bench.oracle import PrefixStep, Tallies
 from mmcache.bench.workload import Request
 from mmcache.client.blocking import Client
-from mmcache.keys import Namespace, embedding_key
+from mmcache.keys import Namespace, embedding_key, opaque_key
 from mmcache.keyset import Key, Keys
 from mmcache.tensors import as_dtype
 from mmcache.transport.base import Outcome, Result
@@ -39,6 +39,8 @@ class CheckedCache:
         self.client = client
         self.seed = seed
         self._injector = injector
+        nothing = Namespace(kind="embedding", model="benchmark/none", dtype="uint8")
+        self._absent = opaque_key(nothing, b"never stored")
         self._stored: dict[str, list[Key]] = {}  # by kind, where damage is to be planted
         self.tallies = Tallies.of(*kinds)
         self.outcomes: Counter[str] = Counter()
@@ -101,6 +103,8 @@ class CheckedCache:
         of its kind, as it takes two to be exchanged."""
         if self._injector is None:
             return
+        # The lease of the last read waits to be given back with the next one, and what is leased must not be exchanged.
+        self.client.get_into(self._absent, [bytearray(1)])
         present = [key for key, there in zip(about_to_be_read, self._present(about_to_be_read), strict=True) if there]
         if len(present) == 1:
             others = [key for key in self._stored.get(kind, [])[-8:] if key not in present]

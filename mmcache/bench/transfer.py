@@ -66,7 +66,7 @@ class Plan:
     round_nbytes: int  # about what a round of calls for few bytes moves
 
 
-FULL = Plan(((64 * KiB, 1), (64 * KiB, 64), (MiB, 1), (MiB, 64), (16 * MiB, 1)), 0.3, 40.0, 3, 40, 9, 16 * MiB)
+FULL = Plan(((64 * KiB, 1), (MiB, 1), (MiB, 64), (16 * MiB, 1)), 0.3, 40.0, 3, 40, 9, 16 * MiB)
 QUICK = Plan(((64 * KiB, 1), (MiB, 4)), 0.03, 5.0, 2, 5, 2, 4 * MiB)
 
 

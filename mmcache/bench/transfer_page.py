@@ -42,8 +42,7 @@ def transfer_page(found: Mapping[str, Any], command: str) -> str:
         [
             Section(
                 "Throughput",
-                "GB/s is 10⁹ bytes a second, of all clients together; the bars of memcpy and of a bare TCP socket "
-                "are of one.",
+                "GB/s is 10⁹ bytes a second, of all clients together; of memcpy and a bare TCP socket, one process's.",
                 [_throughput(rows, op, clients, floors) for op in ("get", "put") for clients in (1, many)],
             ),
             Section(

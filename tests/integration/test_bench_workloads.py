@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 from typer.testing import CliRunner
@@ -74,11 +75,13 @@ def test_damage_shows_when_reads_are_not_verified(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", RUNS)
-def test_damage_is_caught_by_verified_reads(name: str) -> None:
-    report = RUNS[name](Options(scale="quick", inject="corrupt"))
+@pytest.mark.parametrize("inject", ["wrong", "corrupt"])
+def test_damage_is_caught_by_verified_reads(name: str, inject: Any, caplog: pytest.LogCaptureFixture) -> None:
+    report = RUNS[name](Options(scale="quick", inject=inject))
     assert report.verify_failures > 0
     assert report.wrong == 0
     assert report.ok
+    assert "internal error" not in caplog.text  # damage to the bytes, not to the server
 
 
 def test_options_that_cannot_work_are_refused() -> None:
