@@ -20,6 +20,7 @@ MiB: Final = 1 << 20
 GiB: Final = 1 << 30
 DEFAULT_PORT: Final = 7600
 BODY_NBYTES_PER_KEY: Final = 96  # a Reserve's key, parent, size and kind, with room to spare
+POLICY_NAMES: Final = ("value", "lru", "s3-fifo")
 _UNITS: Final = {"": 1, "b": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "tb": 10**12,
                  "kib": KiB, "mib": MiB, "gib": GiB, "tib": 1 << 40}  # fmt: skip
 _ENV_PREFIX: Final = "MMCACHE_"
@@ -75,6 +76,7 @@ class ServerConfig:
     io_timeout_s: float = 10.0
     drain_s: float = 5.0
     insecure_network: bool = False
+    policy: str = "value"  # which entry leaves when memory is short; docs/policies.md
     metrics: str = ""  # HOST:PORT of a page for Prometheus; empty: none
 
     def __post_init__(self) -> None:
@@ -96,6 +98,8 @@ class ServerConfig:
             raise ConfigError(f"pinned_share is {self.pinned_share}; it must be above 0 and at most 1")
         if self.alignment < 64 or self.alignment > 65536 or self.alignment & (self.alignment - 1):
             raise ConfigError(f"alignment is {self.alignment}; it must be a power of two from 64 to 65536")
+        if self.policy not in POLICY_NAMES:
+            raise ConfigError(f"policy is {self.policy!r}; it must be one of {', '.join(POLICY_NAMES)}")
         if self.memory_nbytes < 64 * KiB:
             raise ConfigError(f"memory is {self.memory_nbytes} bytes; the least is 64KiB, and 1GiB or more is usual")
 

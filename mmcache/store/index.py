@@ -25,7 +25,7 @@ from mmcache.store.columns import NIL, Memory, column32, heap
 from mmcache.store.extents import Extents
 from mmcache.store.integrity import check
 from mmcache.store.leases import Lease, Leases, Reservation, Reservations
-from mmcache.store.policy import LRU, Policy
+from mmcache.store.policy import LRU, Factory
 from mmcache.store.rows import LIVE, RECORD, RESERVED, Rows
 from mmcache.store.table import KEY_NBYTES, tenant_prefix
 
@@ -59,7 +59,7 @@ class Index:
         seed: int,
         lease_s: float = 30.0,
         max_pinned_bytes: int | None = None,
-        policy: Callable[[int, Memory], Policy] = LRU,
+        policy: Factory = LRU,
         memory: Memory = heap,
     ) -> None:
         if not 2 <= max_entries < 1 << 30:
@@ -309,7 +309,7 @@ class Index:
             steps -= 1
             victim = policy.victim(self._evictable, SCAN_PER_STEP)
             if victim is not None:
-                self._drop(victim)
+                self._drop(victim, evicted=True)
                 self._evictions += 1
             elif policy.exhausted():
                 if not self.expire(now):
@@ -325,11 +325,11 @@ class Index:
 
     # How claims and entries end
 
-    def _drop(self, row: int) -> None:
+    def _drop(self, row: int, *, evicted: bool = False) -> None:
         """Ends a LIVE row. Its extent is freed now, or with its last pin."""
         rows, node = self._rows, self._rows.node[row]
         self._nbytes_by_kind[rows.kind[row]] -= RECORD.unpack_from(rows.records, row * RECORD.size)[1]
-        rows.vacate(row)
+        rows.vacate(row, evicted=evicted)
         rows.node[row] = NIL
         if not self._pins[node]:
             self._extents.free(node)

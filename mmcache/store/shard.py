@@ -23,6 +23,7 @@ from mmcache.keys import namespace_id
 from mmcache.store.answers import Found, Refusal, Reserved, Unpinned
 from mmcache.store.arena import Arena, Progress
 from mmcache.store.index import Index
+from mmcache.store.policies import POLICIES
 
 MAX_NAMESPACES: Final = 65536
 MAX_NAMESPACES_NBYTES: Final = 64 << 20  # of facts; the oldest declared are forgotten first
@@ -65,6 +66,7 @@ class Shard:
             seed=secrets.randbits(64),
             lease_s=config.lease_s,
             max_pinned_bytes=int(config.memory_nbytes * config.pinned_share),
+            policy=POLICIES[config.policy],
         )
 
     def declare(self, tenant: int, namespace: bytes, kind: str, facts: Mapping[str, str]) -> None:
