@@ -105,7 +105,8 @@ def bench_trace(
     """Replay a trace of prompts over caches of several sizes: what would hit, by eviction policy, and what could.
 
     Reads Mooncake's and Qwen-Bailian's format: `hash_ids`, a prompt's blocks in order; `input_length`. Identities are
-    replayed through the policies a server has (`serve --policy`), without tensors; the optimum (Belady) knows the future.
+    replayed through the policies a server has (`serve --policy`), without tensors; the optimum (Belady) knows the
+    future.
     """
     from mmcache.bench import replay, tracegen
     from mmcache.bench import trace as traces

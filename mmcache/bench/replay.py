@@ -1,8 +1,9 @@
 """Replays a trace over the policies of the store: the code a server runs, without its memory, leases and locks.
 
-A cache here is what the index is to a policy: it hands out rows, shelves parents and evicts children first, and uses keys
-in the order a connector does: the leading blocks that are there are read (the first counts as used last), the others
-are stored, parents first. `tests/unit/test_bench_replay.py` holds it to the index. PURE: requests in, counts out.
+A cache here is what the index is to a policy: it hands out rows, shelves parents and evicts children first, and uses
+keys in the order a connector does: the leading blocks that are there are read (the first counts as used last), the
+others are stored, parents first. `tests/unit/test_bench_replay.py` holds it to the index. PURE: requests in, counts
+out.
 """
 
 from __future__ import annotations

@@ -1,9 +1,9 @@
 """Traces of prompts, and two caches that need nothing but one: an exact LRU, and the best that could be.
 
 A trace is JSON lines, one request each, as Mooncake (FAST'25) and Qwen-Bailian publish them: `hash_ids`, the prompt's
-blocks in order, each hash standing for all blocks up to it; `input_length`, tokens. Bailian's lines also have `chat_id`,
-`parent_chat_id`, `type` and `turn`, which are not needed, and blocks of 16 tokens. Only identities are replayed: no
-tensor is made, and no time passes. PURE: lines in, counts out.
+blocks in order, each hash standing for all blocks up to it; `input_length`, tokens. Bailian's lines also have
+`chat_id`, `parent_chat_id`, `type` and `turn`, which are not needed, and blocks of 16 tokens. Only identities are
+replayed: no tensor is made, and no time passes. PURE: lines in, counts out.
 """
 
 from __future__ import annotations

@@ -1,4 +1,5 @@
-"""A made-up trace: sessions of several turns, shared system prompts, popular documents whose popularity drifts, one-offs.
+"""A made-up trace: sessions of several turns, shared system prompts, popular documents whose popularity drifts,
+one-offs.
 
 It exists so that an eviction policy is not judged by one recording alone. The shape is what production traces are known
 for (many blocks seen once, a few shared by all, reuse after a think time); the numbers are round and belong to no
@@ -63,7 +64,7 @@ class _Names:
         return self._shared[name]
 
 
-def generate(seed: int, shape: Shape = Shape()) -> Trace:  # noqa: B008
+def generate(seed: int, shape: Shape = Shape()) -> Trace:
     """`shape.requests` prompts in the order of their arrival, blocks numbered from 0."""
     rng, names = random.Random(seed), _Names()
     systems, documents = _Zipf(shape.system_prompts, shape.skew), _Zipf(shape.documents, shape.skew)

@@ -2,8 +2,8 @@
 
 One 32-bit number a ghost: 13 bits of the name's hash, which tell it from the others of its bucket of eight, and 19 bits
 that belong to the policy. A full bucket forgets what it has known longest. A name that was never there is taken for a
-ghost about once in a thousand times; that costs a policy a little of its aim, and nobody a wrong value. The hash is keyed
-by a secret seed: names crafted to collide do not. PURE: no clock, no randomness, no I/O.
+ghost about once in a thousand times; that costs a policy a little of its aim, and nobody a wrong value. The hash is
+keyed by a secret seed: names crafted to collide do not. PURE: no clock, no randomness, no I/O.
 """
 
 from __future__ import annotations

@@ -41,8 +41,8 @@ _FADE: Final = 0.5 ** (FITS_EVERY / HALF_LIFE_STEPS)
 class Hazard:
     """The rates of `count` classes. `slot` is the slot now; ages are `min(slot - slot of the last use, OLD)`.
 
-    `worth` [class][bin]: expected uses per access and entry, as of the last `fit`. Memory and work of a call are constant;
-    `advance` and `fit` are the longest, tens and hundreds of microseconds.
+    `worth` [class][bin]: expected uses per access and entry, as of the last `fit`. Memory and work of a call are
+    constant; `advance` and `fit` are the longest, tens and hundreds of microseconds.
     """
 
     def __init__(self, count: int, slot: int) -> None:
@@ -121,7 +121,8 @@ class Hazard:
 def _best_rates(hits: list[float], exposure: list[float]) -> list[float]:
     """For each bin the largest ratio of sums of hits and exposure from there up to any later bin.
 
-    From the last bin to the first, runs of bins are kept whose ratios fall; a bin takes over the runs that raise its own.
+    From the last bin to the first, runs of bins are kept whose ratios fall; a bin takes over the runs that raise its
+    own.
     """
     runs: list[tuple[float, float]] = []
     best = [0.0] * len(hits)

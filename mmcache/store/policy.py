@@ -2,8 +2,8 @@
 
 A policy orders the rows it was given and proposes the next to go. The index answers whether that row may leave now;
 a row that may not (it has children, or a reader holds it) is shelved: set aside, no longer proposed, until the index
-says that it may leave after all (`unshelve`). So a row is looked at once for each time it was listed, and a cache full of
-held entries is recognised at once instead of being walked again and again. Here is LRU; s3fifo.py and value.py have
+says that it may leave after all (`unshelve`). So a row is looked at once for each time it was listed, and a cache full
+of held entries is recognised at once instead of being walked again and again. Here is LRU; s3fifo.py and value.py have
 others, policies.py their names.
 PURE: no clock, no randomness, no I/O.
 """

@@ -1,10 +1,10 @@
 """S3-FIFO (Yang et al., SOSP'23): queues that move an entry only when its turn to leave comes.
 
 New entries join a small queue, a tenth of all. One that was used more than once there moves on to the main queue when
-its turn comes; any other leaves, and is remembered as a ghost: if its name comes back soon, it joins the main queue. The
-main queue gives an entry another round for each use, up to three. Capacities are counted in entries, as in the paper, of
-what is stored now; the share of the small queue is of those that may leave, as parents wait in it for their children.
-A use only raises a count. 9 bytes a row and 4 for its ghost. PURE: no clock, no randomness, no I/O.
+its turn comes; any other leaves, and is remembered as a ghost: if its name comes back soon, it joins the main queue.
+The main queue gives an entry another round for each use, up to three. Capacities are counted in entries, as in the
+paper, of what is stored now; the share of the small queue is of those that may leave, as parents wait in it for their
+children. A use only raises a count. 9 bytes a row and 4 for its ghost. PURE: no clock, no randomness, no I/O.
 """
 
 from __future__ import annotations

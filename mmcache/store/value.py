@@ -1,14 +1,14 @@
 """Eviction by value: what leaves is what is expected to save the least time for the memory it holds.
 
-A class is a kind of value and how its entry came to be: new without a parent that is known, new below what was used again
-for the first time (a conversation goes on), new below what was used before (a branch of something shared), used again
-once, twice, more often. hazard.py learns how soon entries of each class are used again at each age, from those stored and
-from ghosts of those evicted; a ghost's return counts as its next use. Worth is that rate times `SAVED_MS_PER_MB` of the
-kind; a saving grows with an entry's size, so the size itself cancels out. The class and age of least worth gives the next
-victim, the oldest first; entries of which nothing is known leave by age, as in LRU.
+A class is a kind of value and how its entry came to be: new without a parent that is known, new below what was used
+again for the first time (a conversation goes on), new below what was used before (a branch of something shared), used
+again once, twice, more often. hazard.py learns how soon entries of each class are used again at each age, from those
+stored and from ghosts of those evicted; a ghost's return counts as its next use. Worth is that rate times
+`SAVED_MS_PER_MB` of the kind; a saving grows with an entry's size, so the size itself cancels out. The class and age of
+least worth gives the next victim, the oldest first; entries of which nothing is known leave by age, as in LRU.
 
-Rows lie in rings, one for each class and slot, the parent of what was evicted at the old end of its own. 13 bytes a row,
-and 4 for each of `GHOSTS_PER_ROW` ghosts. It learns from the calls alone, and begins anew at each start.
+Rows lie in rings, one for each class and slot, the parent of what was evicted at the old end of its own. 13 bytes a
+row, and 4 for each of `GHOSTS_PER_ROW` ghosts. It learns from the calls alone, and begins anew at each start.
 PURE: no clock, no randomness, no I/O.
 """
 
@@ -23,9 +23,9 @@ from mmcache.store.hazard import BIN_OF_AGE, BINS, FITS_EVERY, OLD, OLD_BIN, RIN
 from mmcache.store.policy import SHELVED
 
 # What a hit saves by kind, in ms of an accelerator at 400 TFLOP/s for each MB stored, at two operations a parameter and
-# token. KV: Qwen2.5-VL-7B's prefill, 14 GFLOP and 57,344 bytes a token. Embedding: its vision tower, .67e9 parameters, four
-# patches to each token of 7,168 bytes. Prompt: T5-XXL's encoder, 4.7e9 parameters and 8,192 bytes a token. Latent: ten
-# steps saved of a 12e9-parameter transformer, 128 bytes a token. Only the proportions matter.
+# token. KV: Qwen2.5-VL-7B's prefill, 14 GFLOP and 57,344 bytes a token. Embedding: its vision tower, .67e9 parameters,
+# four patches to each token of 7,168 bytes. Prompt: T5-XXL's encoder, 4.7e9 parameters and 8,192 bytes a token. Latent:
+# ten steps saved of a 12e9-parameter transformer, 128 bytes a token. Only the proportions matter.
 SAVED_MS_PER_MB: Final = (0.6, 1.9, 2.9, 4700.0)  # Kind.KV, EMBEDDING, PROMPT, LATENT; others count as the last but 3
 GHOSTS_PER_ROW: Final = 3
 SLOTS_PER_TURN: Final = 32  # so many slots pass while as many accesses happen as there are entries

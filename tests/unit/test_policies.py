@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Callable
 
 import pytest
 
+from mmcache.config import POLICY_NAMES
 from mmcache.store.columns import NIL, heap
 from mmcache.store.ghosts import WAYS, Ghosts
 from mmcache.store.hazard import OLD, Hazard, _best_rates
@@ -118,6 +118,10 @@ def test_children_leave_before_parents_expired_entries_leave_and_pinned_ones_sta
     assert bed.stored(key(1), key(5), key(6)) == [True, True, True]
 
 
+def test_the_settings_know_every_policy() -> None:
+    assert tuple(POLICIES) == POLICY_NAMES
+
+
 def test_s3_fifo_lets_a_scan_pass_and_remembers_what_left_too_early() -> None:
     policy = S3FIFO(20)
     for row in range(10):
@@ -130,7 +134,7 @@ def test_s3_fifo_lets_a_scan_pass_and_remembers_what_left_too_early() -> None:
     for row in range(10, 18):
         victim = policy.victim(anything, 9)
         assert victim not in (None, 0, 1)
-        policy.evict(victim, name(victim))  # type: ignore[arg-type]
+        policy.evict(victim, name(victim))
         put(policy, row)
     assert {0, 1} <= set(policy.listed())
 
