@@ -158,11 +158,11 @@ def _json_name(policy: str) -> str:
 
 
 def _print_trace(source: str, trace: Trace, rows: list[Row], ideal: float, inferred: str) -> None:
-    table = Table(box=None, padding=(0, 2))
+    table = Table(box=None, padding=(0, 1))
     others = [name for name in rows[0].rates if name != "lru"]
     names = ("lru", *others)
     for title in ("capacity, tokens", "blocks", *names, "optimum", *(f"gap {name} closes" for name in others)):
-        table.add_column(title, justify="right")
+        table.add_column(title, justify="right", min_width=min(9, len(title)))
     for row in rows:
         rates = [f"{rate:.2%}" for rate in (*(row.rates[name] for name in names), row.optimal)]
         shares = [row.gap_closed(name) for name in others]

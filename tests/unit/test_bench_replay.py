@@ -13,7 +13,7 @@ from mmcache.store.answers import Reserved
 from mmcache.store.index import Index
 from mmcache.store.policies import POLICIES
 
-SMALL = Shape(requests=1_500, documents=150, drift_requests=400, think_requests=50.0, prompt_blocks=4.0)
+SMALL = Shape(requests=2_500, documents=150, drift_requests=400, think_requests=50.0, prompt_blocks=4.0)
 
 
 @pytest.fixture(scope="module")

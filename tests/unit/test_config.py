@@ -170,8 +170,9 @@ def test_every_server_setting_has_a_variable() -> None:
     texts = {"bool": "1", "str": "127.0.0.1:1", "int": "65536", "float": "0.5"}
     for field in dataclasses.fields(ServerConfig):
         room = {"MMCACHE_MAX_BODY_NBYTES": "16MiB", "MMCACHE_MAX_BATCH_KEYS": "64"}
-        found = getattr(server_config(room | {f"MMCACHE_{field.name.upper()}": texts[str(field.type)]}), field.name)
-        assert str(found) in ("True", "127.0.0.1:1", "65536", "0.5")
+        text = "lru" if field.name == "policy" else texts[str(field.type)]
+        found = getattr(server_config(room | {f"MMCACHE_{field.name.upper()}": text}), field.name)
+        assert str(found) in ("True", "127.0.0.1:1", "65536", "0.5", "lru")
 
 
 @pytest.mark.parametrize(
@@ -185,6 +186,7 @@ def test_every_server_setting_has_a_variable() -> None:
         ("MMCACHE_MAX_ENTRIES", "1.5", "not a valid int"),
         ("MMCACHE_LEASE_S", "0", "lease_s is 0.0; it must be greater than 0"),
         ("MMCACHE_LEASE_S", "nan", "greater than 0"),
+        ("MMCACHE_POLICY", "LRU", "policy is 'LRU'; it must be one of value, lru, s3-fifo"),
     ],
 )
 def test_a_bad_variable_is_named(variable: str, value: str, message: str) -> None:
