@@ -1,6 +1,6 @@
 """The index at size: bytes an entry, the longest pause of one operation, and the speed of batches.
 
-    python benchmarks/bench_index.py [--entries 2000000] [--operations 20000] [--runs 2] [--policy value] [--json FILE|-]
+    python benchmarks/bench_index.py [--entries 2000000] [--operations 20000] [--runs 2] [--policy value]
 
 Fills an index with chains of blocks (every column touched), then runs a mix of acquire, contains, reserve + commit
 with eviction, delete and release, timing every single call by the wall and by the thread's processor time. Garbage
