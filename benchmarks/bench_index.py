@@ -1,6 +1,6 @@
 """The index at size: bytes an entry, the longest pause of one operation, and the speed of batches.
 
-    python benchmarks/bench_index.py [--entries 2000000] [--operations 20000] [--runs 2] [--json FILE|-]
+    python benchmarks/bench_index.py [--entries 2000000] [--operations 20000] [--runs 2] [--policy value]
 
 Fills an index with chains of blocks (every column touched), then runs a mix of acquire, contains, reserve + commit
 with eviction, delete and release, timing every single call by the wall and by the thread's processor time. Garbage
@@ -28,6 +28,7 @@ from typing import Any
 
 from mmcache.store.answers import Refusal, Reserved
 from mmcache.store.index import Index
+from mmcache.store.policies import POLICIES
 
 CHAIN = 64
 MEAN_NBYTES = 4096
@@ -48,7 +49,7 @@ def key(chain: int, block: int) -> bytes:
 class Bench:
     """One index under load; `wall_us` and `cpu_us` hold every call's time by operation."""
 
-    def __init__(self, entries: int) -> None:
+    def __init__(self, entries: int, policy: str) -> None:
         self.rng = random.Random(1)
         self.entries = entries
         before = rss_bytes()
@@ -58,6 +59,7 @@ class Bench:
             max_entries=entries,
             seed=self.rng.getrandbits(64),
             lease_s=LEASE_S,
+            policy=POLICIES[policy],
         )
         self.chains: list[int] = []
         self.next_chain = self.next_id = 0
@@ -170,9 +172,9 @@ def report(runs: list[Bench]) -> dict[str, Any]:
     }
 
 
-def run(entries: int, operations: int) -> Bench:
+def run(entries: int, operations: int, policy: str) -> Bench:
     """Fills an index, works on it and lets it go; the figures stay."""
-    bench = Bench(entries)
+    bench = Bench(entries, policy)
     gc.collect()
     for _ in range(operations):
         bench.step()
@@ -186,12 +188,13 @@ def main() -> None:
     parser.add_argument("--entries", type=int, default=2_000_000)
     parser.add_argument("--operations", type=int, default=20_000, help="mixed operations a run; a put counts as one")
     parser.add_argument("--runs", type=int, default=2)
+    parser.add_argument("--policy", choices=list(POLICIES), default="value")
     parser.add_argument("--json", metavar="FILE", help="write the figures as JSON ('-': to standard output)")
     arguments = parser.parse_args()
     runs: list[Bench] = []
     for number in range(arguments.runs):
         print(f"run {number + 1} of {arguments.runs}: {arguments.entries} entries", file=sys.stderr)
-        runs.append(run(arguments.entries, arguments.operations))
+        runs.append(run(arguments.entries, arguments.operations, arguments.policy))
     figures = report(runs)
     if arguments.json == "-":
         print(json.dumps(figures, indent=2))

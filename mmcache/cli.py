@@ -126,6 +126,9 @@ def serve(
         bool | None, _setting("prefault", "Take all the memory now, not on first use.", "--prefault")
     ] = None,
     lease_s: Annotated[float | None, _setting("lease_s", "Seconds a reader may hold an entry.")] = None,
+    policy: Annotated[
+        str | None, _setting("policy", "Which entries leave first: value, lru or s3-fifo.", metavar="NAME")
+    ] = None,
     max_connections: Annotated[int | None, _setting("max_connections", "Connections at once.")] = None,
     insecure_network: Annotated[
         bool | None,
@@ -158,6 +161,7 @@ def serve(
         alignment=alignment,
         prefault=prefault,
         lease_s=lease_s,
+        policy=policy,
         max_connections=max_connections,
         insecure_network=insecure_network,
         metrics=metrics,

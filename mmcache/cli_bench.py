@@ -15,7 +15,8 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from mmcache.bench.trace import MAX_LINE_CHARS, Row, Trace
+from mmcache.bench.replay import Row
+from mmcache.bench.trace import MAX_LINE_CHARS, Trace
 from mmcache.cli_common import progress_bar, write_text
 from mmcache.cli_workloads import JsonTo, workloads_app
 from mmcache.errors import ConfigError, UsageError
@@ -34,37 +35,52 @@ bench_app.add_typer(workloads_app)
 @bench_app.command(
     "trace",
     epilog="Examples: **mmcache bench trace conversation_trace.jsonl.gz** · "
-    "**mmcache bench trace FILE --capacity 500k,2M --json -**",
+    "**mmcache bench trace FILE --capacity 500k,2M --json -** · **mmcache bench trace --generate 1**",
 )
 def bench_trace(
-    file: Annotated[Path, typer.Argument(metavar="FILE", help="JSON lines with hash_ids, plain or gzip; -: stdin.")],
+    file: Annotated[
+        Path | None, typer.Argument(metavar="[FILE]", help="JSON lines with hash_ids, plain or gzip; -: stdin.")
+    ] = None,
     capacity: Annotated[
         str, typer.Option(metavar="TOKENS", help="How many tokens the caches hold, such as 500k or 1M,3M.")
     ] = "1M,3M,10M,20M",
     block_tokens: Annotated[
         int, typer.Option(help="Tokens in a block; 0: what the trace's input_length says.", min=0)
     ] = 0,
+    generate: Annotated[
+        int | None, typer.Option(metavar="SEED", help="Instead of FILE: a made-up trace that follows from SEED.")
+    ] = None,
     json_to: JsonTo = None,
 ) -> None:
     """Replay a trace of prompts over caches of several sizes: what would hit, by eviction policy, and what could.
 
     Reads Mooncake's and Qwen-Bailian's format: `hash_ids`, a prompt's blocks in order; `input_length`. Identities are
-    replayed, no server and no tensors. LRU is what the server does; the optimum (Belady) knows the future.
+    replayed through the policies a server has (`serve --policy`), without tensors; the optimum (Belady) knows the
+    future.
     """
+    from mmcache.bench import replay, tracegen
     from mmcache.bench import trace as traces
 
     sizes = [_tokens(text) for text in capacity.split(",")]
-    if json_to not in (None, "-") and Path(json_to).exists() and file.exists() and Path(json_to).samefile(file):
+    if (file is None) == (generate is None):
+        raise UsageError("give a trace FILE or --generate SEED, one of them")
+    if (
+        file is not None
+        and json_to not in (None, "-")
+        and Path(json_to).exists()
+        and file.exists()
+        and Path(json_to).samefile(file)
+    ):
         raise UsageError(f"--json {json_to} is the trace itself; name another file")
     if json_to not in (None, "-"):
         write_text(Path(json_to), "", "a")  # find out now, not after the run
-    trace = traces.parse(_lines(file), block_tokens)
-    inferred = "" if block_tokens else " (by the requests' lengths; --block-tokens says otherwise)"
+    trace = tracegen.generate(generate or 0) if file is None else traces.parse(_lines(file), block_tokens)
+    inferred = "" if block_tokens or file is None else " (by the requests' lengths; --block-tokens says otherwise)"
     rows = []
     for size in sizes:
         with progress_bar(f"{size:,} tokens, each policy") as show:
-            rows.append(traces.replay(trace, size, show))
-    ideal = traces.endless(trace)
+            rows.append(replay.replay(trace, size, show))
+    ideal = replay.endless(trace)
     result = {
         "workload": "trace",
         "requests": len(trace.requests),
@@ -73,29 +89,38 @@ def bench_trace(
         "block_tokens": trace.block_tokens,
         "ideal_hit_rate": ideal,
         "capacities": [
-            {"tokens": row.capacity_tokens, "blocks": row.capacity_blocks, "lru": row.lru, "s3_fifo": row.s3_fifo,
-             "optimal": row.optimal, "s3_fifo_gap_closed": row.gap_closed}
+            {"tokens": row.capacity_tokens, "blocks": row.capacity_blocks, "optimal": row.optimal,
+             **{_json_name(name): rate for name, rate in row.rates.items()},
+             **{f"{_json_name(name)}_gap_closed": row.gap_closed(name) for name in row.rates if name != "lru"}}
             for row in rows
         ],
     }  # fmt: skip
     if json_to != "-":
-        _print_trace(file, trace, rows, ideal, inferred)
+        name = f"made up from seed {generate}" if file is None else file.name
+        _print_trace(name, trace, rows, ideal, inferred)
     if json_to is not None:
         text = json.dumps(result) + "\n"
         print(text, end="") if json_to == "-" else write_text(Path(json_to), text)
 
 
-def _print_trace(file: Path, trace: Trace, rows: list[Row], ideal: float, inferred: str) -> None:
-    table = Table(box=None, padding=(0, 2))
-    for name in ("capacity, tokens", "blocks", "LRU", "S3-FIFO", "optimum", "gap that S3-FIFO closes"):
-        table.add_column(name, justify="right")
+def _json_name(policy: str) -> str:
+    return policy.replace("-", "_")
+
+
+def _print_trace(source: str, trace: Trace, rows: list[Row], ideal: float, inferred: str) -> None:
+    table = Table(box=None, padding=(0, 1))
+    others = [name for name in rows[0].rates if name != "lru"]
+    names = ("lru", *others)
+    for title in ("capacity, tokens", "blocks", *names, "optimum", *(f"gap {name} closes" for name in others)):
+        table.add_column(title, justify="right", min_width=min(9, len(title)))
     for row in rows:
-        closed = "none to close" if row.gap_closed is None else f"{row.gap_closed:.0%}"
-        rates = [f"{rate:.2%}" for rate in (row.lru, row.s3_fifo, row.optimal)]
-        table.add_row(f"{row.capacity_tokens:,}", f"{row.capacity_blocks:,}", *rates, closed)
+        rates = [f"{rate:.2%}" for rate in (*(row.rates[name] for name in names), row.optimal)]
+        shares = [row.gap_closed(name) for name in others]
+        closed = ["none to close" if share is None else f"{share:.0%}" for share in shares]
+        table.add_row(f"{row.capacity_tokens:,}", f"{row.capacity_blocks:,}", *rates, *closed)
     console, blocks = Console(), f"{trace.blocks:,} blocks of {trace.block_tokens} tokens{inferred}"
     console.print(
-        f"{file.name}: {len(trace.requests):,} requests, {blocks}, {trace.unique_blocks:,} different; "
+        f"{source}: {len(trace.requests):,} requests, {blocks}, {trace.unique_blocks:,} different; "
         f"an endless cache hits {ideal:.2%}",
         soft_wrap=True,
     )

@@ -20,6 +20,7 @@ from mmcache.units import parse_nbytes as parse_nbytes
 
 DEFAULT_PORT: Final = 7600
 BODY_NBYTES_PER_KEY: Final = 128  # a Reserve's key, parent, namespace, size, kind and media, with room to spare
+POLICY_NAMES: Final = ("value", "lru", "s3-fifo")
 _ENV_PREFIX: Final = "MMCACHE_"
 _LONGEST_S: Final = 86400.0  # the kernel's timers take no infinity, and what waits longer than a day is not waiting
 
@@ -62,6 +63,7 @@ class ServerConfig:
     io_timeout_s: float = 10.0
     drain_s: float = 5.0
     insecure_network: bool = False
+    policy: str = "value"  # which entry leaves when memory is short; docs/policies.md
     metrics: str = ""  # HOST:PORT of a page for Prometheus; empty: none
     log: str = "text"  # or json
     mode: str = "both"  # what is allowed at the start: both, read, write or off
@@ -101,6 +103,8 @@ class ServerConfig:
             raise ConfigError("tls_cert and tls_key belong together; give both, or neither")
         if self.tls_client_ca and not self.tls_cert:
             raise ConfigError("tls_client_ca needs tls_cert and tls_key: client certificates are part of TLS")
+        if self.policy not in POLICY_NAMES:
+            raise ConfigError(f"policy is {self.policy!r}; it must be one of {', '.join(POLICY_NAMES)}")
         if self.memory_nbytes < 64 * KiB:
             raise ConfigError(f"memory is {self.memory_nbytes} bytes; the least is 64KiB, and 1GiB or more is usual")
 

@@ -1,4 +1,4 @@
-"""For all tests: Triton's interpreter runs the kernels (chosen before Triton is imported), and Hypothesis times nothing."""
+"""For all tests: Triton's interpreter runs the kernels (set before Triton is imported); Hypothesis times nothing."""
 
 from __future__ import annotations
 

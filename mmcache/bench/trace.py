@@ -1,15 +1,16 @@
-"""Replays a trace of prompts over caches of several sizes: what would have hit, by policy, and what could have.
+"""Traces of prompts, and two caches that need nothing but one: an exact LRU, and the best that could be.
 
 A trace is JSON lines, one request each, as Mooncake (FAST'25) and Qwen-Bailian publish them: `hash_ids`, the prompt's
-blocks in order, each hash standing for all blocks up to it; `input_length`, tokens. Only identities are replayed: no
-tensor is made, and no time passes. PURE: lines in, counts out.
+blocks in order, each hash standing for all blocks up to it; `input_length`, tokens. Bailian's lines also have
+`chat_id`, `parent_chat_id`, `type` and `turn`, which are not needed, and blocks of 16 tokens. Only identities are
+replayed: no tensor is made, and no time passes. PURE: lines in, counts out.
 """
 
 from __future__ import annotations
 
 import heapq
 import json
-from collections import OrderedDict, deque
+from collections import OrderedDict
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, Final, Protocol
@@ -18,8 +19,7 @@ from mmcache.errors import UsageError
 
 Request = tuple[int, ...]  # a prompt's blocks
 Progress = Callable[[int, int], None]
-SMALL_SHARE: Final = 0.1  # of an S3-FIFO cache, as its paper has it
-MOST_USES: Final = 3
+BAILIAN_BLOCK_TOKENS: Final = 16
 MAX_LINE_CHARS: Final = 64 << 20
 REPORT_EVERY: Final = 500
 
@@ -43,7 +43,7 @@ class Trace:
 
 
 def parse(lines: Iterable[str], block_tokens: int = 0) -> Trace:
-    """A trace from its lines; blank ones are skipped. `block_tokens` 0: what most requests' lengths say.
+    """A trace from its lines; blank ones are skipped. `block_tokens` 0: 16 for Bailian's, else what most lengths say.
 
     Raises UsageError that names the line, the field and what is wrong with it.
     """
@@ -60,7 +60,9 @@ def parse(lines: Iterable[str], block_tokens: int = 0) -> Trace:
         length = record.get("input_length")
         if length is not None and not (_is_integer(length) and length >= 0):
             raise UsageError(f"line {number}: input_length is {length!r}; expected a number of tokens")
-        if length and len(blocks) > 1:
+        if "chat_id" in record and "parent_chat_id" in record:
+            votes[BAILIAN_BLOCK_TOKENS] = votes.get(BAILIAN_BLOCK_TOKENS, 0) + 1
+        elif length and len(blocks) > 1:
             least = -(-length // len(blocks))  # the smallest size of block that holds so many tokens
             power = 1 << (least - 1).bit_length()
             votes[power] = votes.get(power, 0) + 1
@@ -121,60 +123,6 @@ class LRU:
             self._blocks.popitem(last=False)
 
 
-class S3Fifo:
-    """S3-FIFO (Yang et al., SOSP'23): a small queue, from which a block that was used twice more moves to the main one,
-    and a ghost of what left it otherwise, which comes back to the main one."""
-
-    def __init__(self, capacity_blocks: int) -> None:
-        self._capacity = capacity_blocks
-        self._small_capacity = max(1, int(capacity_blocks * SMALL_SHARE))
-        self._small: deque[int] = deque()
-        self._main: deque[int] = deque()
-        self._ghost: OrderedDict[int, None] = OrderedDict()
-        self._uses: dict[int, int] = {}
-
-    def __contains__(self, block: int) -> bool:
-        return block in self._uses
-
-    def use(self, request: Request) -> None:
-        """See Cache."""
-        for block in request:
-            if block in self._uses:
-                self._uses[block] = min(MOST_USES, self._uses[block] + 1)
-                continue
-            while len(self._uses) >= self._capacity:
-                self._evict()
-            (self._main if block in self._ghost else self._small).append(block)
-            self._ghost.pop(block, None)
-            self._uses[block] = 0
-
-    def _evict(self) -> None:
-        if len(self._small) < self._small_capacity and self._main:
-            self._evict_main()
-            return
-        while self._small:
-            block = self._small.popleft()
-            if self._uses[block] > 1:
-                self._main.append(block)
-                self._uses[block] = 0
-                continue
-            del self._uses[block]
-            self._ghost[block] = None
-            if len(self._ghost) > self._capacity - self._small_capacity:
-                self._ghost.popitem(last=False)
-            return
-        self._evict_main()
-
-    def _evict_main(self) -> None:
-        while self._main:
-            block = self._main.popleft()
-            if not self._uses[block]:
-                del self._uses[block]
-                return
-            self._uses[block] -= 1
-            self._main.append(block)
-
-
 class Optimal:
     """Belady's: what is used again last goes first, and what never is, is not kept. It knows the whole trace."""
 
@@ -223,35 +171,3 @@ def hit_blocks(requests: Sequence[Request], cache: Cache, progress: Progress | N
         if progress is not None and not turn % REPORT_EVERY:
             progress(turn, len(requests))
     return hits
-
-
-@dataclass(frozen=True, slots=True)
-class Row:
-    """Hit rates at one capacity. `gap_closed`: S3-FIFO's share of the way from LRU to the optimum."""
-
-    capacity_tokens: int
-    capacity_blocks: int
-    lru: float
-    s3_fifo: float
-    optimal: float
-
-    @property
-    def gap_closed(self) -> float | None:
-        """None where LRU is the optimum."""
-        gap = self.optimal - self.lru
-        return (self.s3_fifo - self.lru) / gap if gap > 0 else None
-
-
-def replay(trace: Trace, capacity_tokens: int, progress: Progress | None = None) -> Row:
-    """All policies at one capacity. Raises UsageError if that holds no block."""
-    blocks = capacity_tokens // trace.block_tokens
-    if blocks < 1:
-        raise UsageError(f"a capacity of {capacity_tokens} tokens holds no block of {trace.block_tokens}")
-    caches: list[Cache] = [LRU(blocks), S3Fifo(blocks), Optimal(blocks, trace.requests)]
-    rates = [hit_blocks(trace.requests, cache, progress) / max(1, trace.blocks) for cache in caches]
-    return Row(capacity_tokens, blocks, *rates)
-
-
-def endless(trace: Trace) -> float:
-    """The hit rate of a cache that keeps everything."""
-    return hit_blocks(trace.requests, LRU(trace.unique_blocks)) / max(1, trace.blocks)

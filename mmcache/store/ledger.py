@@ -6,7 +6,7 @@ no clock, no randomness, no I/O.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Set
+from collections.abc import Set
 
 from mmcache.errors import StoreError
 from mmcache.store.answers import IndexStats
@@ -15,7 +15,7 @@ from mmcache.store.extents import Extents
 from mmcache.store.history import History, Why
 from mmcache.store.integrity import check
 from mmcache.store.leases import Lease, Leases, Reservation, Reservations
-from mmcache.store.policy import LRU, Policy
+from mmcache.store.policy import LRU, Factory
 from mmcache.store.rows import RECORD, Rows
 from mmcache.store.table import tenant_of, tenant_prefix
 from mmcache.store.usage import Usage
@@ -42,7 +42,7 @@ class Ledger:
         seed: int,
         lease_s: float = 30.0,
         max_pinned_bytes: int | None = None,
-        policy: Callable[[int, Memory], Policy] = LRU,
+        policy: Factory = LRU,
         history_keys: int | None = None,
         memory: Memory = heap,
     ) -> None:
@@ -95,7 +95,7 @@ class Ledger:
         self.usage.by_kind[rows.kind[row]] -= nbytes
         self.usage.free(tenant_of(name), rows.namespace[row], nbytes)
         self.history.note(name, why, now)
-        rows.vacate(row)
+        rows.vacate(row, evicted=why is Why.EVICTED)
         rows.node[row] = NIL
         if not self._pins[node]:
             self._extents.free(node)

@@ -2,8 +2,9 @@
 
 A policy orders the rows it was given and proposes the next to go. The index answers whether that row may leave now;
 a row that may not (it has children, or a reader holds it) is shelved: set aside, no longer proposed, until the index
-says that it may leave after all (`unshelve`) or that it was used (`touch`). So a row is looked at once for each time
-it was listed, and a cache full of held entries is recognised at once instead of being walked again and again.
+says that it may leave after all (`unshelve`). So a row is looked at once for each time it was listed, and a cache full
+of held entries is recognised at once instead of being walked again and again. Here is LRU; s3fifo.py and value.py have
+others, policies.py their names.
 PURE: no clock, no randomness, no I/O.
 """
 
@@ -15,19 +16,24 @@ from typing import Protocol
 from mmcache.store.columns import NIL, Memory, column32, heap
 
 SHELVED = NIL - 1
+"""In a column of links: the row is in no ring."""
 
 
 class Policy(Protocol):
     """The order in which rows leave. Every call is O(1), `victim` O(max_scan); none raises for rows it was given."""
 
-    def insert(self, row: int) -> None:
-        """Take charge of `row`, which is not in the policy, as just used."""
+    def insert(self, row: int, name: bytes, kind: int, parent: int) -> None:
+        """Take charge of `row`, which is not in the policy, as just used. `name` (see table.py) and `kind` (0..255) are
+        the entry's, `parent` the row it is useless without or NIL; that one need not be in the policy."""
 
     def touch(self, row: int) -> None:
-        """`row` was used now. A shelved row is listed again."""
+        """`row` was used now. A shelved row may be listed again, or not before it is unshelved."""
 
     def remove(self, row: int) -> None:
-        """Forget `row`, listed or shelved."""
+        """Forget `row`, listed or shelved: its entry was deleted or has expired."""
+
+    def evict(self, row: int, name: bytes) -> None:
+        """As `remove`, for the victim: its entry left for others, and its `name` may come back."""
 
     def shelve(self, row: int) -> None:
         """`row` may not leave for now: do not propose it until it is touched or unshelved."""
@@ -46,6 +52,10 @@ class Policy(Protocol):
         """The rows not shelved, the next to leave first; raises AssertionError when the policy is broken. O(rows)."""
 
 
+Factory = Callable[[int, Memory, int], Policy]
+"""A policy for so many rows, in this memory, with a secret seed for what it hashes."""
+
+
 class LRU:
     """Least recently used first: a ring through two columns, 8 bytes a row.
 
@@ -54,13 +64,13 @@ class LRU:
     that was older than it has gone, so it returns at the old end, where it would have been.
     """
 
-    def __init__(self, max_rows: int, memory: Memory = heap) -> None:
+    def __init__(self, max_rows: int, memory: Memory = heap, _seed: int = 0) -> None:
         self._ring = max_rows
         self._older = column32(memory, max_rows + 1)
         self._newer = column32(memory, max_rows + 1)
         self._older[max_rows] = self._newer[max_rows] = max_rows
 
-    def insert(self, row: int) -> None:
+    def insert(self, row: int, _name: bytes = b"", _kind: int = 0, _parent: int = NIL) -> None:
         ring, older = self._ring, self._older
         newest = older[ring]
         older[row] = newest
@@ -82,6 +92,9 @@ class LRU:
         newer[newest] = older[ring] = row
 
     def remove(self, row: int) -> None:
+        self.shelve(row)
+
+    def evict(self, row: int, _name: bytes = b"") -> None:
         self.shelve(row)
 
     def shelve(self, row: int) -> None:

@@ -16,7 +16,7 @@ from collections.abc import Callable, Set
 from struct import Struct
 
 from mmcache.store.columns import NIL, Memory, column8, column32, column_float, heap
-from mmcache.store.policy import LRU, Policy
+from mmcache.store.policy import LRU, Factory
 from mmcache.store.table import Table
 
 FREE, GHOST, RESERVED, LIVE = range(4)
@@ -25,18 +25,16 @@ MAX_ANCESTORS = 4096
 
 
 class Rows:
-    """The columns of at most `max_rows` rows: 114 bytes each with name and policy, and 16 in the hash table.
+    """The columns of at most `max_rows` rows: 106 bytes each with the name, and the policy's, and 16 in the hash table.
 
     Readable by anyone, written by the index: `records`, `expires_at`, `node` (the extent), `kind`, `namespace` (its
     number), `media` (see answers.Media) and `stored_at_s` (whole monotonic seconds), while a row is RESERVED or LIVE.
     Written here only: `state`, `parent` (a row or NIL), `children` (how many name it as parent).
     """
 
-    def __init__(
-        self, max_rows: int, seed: int, policy: Callable[[int, Memory], Policy] = LRU, memory: Memory = heap
-    ) -> None:
+    def __init__(self, max_rows: int, seed: int, policy: Factory = LRU, memory: Memory = heap) -> None:
         self.table = Table(max_rows, seed, memory)
-        self.policy = policy(max_rows, memory)
+        self.policy = policy(max_rows, memory, seed)
         self.records = memory(RECORD.size * max_rows)
         self.expires_at = column_float(memory, max_rows)
         self.node = column32(memory, max_rows)
@@ -88,14 +86,18 @@ class Rows:
 
     def settle(self, row: int) -> None:
         """RESERVED becomes LIVE, just used."""
-        self.policy.insert(row)
+        self.policy.insert(row, self.table.name(row), self.kind[row], self.parent[row])
         self.live += 1
         self.state[row] = LIVE
 
-    def vacate(self, row: int) -> None:
-        """RESERVED or LIVE becomes GHOST, or FREE when it has no children; its parent may then leave in its turn."""
+    def vacate(self, row: int, *, evicted: bool = False) -> None:
+        """RESERVED or LIVE becomes GHOST, or FREE when it has no children; its parent may then leave in its turn.
+        `evicted`: it was LIVE and leaves for others."""
         if self.state[row] == LIVE:
-            self.policy.remove(row)
+            if evicted:
+                self.policy.evict(row, self.table.name(row))
+            else:
+                self.policy.remove(row)
             self.live -= 1
         above = self.parent[row]
         if self.children[row]:

@@ -25,6 +25,7 @@ from mmcache.store.explain import Miss, reason_for
 from mmcache.store.history import Reason, Why
 from mmcache.store.index import Index
 from mmcache.store.namespaces import Known, Namespaces, Stopped
+from mmcache.store.policies import POLICIES
 from mmcache.store.usage import UNKNOWN
 
 COUNTERS: Final = ("hits", "misses", "lookups", "stored", "bytes_read", "bytes_written", "corrupt_dropped")
@@ -67,6 +68,7 @@ class Shard:
             seed=secrets.randbits(64),
             lease_s=config.lease_s,
             max_pinned_bytes=int(config.memory_nbytes * config.pinned_share),
+            policy=POLICIES[config.policy],
         )
         self.index.unreadable = self.namespaces.unreadable
 

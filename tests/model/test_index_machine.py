@@ -15,6 +15,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 
 from mmcache.store.answers import Found, Refusal, Reserved, Unpinned
 from mmcache.store.index import Index
+from mmcache.store.policies import POLICIES
 
 UNIT = 64
 LEASE_S = 10.0
@@ -65,12 +66,18 @@ class IndexMachine(RuleBasedStateMachine):
         max_entries=st.sampled_from([2, 3, 5, 9, 16, 16]),
         cap=st.sampled_from([None, 4 * UNIT, 12 * UNIT]),
         seed=st.integers(0, 3),
+        policy=st.sampled_from(sorted(POLICIES)),
     )
-    def build(self, units: int, max_entries: int, cap: int | None, seed: int) -> None:
+    def build(self, units: int, max_entries: int, cap: int | None, seed: int, policy: str) -> None:
         self.capacity, self.max_entries = units * UNIT, max_entries
         self.cap = self.capacity if cap is None else cap
         self.index = Index(
-            capacity_bytes=self.capacity, max_entries=max_entries, seed=seed, lease_s=LEASE_S, max_pinned_bytes=cap
+            capacity_bytes=self.capacity,
+            max_entries=max_entries,
+            seed=seed,
+            lease_s=LEASE_S,
+            max_pinned_bytes=cap,
+            policy=POLICIES[policy],
         )
         self.now = 0.0
         self.ids = 0

@@ -15,8 +15,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mmcache.bench.trace import LRU, MAX_LINE_CHARS, Cache, Optimal, Request, S3Fifo, endless, hit_blocks, parse, replay
+from mmcache.bench.replay import PolicyCache, endless, replay
+from mmcache.bench.trace import LRU, MAX_LINE_CHARS, Cache, Optimal, Request, hit_blocks, parse
 from mmcache.errors import UsageError
+from mmcache.store.policies import POLICIES
 from tests.integration.support import run_cli
 
 
@@ -62,7 +64,7 @@ def test_the_optimum_is_what_the_best_choice_finds(requests: list[Request], capa
 def test_no_policy_holds_more_than_its_capacity_or_beats_the_optimum(requests: list[Request], capacity: int) -> None:
     blocks = {block for request in requests for block in request}
     optimum = hit_blocks(requests, Optimal(capacity, requests))
-    policies: list[Cache] = [LRU(capacity), S3Fifo(capacity)]
+    policies: list[Cache] = [LRU(capacity), *(PolicyCache(capacity, policy) for policy in POLICIES.values())]
     for cache in policies:
         assert hit_blocks(requests, cache) <= optimum
         assert sum(block in cache for block in blocks) <= capacity
@@ -76,34 +78,24 @@ def test_lru_keeps_a_prompts_beginning_longest() -> None:
     assert [block in cache for block in (1, 2, 3, 9)] == [True, True, False, True]
 
 
-def test_s3_fifo_lets_a_scan_pass_and_remembers_what_left_too_early() -> None:
-    s3_fifo, lru = S3Fifo(10), LRU(10)
-    policies: list[Cache] = [s3_fifo, lru]
-    for cache in policies:
-        for request in ((1, 2, 3), (1, 2, 3), (1, 2, 3), (8, 9), (8, 9), tuple(range(100, 200))):
-            cache.use(request)
-    assert [block in s3_fifo for block in (1, 2, 3)] == [True] * 3  # used again, so they reached the main queue
-    assert 8 not in s3_fifo  # used again once: not enough
-    assert [block in lru for block in (1, 2, 3)] == [False] * 3
-    assert 190 not in s3_fifo
-    s3_fifo.use((190,))  # it left the small queue a moment ago: now it goes to the main one
-    s3_fifo.use(tuple(range(300, 400)))
-    assert 190 in s3_fifo
-    assert 350 not in s3_fifo
-
-
 def test_an_endless_cache_finds_every_repetition() -> None:
     trace = parse([line(1, 2, 3, tokens=48), line(1, 2, 4, tokens=40), "", line(1, 2, 4), line(5)])
     assert (trace.blocks, trace.unique_blocks, trace.block_tokens) == (10, 5, 16)
     assert endless(trace) == 5 / 10
     row = replay(trace, 16 * 5)
-    assert (row.capacity_blocks, row.lru, row.optimal, row.gap_closed) == (5, 0.5, 0.5, None)
+    assert (row.capacity_blocks, row.rates["lru"], row.optimal, row.gap_closed("value")) == (5, 0.5, 0.5, None)
 
 
 @pytest.mark.parametrize(("blocks", "tokens", "size"), [(14, 6758, 512), (2, 1024, 512), (100, 1600, 16), (3, 33, 16)])
 def test_the_size_of_a_block_follows_from_the_lengths(blocks: int, tokens: int, size: int) -> None:
     assert parse([line(*range(blocks), tokens=tokens)]).block_tokens == size
     assert parse([line(*range(blocks), tokens=tokens)], 7).block_tokens == 7
+
+
+def test_bailians_files_have_blocks_of_16_tokens_whatever_their_lengths_say() -> None:
+    record = {"chat_id": 1, "parent_chat_id": -1, "timestamp": 0.1, "type": "image", "turn": 1, "hash_ids": [7, 8]}
+    trace = parse([json.dumps(record), json.dumps({**record, "chat_id": 2, "parent_chat_id": 1, "input_length": 3000})])
+    assert (trace.block_tokens, trace.blocks, trace.unique_blocks) == (16, 4, 2)
 
 
 @pytest.mark.parametrize(
@@ -147,6 +139,8 @@ def test_the_command_prints_a_table_and_json(tmp_path: Path, packed: bool) -> No
     )
     result = json.loads(run_cli("bench", "trace", str(file), "--capacity", "80,0.16k", "--json", "-").stdout)
     assert [row["blocks"] for row in result["capacities"]] == [5, 10]
+    rates = {"lru", "s3_fifo", "value", "optimal", "s3_fifo_gap_closed", "value_gap_closed"}
+    assert result["capacities"][0].keys() == {"tokens", "blocks"} | rates
     assert result["capacities"][1]["lru"] == result["ideal_hit_rate"]
     assert result["capacities"][0]["lru"] < result["capacities"][0]["optimal"] <= result["ideal_hit_rate"]
 
@@ -169,6 +163,8 @@ def test_a_pipe_is_read_and_an_endless_line_is_not(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("words", "why"),
     [
+        ([], "give a trace FILE or --generate SEED"),
+        (["{file}", "--generate", "1"], "one of them"),
         (["no-such-file"], "cannot read no-such-file"),
         (["{file}", "--capacity", "many"], "no number of tokens"),
         (["{file}", "--capacity", "1M,"], "no number of tokens"),

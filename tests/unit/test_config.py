@@ -172,8 +172,9 @@ def test_every_server_setting_has_a_variable() -> None:
         room = {"MMCACHE_MAX_BODY_NBYTES": "16MiB", "MMCACHE_MAX_BATCH_KEYS": "64"}
         if field.name.startswith("tls_"):
             room |= {"MMCACHE_TLS_CERT": "c", "MMCACHE_TLS_KEY": "k"}
-        found = getattr(server_config(room | {f"MMCACHE_{field.name.upper()}": texts[str(field.type)]}), field.name)
-        assert str(found) in ("True", "127.0.0.1:1", "65536", "0.5")
+        text = {"policy": "lru", "mode": "off", "log": "json"}.get(field.name, texts[str(field.type)])
+        found = getattr(server_config(room | {f"MMCACHE_{field.name.upper()}": text}), field.name)
+        assert str(found) in ("True", "127.0.0.1:1", "65536", "0.5", "lru", "off", "json")
 
 
 @pytest.mark.parametrize(
@@ -187,6 +188,7 @@ def test_every_server_setting_has_a_variable() -> None:
         ("MMCACHE_MAX_ENTRIES", "1.5", "not a valid int"),
         ("MMCACHE_LEASE_S", "0", "lease_s is 0.0; it must be greater than 0"),
         ("MMCACHE_LEASE_S", "nan", "greater than 0"),
+        ("MMCACHE_POLICY", "LRU", "policy is 'LRU'; it must be one of value, lru, s3-fifo"),
     ],
 )
 def test_a_bad_variable_is_named(variable: str, value: str, message: str) -> None:
