@@ -43,7 +43,8 @@ check: $(TEST)
 
 test: check
 	bash tests/clients/install-node.sh
-	$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal --cov --cov-report=term
+	$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal -m "not alone" --cov --cov-report=term
+	$(BIN)/python -m pytest -m alone
 
 fuzz: $(TEST)
 	$(BIN)/python -m tests.fuzz --bytes $(FUZZ_BYTES) --seconds $(FUZZ_SECONDS)

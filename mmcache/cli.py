@@ -73,6 +73,16 @@ def _setting(name: str, text: str, *flags: str, metavar: str | None = None) -> A
 Listen = Annotated[
     str | None, _setting("listen", "Listen here; port 0 picks one, '' listens on no port.", metavar="HOST:PORT")
 ]
+UnixPath = Annotated[
+    str | None,
+    _setting(
+        "unix_path",
+        "Unix socket. 'auto': shard.sock in a private temporary directory, which the ready line and clients on "
+        "this host are told; '': none, and so no shared memory.",
+        "--unix",
+        metavar="PATH",
+    ),
+]
 Metrics = Annotated[
     str | None,
     _setting("metrics", "Serve a page for Prometheus here; port 0 picks one, '' serves none.", metavar="HOST:PORT"),
@@ -105,16 +115,7 @@ TlsClientCa = Annotated[
 )
 def serve(
     listen: Listen = None,
-    unix_path: Annotated[
-        str | None,
-        _setting(
-            "unix_path",
-            "Unix socket. 'auto': shard.sock in a private temporary directory, which the ready line and clients on "
-            "this host are told; '': none, and so no shared memory.",
-            "--unix",
-            metavar="PATH",
-        ),
-    ] = None,
+    unix_path: UnixPath = None,
     memory: Annotated[
         str | None, _setting("memory_nbytes", "Memory for stored values, such as 8GiB.", metavar="SIZE")
     ] = None,

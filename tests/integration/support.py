@@ -249,38 +249,33 @@ class Ended(NamedTuple):
     stderr: str
 
 
-def run_here(*words: str) -> Ended:
-    """The command line in this process: what it says and does is the same, without a second for a new interpreter."""
+def run_cli(*words: str, environment: dict[str, str] | None = None) -> Ended:
+    """`mmcache WORDS...` run to its end, without the caller's own settings, and 200 columns wide.
+
+    In this process, which spares a second for a new interpreter and says the same; `serve`, which owns its process's
+    signals, in one of its own.
+    """
+    clean = {name: value for name, value in os.environ.items() if not name.startswith("MMCACHE_")}
+    settings = clean | {"COLUMNS": "200"} | (environment or {})
+    if words[:1] == ("serve",):
+        command = [sys.executable, "-m", "mmcache", *words]
+        ended = subprocess.run(command, capture_output=True, text=True, env=settings, timeout=PATIENCE_S, check=False)
+        return Ended(ended.returncode, ended.stdout, ended.stderr)
     from mmcache.cli import main
 
     out, err = io.StringIO(), io.StringIO()
     code: object = 0
-    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err), arguments(["mmcache", *words]):
+    before = sys.argv, dict(os.environ)
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        sys.argv = ["mmcache", *words]
+        os.environ.clear()
+        os.environ.update(settings)
         try:
             main()
-        except SystemExit as ended:
-            code = ended.code
-    return Ended(code if isinstance(code, int) else 0, out.getvalue(), err.getvalue())
-
-
-@contextlib.contextmanager
-def arguments(words: list[str]) -> Iterator[None]:
-    """The process's arguments, for a while."""
-    before, sys.argv = sys.argv, words
-    try:
-        yield
-    finally:
-        sys.argv = before
-
-
-def run_cli(*words: str, environment: dict[str, str] | None = None) -> subprocess.CompletedProcess[str]:
-    """`mmcache WORDS...` run to its end, without the caller's own settings."""
-    clean = {name: value for name, value in os.environ.items() if not name.startswith("MMCACHE_")}
-    return subprocess.run(
-        [sys.executable, "-m", "mmcache", *words],
-        capture_output=True,
-        text=True,
-        env=clean | {"COLUMNS": "200"} | (environment or {}),
-        timeout=PATIENCE_S,
-        check=False,
-    )
+        except SystemExit as ended_by:
+            code = ended_by.code
+        finally:
+            sys.argv = before[0]
+            os.environ.clear()
+            os.environ.update(before[1])
+    return Ended(code if isinstance(code, int) else int(bool(code)), out.getvalue(), err.getvalue())

@@ -8,12 +8,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from typer.testing import CliRunner
 
 from mmcache.bench import chat, diffusion
 from mmcache.bench.report import Report
 from mmcache.bench.run import Options
-from mmcache.cli import app
 from mmcache.errors import ConfigError
 from mmcache.testing.process import ServerProcess
 from tests.integration.support import run_cli
@@ -94,8 +92,8 @@ def test_options_that_cannot_work_are_refused() -> None:
 
 def test_transfer_measures_every_row_and_checks_what_arrived(tmp_path: Path) -> None:
     file = tmp_path / "report.html"
-    ended = CliRunner().invoke(app, ["bench", "transfer", "--quick", "--json", "-", "--html", str(file)])
-    assert ended.exit_code == 0
+    ended = run_cli("bench", "transfer", "--quick", "--json", "-", "--html", str(file))
+    assert ended.returncode == 0
     found = json.loads(ended.stdout)
     rows = found["rows"]
     assert {frozenset(row) for row in rows} == {frozenset(ROW_FIELDS)}

@@ -26,7 +26,7 @@ from mmcache.store.shard import Landing
 from mmcache.store.usage import Quota
 from mmcache.testing import faults
 from mmcache.transport.base import PROTOCOL, Op
-from tests.integration.support import NAMESPACE, MiB, Raw, eventually, keys_of, run_here, values_of
+from tests.integration.support import NAMESPACE, MiB, Raw, eventually, keys_of, run_cli, values_of
 
 NBYTES = 60_000
 HALF = Namespace(kind="kv", model="test/model", dtype="float16", layout="LBHNC", block_size=16)
@@ -226,7 +226,7 @@ def test_a_key_stored_again_is_no_longer_explained_by_its_past(bed: Bed) -> None
     assert bed.why(keys).why is Why.HERE
     assert bed.client.delete(keys) == [True]
     assert bed.why(keys).why is Why.DELETED
-    ended = run_here("explain", keys[0].hex(), keys_of(1, "never")[0].hex(), "-c", bed.url)
+    ended = run_cli("explain", keys[0].hex(), keys_of(1, "never")[0].hex(), "-c", bed.url)
     assert ended.returncode == 0
     assert re.search(r"deleted by a client, \d+\.\d s ago\n.*never stored", ended.stdout)
 
@@ -255,7 +255,7 @@ def test_recent_lookups_tell_what_they_missed_first(bed: Bed) -> None:
     assert (last.keys, last.found, last.prefix, last.key, last.why) == (4, 0, True, keys.digests[0], pb.DELETED)
     assert (read.keys, read.found, read.prefix, read.key) == (4, 2, False, keys.digests[2])
     assert (first.found, first.key, first.why) == (2, keys.digests[2], pb.NEVER_STORED)
-    ended = run_here("explain", "--recent", "5", "-c", bed.url, "--json")
+    ended = run_cli("explain", "--recent", "5", "-c", bed.url, "--json")
     assert [json.loads(line)["found"] for line in ended.stdout.splitlines()] == [0, 2, 2]
 
 
@@ -321,9 +321,9 @@ def test_a_recorded_request_survives_its_file_and_the_command_line(bed: Bed, tmp
     here.write_text(request.to_json())
     there.write_text(record(NAMESPACE, TOKENS, [picture(max_pixels=1)]).to_json())
     bed.put(request.keys())
-    ended = run_here("explain", "--request", str(here), "-c", bed.url)
+    ended = run_cli("explain", "--request", str(here), "-c", bed.url)
     assert ended.stdout == "all 5 blocks are stored\n"
-    ended = run_here("explain", "--request", str(there), "--against", str(here), "-c", bed.url, "--json")
+    ended = run_cli("explain", "--request", str(there), "--against", str(here), "-c", bed.url, "--json")
     found = json.loads(ended.stdout)
     assert (found["first_missing"], found["why"]) == (1, "never_stored")
     assert "max_pixels" in found["findings"][0]
@@ -351,10 +351,10 @@ def test_a_recording_that_is_none_is_refused_with_its_place(text: str, words: st
 
 
 def test_what_to_explain_must_be_said(bed: Bed) -> None:
-    ended = run_here("explain", "-c", bed.url)
+    ended = run_cli("explain", "-c", bed.url)
     assert ended.returncode == 2
     assert "give KEYs, or --request FILE" in ended.stderr
-    ended = run_here("explain", "--request", "/nowhere/at/all.json", "-c", bed.url)
+    ended = run_cli("explain", "--request", "/nowhere/at/all.json", "-c", bed.url)
     assert ended.returncode == 2
     assert "cannot read" in ended.stderr
     assert isinstance(record(NAMESPACE, [1]), Recorded)

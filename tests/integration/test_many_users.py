@@ -18,6 +18,8 @@ from mmcache.testing.process import ServerProcess
 from mmcache.transport.base import Outcome
 from tests.integration.support import PATIENCE_S, blanks, child, keys_of, values_of
 
+pytestmark = pytest.mark.alone
+
 COUNT, NBYTES = 8, 50_000
 
 

@@ -24,7 +24,7 @@ from mmcache.store.usage import Quota
 from mmcache.testing import faults
 from mmcache.testing.process import ServerProcess
 from mmcache.transport.base import Op, Outcome
-from tests.integration.support import NAMESPACE, MiB, blanks, eventually, keys_of, run_here, values_of
+from tests.integration.support import NAMESPACE, MiB, blanks, eventually, keys_of, run_cli, values_of
 
 NBYTES = 20_000
 OTHER = Namespace(kind="kv", model="other/model", dtype="uint8", layout="LBHNC", block_size=16)
@@ -102,7 +102,7 @@ def test_mode_off_stops_running_clients_and_both_lets_them_go_on() -> None:
         for engine in engines:
             engine.start()
         eventually(lambda: all(e.last_read_s and e.last_stored_s for e in engines), "engines read and store")
-        assert run_here("mode", "off", "-c", process.url).stdout == "mode off\n"
+        assert run_cli("mode", "off", "-c", process.url).stdout == "mode off\n"
         off_s = time.monotonic()
         rounds = [engine.rounds for engine in engines]
         eventually(lambda: all(e.rounds > r + 5 for e, r in zip(engines, rounds, strict=True)), "engines go on")
@@ -110,7 +110,7 @@ def test_mode_off_stops_running_clients_and_both_lets_them_go_on() -> None:
             assert engine.last_read_s < off_s + 1
             assert engine.last_stored_s < off_s + 1
         stopped_s = time.monotonic()
-        assert json.loads(run_here("mode", "both", "-c", process.url, "--json").stdout) == {"mode": "both", "rules": []}
+        assert json.loads(run_cli("mode", "both", "-c", process.url, "--json").stdout) == {"mode": "both", "rules": []}
         eventually(lambda: all(e.last_read_s > stopped_s for e in engines), "engines read again", 5)
         eventually(lambda: all(e.last_stored_s > stopped_s for e in engines), "engines store again", 5)
         for engine in engines:
@@ -164,7 +164,7 @@ def test_a_mode_of_namespaces_leaves_the_others_alone_and_binds_those_to_come(cl
 def test_rm_removes_exactly_what_is_selected(server: Server, client: mmcache.Client) -> None:
     ours, theirs, pictures = three_kinds(client)
     before = client.stat()["counters"]["bytes_used"]
-    ended = run_here("rm", "--model", "other/model", "-c", url_of(server), "--json")
+    ended = run_cli("rm", "--model", "other/model", "-c", url_of(server), "--json")
     removed = json.loads(ended.stdout)
     assert removed["entries"] == 4
     assert 4 * NBYTES < removed["nbytes"] < 4 * NBYTES + 4000
@@ -179,7 +179,7 @@ def test_rm_removes_exactly_what_is_selected(server: Server, client: mmcache.Cli
     assert client.match_prefix(ours) == 5
     eventually(lambda: operations.remove(pb.Selection(older_than_s=0.5))[0] == 5, "old enough", 5)
     server.shard.index.check_integrity()
-    assert run_here("rm", "--all", "-c", url_of(server)).stdout == "removed 0 entries, 0 B\n"
+    assert run_cli("rm", "--all", "-c", url_of(server)).stdout == "removed 0 entries, 0 B\n"
 
 
 def test_what_is_being_read_stays_until_it_is_read(server: Server, client: mmcache.Client) -> None:
@@ -196,22 +196,22 @@ def test_what_is_being_read_stays_until_it_is_read(server: Server, client: mmcac
 def test_ls_shows_namespaces_and_entries(server: Server, client: mmcache.Client) -> None:
     ours, _, pictures = three_kinds(client)
     client.put(keys_of(1, "brief"), values_of(keys_of(1, "brief"), NBYTES), ttl_s=1000)
-    rows = [json.loads(line) for line in run_here("ls", "-c", url_of(server), "--json").stdout.splitlines()]
+    rows = [json.loads(line) for line in run_cli("ls", "-c", url_of(server), "--json").stdout.splitlines()]
     assert [(row["kind"], row["entries"], row["mode"]) for row in rows] == [
         ("kv", 6, "both"), ("kv", 4, "both"), ("embedding", 3, "both")
     ]  # fmt: skip
     assert rows[0]["facts"] == dict(NAMESPACE.facts)
     assert rows[0]["namespace"] == NAMESPACE.id.hex()
-    text = run_here("ls", "-c", url_of(server)).stdout
+    text = run_cli("ls", "-c", url_of(server)).stdout
     assert "    model = other/model" in text
-    lines = run_here("ls", "--entries", "--model", "test/model", "-c", url_of(server), "--json").stdout.splitlines()
+    lines = run_cli("ls", "--entries", "--model", "test/model", "-c", url_of(server), "--json").stdout.splitlines()
     entries = {row["key"]: row for row in map(json.loads, lines)}
     assert entries.keys() == {key.hex() for key in [*ours, *pictures, *keys_of(1, "brief")]}
     assert entries[ours[0].hex()]["children"] == 1
     assert entries[pictures[0].hex()]["kind"] == "embedding"
     assert 900 < entries[keys_of(1, "brief")[0].hex()]["expires_in_s"] <= 1000
     assert entries[ours[0].hex()]["expires_in_s"] is None
-    assert f"{ours[0].hex()}  kv " in run_here("ls", "--entries", "-c", url_of(server)).stdout
+    assert f"{ours[0].hex()}  kv " in run_cli("ls", "--entries", "-c", url_of(server)).stdout
 
 
 def test_audit_finds_planted_flipped_bits_and_nothing_else(server: Server, client: mmcache.Client) -> None:
@@ -221,7 +221,7 @@ def test_audit_finds_planted_flipped_bits_and_nothing_else(server: Server, clien
     for number, bit in ((7, 8 * 3), (150, 8 * 19_000 + 5), (199, 8 * 400)):
         faults.flip_bit(server.shard, keys.digests[number], bit)
     order = server.shard.index.rows.policy.listed()
-    ended = run_here("audit", "-c", url_of(server), "--json")
+    ended = run_cli("audit", "-c", url_of(server), "--json")
     assert ended.returncode == 1
     assert "test this host's memory" in ended.stderr
     report = json.loads(ended.stdout)
@@ -232,7 +232,7 @@ def test_audit_finds_planted_flipped_bits_and_nothing_else(server: Server, clien
     assert [row for row in order if row in server.shard.index.rows.policy.listed()] == (
         server.shard.index.rows.policy.listed()
     ), "an audit is no use of what it checks"
-    assert run_here("audit", "-c", url_of(server)).stdout.startswith("checked 197 entries, ")
+    assert run_cli("audit", "-c", url_of(server)).stdout.startswith("checked 197 entries, ")
 
 
 def test_an_audit_of_a_share_takes_about_that_share(client: mmcache.Client) -> None:
@@ -302,7 +302,7 @@ def test_bad_selections_and_modes_are_refused(server: Server, client: mmcache.Cl
         (("mode", "half"), "'half' is no mode"),
         (("audit", "--share", "0"), "'0' is no share"),
     ):
-        ended = run_here(*words, "-c", url_of(server))
+        ended = run_cli(*words, "-c", url_of(server))
         assert (ended.returncode, message in ended.stderr) == (2, True), ended.stderr
     with pytest.raises(ConfigError, match="mode is 'half'"):
         ServerConfig(mode="half")
@@ -313,8 +313,8 @@ def test_top_shows_what_happens_between_two_looks(server: Server, client: mmcach
     store(client, keys)
     engine = Engine(url_of(server))
     engine.start()
-    ended = run_here("top", "--interval", "0.3", "--count", "2", "-c", url_of(server), "--json")
-    table = run_here("top", "--interval", "0.2", "--count", "1", "-c", url_of(server))
+    ended = run_cli("top", "--interval", "0.3", "--count", "2", "-c", url_of(server), "--json")
+    table = run_cli("top", "--interval", "0.2", "--count", "1", "-c", url_of(server))
     engine.stop()
     first, second = map(json.loads, ended.stdout.splitlines())
     assert 0 <= second["hit_rate"] <= 1

@@ -18,6 +18,8 @@ from mmcache.testing.process import ServerProcess
 from mmcache.transport.base import Outcome
 from tests.integration.support import Bytes, MiB, blanks, child, eventually, keys_of, suspend, value_of, values_of
 
+pytestmark = pytest.mark.alone
+
 LEASE_S = 1.0
 MEMORY_NBYTES = 64 * MiB
 VALUE_NBYTES = 4 * MiB - 4096  # several exceed what socket buffers hold, so that a sender has to wait for its reader
@@ -28,7 +30,8 @@ PATHS = pytest.mark.parametrize("path", ["shm", "tcp"])
 
 @pytest.fixture
 def server() -> Iterator[ServerProcess]:
-    with ServerProcess(str(MEMORY_NBYTES), "--lease-s", str(LEASE_S)) as process:
+    # by LRU, so that it is known what a flood pushes out
+    with ServerProcess(str(MEMORY_NBYTES), "--lease-s", str(LEASE_S), "--policy", "lru") as process:
         yield process
 
 

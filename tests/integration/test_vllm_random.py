@@ -17,6 +17,8 @@ from tests.integration.toy_cases import CONFIGURATIONS, finish, lora, prompt, tr
 from tests.integration.toy_engine import ToyEngine, close_all
 from tests.integration.toy_memory import keys_of, stored
 
+pytestmark = pytest.mark.alone
+
 STEMS = [prompt(stem, 60) for stem in range(3)]
 REQUESTS = 80  # at least, and until what is to be tested has happened
 WANTED = {"local_tokens": 400, "external_tokens": 400, "loads_failed": 3, "preemptions": 10}

@@ -28,6 +28,8 @@ from tests.integration.toy_cases import (
 )
 from tests.integration.toy_engine import ToyEngine, close_all
 
+pytestmark = pytest.mark.alone
+
 PROMPT = prompt(1, 50)
 LONGER = PROMPT + prompt(2, 30)
 
