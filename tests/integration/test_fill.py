@@ -86,9 +86,10 @@ class Bed:
 def bed(request: pytest.FixtureRequest, server: Server) -> Iterator[Bed]:
     source = group(0)
     keys = mmcache.Namespace(kind="kv", model="m", dtype="int16", layout="x", block_size=TOKENS).block_keys(range(64))
-    with mmcache.connect(f"{url(server)}?transport={request.param}", deadline_s=LEASE_S / 4) as client:
-        stored = blocks(source, IDS)
-        assert all(client.put(keys, source.rows(stored)))
+    stored = blocks(source, IDS)
+    with mmcache.connect(url(server), deadline_s=20) as patient:
+        assert all(patient.put(keys, source.rows(stored)))
+    with mmcache.connect(f"{url(server)}?transport={request.param}", deadline_s=LEASE_S) as client:
         yield Bed(client, keys, stored, BufferPool(4 * source.spec().nbytes, 1, pinned="no"))
 
 

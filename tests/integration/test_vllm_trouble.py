@@ -22,6 +22,8 @@ from tests.integration.toy_cases import CONFIGURATIONS, ONE, Gate, answered, ent
 from tests.integration.toy_engine import ToyEngine, close_all
 from tests.integration.toy_memory import FACTS, keys_of
 
+pytestmark = pytest.mark.alone
+
 DEADLINE_S = 0.6
 SLACK_S = 1.4  # a busy machine's, and one more probe of the server
 
