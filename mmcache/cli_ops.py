@@ -236,15 +236,19 @@ def top(
         if "bytes_capacity" not in first["counters"]:
             raise MMCacheError(ADMINS_ONLY)
         rates, looks = Rates(first, time.monotonic()), 0
-        live = None if as_json else stack.enter_context(Live(console=Console(), auto_refresh=False, screen=False))
+        console = Console()
+        watched = console.is_terminal and not as_json
+        live = stack.enter_context(Live(console=console, auto_refresh=False)) if watched else None
         while count is None or looks < count:
             time.sleep(interval_s)
             now = rates.look(client.stat(), time.monotonic())
             looks += 1
-            if live is None:
+            if as_json:
                 print(json.dumps(now), flush=True)
-            else:
+            elif live is not None:
                 live.update(top_table(now, url), refresh=True)
+            else:  # a file or a pipe: one table after the other
+                console.print(top_table(now, url))
 
 
 def audit(

@@ -339,13 +339,14 @@ def test_top_shows_what_happens_between_two_looks(server: Server, client: mmcach
     engine = Engine(url_of(server))
     engine.start()
     ended = run_here("top", "--interval", "0.3", "--count", "2", "-c", url_of(server), "--json")
-    table = run_here("top", "--interval", "0.2", "--count", "1", "-c", url_of(server))
+    table = run_here("top", "--interval", "0.2", "--count", "2", "-c", url_of(server))
     engine.stop()
     first, second = map(json.loads, ended.stdout.splitlines())
     assert 0 <= second["hit_rate"] <= 1
     assert second["per_s"]["stored"] > 0
     assert second["bytes_by_kind"]["kv"] > first["bytes_by_kind"]["kv"] > 3 * NBYTES
-    assert "hit rate" in table.stdout
+    assert table.stdout.count("hit rate") == 2
+    assert table.stdout.endswith("\n")
     assert "of 16.0 MiB" in table.stdout
 
 
