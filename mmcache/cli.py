@@ -78,6 +78,9 @@ Metrics = Annotated[
     str | None,
     _setting("metrics", "Serve a page for Prometheus here; port 0 picks one, '' serves none.", metavar="HOST:PORT"),
 ]
+PolicyName = Annotated[
+    str | None, _setting("policy", "Which entries leave first: value, lru or s3-fifo.", metavar="NAME")
+]
 Mode = Annotated[str | None, _setting("mode", "Allow both, read, write or off; see `mmcache mode`.", metavar="MODE")]
 LogForm = Annotated[str | None, _setting("log", "How to log: text or json, one object a line.", metavar="FORM")]
 Grpc = Annotated[
@@ -127,9 +130,7 @@ def serve(
         bool | None, _setting("prefault", "Take all the memory now, not on first use.", "--prefault")
     ] = None,
     lease_s: Annotated[float | None, _setting("lease_s", "Seconds a reader may hold an entry.")] = None,
-    policy: Annotated[
-        str | None, _setting("policy", "Which entries leave first: value, lru or s3-fifo.", metavar="NAME")
-    ] = None,
+    policy: PolicyName = None,
     max_connections: Annotated[int | None, _setting("max_connections", "Connections at once.")] = None,
     insecure_network: Annotated[
         bool | None,
