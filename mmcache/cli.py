@@ -17,12 +17,13 @@ from typing import Annotated, Any
 
 import typer
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from mmcache import cli_explain, cli_ops
 from mmcache._version import __version__
 from mmcache.cli_bench import bench_app
-from mmcache.cli_common import DEFAULT_URL, Json, Url, key_digest, progress_bar, size_text
+from mmcache.cli_common import ADMINS_ONLY, DEFAULT_URL, Json, Url, key_digest, printable, progress_bar, size_text
 from mmcache.cli_token import token_app
 from mmcache.config import ServerConfig, parse_nbytes, server_config
 from mmcache.connect import connect
@@ -87,6 +88,9 @@ Metrics = Annotated[
     str | None,
     _setting("metrics", "Serve a page for Prometheus here; port 0 picks one, '' serves none.", metavar="HOST:PORT"),
 ]
+PolicyName = Annotated[
+    str | None, _setting("policy", "Which entries leave first: value, lru or s3-fifo.", metavar="NAME")
+]
 Mode = Annotated[str | None, _setting("mode", "Allow both, read, write or off; see `mmcache mode`.", metavar="MODE")]
 LogForm = Annotated[str | None, _setting("log", "How to log: text or json, one object a line.", metavar="FORM")]
 Grpc = Annotated[
@@ -127,9 +131,7 @@ def serve(
         bool | None, _setting("prefault", "Take all the memory now, not on first use.", "--prefault")
     ] = None,
     lease_s: Annotated[float | None, _setting("lease_s", "Seconds a reader may hold an entry.")] = None,
-    policy: Annotated[
-        str | None, _setting("policy", "Which entries leave first: value, lru or s3-fifo.", metavar="NAME")
-    ] = None,
+    policy: PolicyName = None,
     max_connections: Annotated[int | None, _setting("max_connections", "Connections at once.")] = None,
     insecure_network: Annotated[
         bool | None,
@@ -213,12 +215,14 @@ def stat(url: Url = DEFAULT_URL, as_json: Json = False) -> None:
     if as_json:
         print(json.dumps(report))
         return
-    table = Table(title=f"{report['server']}, up {report['uptime_s']:.0f} s")
+    table = Table(title=escape(f"{report['server']}, up {report['uptime_s']:.0f} s"))
     table.add_column("counter", no_wrap=True)
     table.add_column("value", justify="right", no_wrap=True)
     for name, value in report["counters"].items():
         table.add_row(name, size_text(value) if "bytes" in name.split("_") else f"{value:,}")
     Console().print(table)
+    if "bytes_capacity" not in report["counters"]:
+        print(f"mmcache: {ADMINS_ONLY}", file=sys.stderr)
 
 
 @app.command(
@@ -246,13 +250,13 @@ def inspect(
         if name == "tensors":
             print("tensors:")
             for row in value:
-                print(f"  {row['name']}: {row['dtype']}{row['shape']} {row['nbytes']:,} bytes")
+                print(f"  {printable(row['name'])}: {row['dtype']}{row['shape']} {row['nbytes']:,} bytes")
         elif name == "namespace_facts":
             print("namespace_facts:" if value else "namespace_facts: none are known here")
             for fact, text in value.items():
-                print(f"  {fact} = {text}")
+                print(f"  {printable(fact)} = {printable(text)}")
         else:
-            print(f"{name}: {value}" + (f" ({_iso(value)})" if name.endswith("_ms") and value else ""))
+            print(f"{name}: {printable(str(value))}" + (f" ({_iso(value)})" if name.endswith("_ms") and value else ""))
 
 
 def _iso(unix_ms: int) -> str:
@@ -302,7 +306,7 @@ def doctor(url: Url = DEFAULT_URL, as_json: Json = False) -> None:
         return
     table = Table(box=None, show_header=False, padding=(0, 2))
     for finding in found:
-        table.add_row(finding.what, finding.state, finding.text)
+        table.add_row(*map(escape, finding))
     Console().print(table)
 
 

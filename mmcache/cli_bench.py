@@ -64,6 +64,8 @@ def bench_trace(
     sizes = [_tokens(text) for text in capacity.split(",")]
     if (file is None) == (generate is None):
         raise UsageError("give a trace FILE or --generate SEED, one of them")
+    if generate is not None and block_tokens:
+        raise UsageError("--block-tokens is of a trace FILE; a made-up trace has blocks of 16 tokens")
     if (
         file is not None
         and json_to not in (None, "-")

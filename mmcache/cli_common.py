@@ -15,6 +15,7 @@ from rich.progress import Progress
 from mmcache.errors import ConfigError, UsageError
 
 DEFAULT_URL = "mmcache://127.0.0.1:7600"
+ADMINS_ONLY = "this server shows its counters to admin tokens only; give one: --connect 'URL?token_file=FILE'"
 Url = Annotated[str, typer.Option("--connect", "-c", metavar="URL", help="The server to ask.")]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON for machines.")]
 
@@ -25,6 +26,11 @@ def size_text(nbytes: int) -> str:
         return f"{nbytes} B"
     power = min((nbytes.bit_length() - 1) // 10, 4)
     return f"{nbytes / 1024**power:,.1f} {'KMGT'[power - 1]}iB"
+
+
+def printable(text: str) -> str:
+    """Text that a client gave, for a terminal: whatever could move the cursor or begin a line is shown as an escape."""
+    return "".join(char if char.isprintable() else char.encode("unicode_escape").decode() for char in text)
 
 
 @contextmanager
@@ -45,7 +51,7 @@ def progress_bar(what: str) -> Iterator[Callable[[int, int], None]]:
 def write_text(path: Path, text: str, mode: str = "w", option: str = "--json") -> None:
     """Write a file that `option` names. Raises ConfigError, with the remedy."""
     try:
-        with path.open(mode) as file:
+        with path.open(mode, encoding="utf-8") as file:
             file.write(text)
     except OSError as error:
         raise ConfigError(f"cannot write {path}: {error.strerror}; give {option} a file that can be written") from None

@@ -80,7 +80,9 @@ def _print_explanation(operations: Operations, recorded: list[Any], as_json: boo
         first = {"blocks": found.blocks, "first_missing": found.first_missing, **_reason_row(found.reason)}
         print(json.dumps({**first, "findings": list(found.findings)}))
         return
-    if found.first_missing is None:
+    if not found.blocks:
+        print("the request is shorter than a block: there is nothing to be stored")
+    elif found.first_missing is None:
         print(f"all {found.blocks} blocks are stored")
     else:
         print(f"block {found.first_missing} of {found.blocks} is missing: {_reason_text(found.reason)}")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import re
 import time
@@ -13,7 +14,7 @@ from google.protobuf.json_format import MessageToDict
 from rich.console import Console
 from rich.live import Live
 
-from mmcache.cli_common import DEFAULT_URL, Json, Url, progress_bar, size_text
+from mmcache.cli_common import ADMINS_ONLY, DEFAULT_URL, Json, Url, printable, progress_bar, size_text
 from mmcache.client.operations import MODALITIES, MODES, Operations
 from mmcache.connect import connect
 from mmcache.errors import MMCacheError, UsageError
@@ -65,7 +66,9 @@ def _selection(
     selection = pb.Selection(kind=kind or "", tenant=tenant or "")
     if kind not in (None, "kv", "embedding", "prompt", "latent"):
         raise UsageError(f"--kind {kind!r} is unknown; give kv, embedding, prompt or latent")
-    for text in [*(namespaces or []), *([f"model={model}"] if model else [])]:
+    if tenant == "":  # an unset variable of a script must not widen what is selected
+        raise UsageError("--tenant is empty; give a tenant's name, or leave it out")
+    for text in [*(namespaces or []), *([] if model is None else [f"model={model}"])]:
         name, equals, value = text.partition("=")
         if equals and name and value:
             selection.facts[name] = value
@@ -120,7 +123,7 @@ def mode(
 
 
 def _selection_text(of: pb.Selection) -> str:
-    parts = [f"{name}={value}" for name, value in sorted(of.facts.items())]
+    parts = [f"{printable(name)}={printable(value)}" for name, value in sorted(of.facts.items())]
     parts += [f"id {of.namespace.hex()}"] if of.namespace else []
     parts += [f"kind {of.kind}"] if of.kind else []
     parts += [f"tenant {of.tenant}"] if of.tenant else []
@@ -172,7 +175,8 @@ def ls(
             return
         rows = [_namespace_row(row) for row in Operations(client).namespaces(selection)]
     if as_json:
-        print("\n".join(map(json.dumps, rows)))
+        for one in rows:
+            print(json.dumps(one))
         return
     for one in rows:
         tenant_text = f", tenant {one['tenant']}" if one["tenant"] else ""
@@ -180,7 +184,7 @@ def ls(
         holds = f"{one['entries']:,} entries, {size_text(one['nbytes'])}{tenant_text}{mode_text}"
         print(f"{one['namespace'][:16]}  {one['kind'] or 'kind unknown'}: {holds}")
         for name, text in one["facts"].items():
-            print(f"    {name} = {text}")
+            print(f"    {printable(name)} = {printable(text)}")
     if not rows:
         print("no namespace is known yet; engines declare theirs when they first store")
 
@@ -227,17 +231,24 @@ def top(
     as_json: Json = False,
 ) -> None:
     """Watch a server live: hit rate, traffic, memory by kind, and what holds it up. --json: one object a look."""
-    with connect(url) as client:
-        rates, looks = Rates(client.stat(), time.monotonic()), 0
-        with Live(console=Console(), auto_refresh=False, screen=False) as live:
-            while count is None or looks < count:
-                time.sleep(interval_s)
-                now = rates.look(client.stat(), time.monotonic())
-                looks += 1
-                if as_json:
-                    print(json.dumps(now), flush=True)
-                else:
-                    live.update(top_table(now, url), refresh=True)
+    with connect(url) as client, contextlib.ExitStack() as stack:
+        first = client.stat()
+        if "bytes_capacity" not in first["counters"]:
+            raise MMCacheError(ADMINS_ONLY)
+        rates, looks = Rates(first, time.monotonic()), 0
+        console = Console()
+        watched = console.is_terminal and not as_json
+        live = stack.enter_context(Live(console=console, auto_refresh=False)) if watched else None
+        while count is None or looks < count:
+            time.sleep(interval_s)
+            now = rates.look(client.stat(), time.monotonic())
+            looks += 1
+            if as_json:
+                print(json.dumps(now), flush=True)
+            elif live is not None:
+                live.update(top_table(now, url), refresh=True)
+            else:  # a file or a pipe: one table after the other
+                console.print(top_table(now, url))
 
 
 def audit(

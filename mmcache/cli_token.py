@@ -17,6 +17,7 @@ from typing import Annotated
 
 import typer
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from mmcache.errors import ConfigError
@@ -142,7 +143,8 @@ def list_tokens(file: File, as_json: Json = False) -> None:
     for row in rows:
         until = f"{row['expires'] or 'never'}{' (expired)' if row['expired'] else ''}"
         named = str(row["sha256"] or f"CN={row['common_name']}")
-        table.add_row(str(row["tenant"]), named, "yes" if row["admin"] else "", until, str(row["note"]))
+        cells = (str(row["tenant"]), named, "yes" if row["admin"] else "", until, str(row["note"]))
+        table.add_row(*map(escape, cells))
     Console().print(table)
 
 

@@ -64,11 +64,11 @@ class AsyncClient(LoopClient):
         verify: bool | None = None,
         deadline_s: float | None = None,
         lazy: bool = False,
+        token: str | None = None,
         server_config: ServerConfig | None = None,
     ) -> None:
-        given: dict[str, Any] = {
-            name: value for name, value in (("verify", verify), ("deadline_s", deadline_s)) if value is not None
-        }
+        keywords = (("verify", verify), ("deadline_s", deadline_s), ("token", token))
+        given: dict[str, Any] = {name: value for name, value in keywords if value is not None}
         config = replace(url, **given) if isinstance(url, ClientConfig) else parse_url(url, **given)
         self._lazy = lazy
         self._embedded: EmbeddedServer | None = None

@@ -129,8 +129,11 @@ def _other_namespaces(operations: Operations, request: Recorded, first: int) -> 
             if len(fields) <= NEAR_FACTS:
                 near.append((len(fields), fields, dict(row.facts)))
     for _, fields, facts in sorted(near, key=lambda one: one[0])[:MAX_TRIED]:
-        size = int(facts.pop("block_size", 0)) or None
-        keys = request.keys(Namespace(kind=mine.kind, block_size=size, **facts))
+        try:
+            size = int(facts.pop("block_size", 0)) or None
+            keys = request.keys(Namespace(kind=mine.kind, block_size=size, **facts))
+        except (KeyInputError, TypeError, ValueError):  # declared by a client that is not ours: no facts of a Namespace
+            continue
         stored = [reason.why for reason in operations.explain(keys.digests)]
         leading = next((place for place, why in enumerate(stored) if why is not Why.HERE), len(stored))
         if leading * (size or 1) > first * (mine.block_size or 1):

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, Final
 
+from rich.markup import escape
 from rich.table import Table
 
 from mmcache.cli_common import size_text
@@ -50,7 +51,7 @@ class Rates:
 def top_table(look: Mapping[str, Any], url: str) -> Table:
     """One look for people."""
     rate, gauges = look["per_s"], look["gauges"]
-    table = Table(title=f"{url}, up {look['uptime_s']:,.0f} s", box=None, show_header=False, padding=(0, 2))
+    table = Table(title=escape(f"{url}, up {look['uptime_s']:,.0f} s"), box=None, show_header=False, padding=(0, 2))
     hit_rate = look["hit_rate"]
     table.add_row("hit rate", "nothing was asked" if hit_rate is None else f"{hit_rate:.1%}")
     table.add_row("asked", f"{rate['hits'] + rate['misses']:,.0f} keys/s, {rate['lookups']:,.0f} more looked up")

@@ -46,8 +46,8 @@ def workload_page(found: Found, command: str) -> str:
         [
             Section(
                 "Hit rates",
-                "Of what was looked up, how much came back. With enough memory all three are equal; with less, the "
-                "exact LRU is what this cache ought to reach.",
+                "Of what was looked up, how much came back. With enough memory all three are equal; with less, it is "
+                "for the server's policy to choose what stays, and the exact LRU is there to compare with.",
                 [_rates(found), *_over_time(found)],
                 _kinds_table(found),
             ),

@@ -162,8 +162,8 @@ class Report:
         if work["capacity_frames"] < FEW_FRAMES and work["capacity_nbytes"] < work["working_set_nbytes"]:
             console.print(
                 f"Note: this cache has room for {work['capacity_frames']} entries only; the gaps between them, which "
-                "the exact LRU does not have, cost points of the hit rate. Compare the two at --scale full, or in more "
-                "memory.",
+                "the exact LRU does not have, cost points of the hit rate. Compare the two at --scale full, in more "
+                "memory, and on a server with the same policy (serve --policy lru, --connect).",
                 highlight=False,
             )
         for title, lines in (("Measured", self.measured), ("Modelled", self.modelled)):

@@ -105,7 +105,9 @@ def run_workload(workload: Workload, options: Options, progress: Progress | None
     memory_nbytes = _memory_nbytes(options.memory, endless.used_nbytes)
     started = time.perf_counter()
     with _opened(options, memory_nbytes) as (client, injector, where):
-        capacity_nbytes = int(client.stat()["counters"]["bytes_capacity"])
+        capacity_nbytes = client.stat()["counters"].get("bytes_capacity")
+        if capacity_nbytes is None:
+            raise ConfigError("the server tells its capacity to admin tokens only: connect with one, ?token_file=FILE")
         cache = CheckedCache(client, workload.kinds, injector, options.seed)
         serve = workload.engine(cache, secrets.token_hex(16))  # every run starts cold, on a shared server too
         for index in range(len(workload.steps)):

@@ -125,9 +125,9 @@ class ClientCore:
         return ""
 
     def _heard(self, link: Session) -> None:
-        """Note what the server said is stopped."""
-        mode = link.conversation.mode
-        if mode or self._stopped:
+        """Note what the server said is stopped, once: what a link heard before it lay idle may no longer be so."""
+        mode, link.conversation.mode = link.conversation.mode, None
+        if mode is not None and (mode or self._stopped):
             self._stopped, self._asked_at = mode, time.monotonic()
 
     def _failed(self, error: Exception) -> str:

@@ -117,7 +117,8 @@ class Conversation:
 
     def __init__(self) -> None:
         self._request_id = 0
-        self.mode = 0  # what the server last said that operators have stopped: STOPPED_WRITES, STOPPED_READS
+        # What the server said is stopped: STOPPED_WRITES, STOPPED_READS. None: it said nothing since that was noted.
+        self.mode: int | None = None
         self.rider = 0
 
     def request(self, op: Op, message: Message) -> bytes:

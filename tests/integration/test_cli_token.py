@@ -21,7 +21,7 @@ def token_cli(*words: str) -> str:
 
 def test_from_a_new_file_to_a_client_and_back_out(tmp_path: Path) -> None:
     file, out = tmp_path / "access.toml", tmp_path / "a.token"
-    printed = token_cli("new", "-f", str(file), "-t", "team-a", "--quota", "1GiB", "--note", "by hand")
+    printed = token_cli("new", "-f", str(file), "-t", "team-a", "--quota", "1GiB", "--note", "by [/hand]")
     assert token_cli("new", "-f", str(file), "-t", "team-a", "--out", str(out)) == ""
     assert [path.stat().st_mode & 0o777 for path in (file, out)] == [0o600, 0o600]
     written = out.read_text().strip()
@@ -33,15 +33,17 @@ def test_from_a_new_file_to_a_client_and_back_out(tmp_path: Path) -> None:
         assert digest_of(token).hex() in text
     rows = json.loads(token_cli("list", "-f", str(file), "--json"))
     assert [(row["tenant"], row["sha256"], row["admin"], row["note"]) for row in rows] == [
-        ("team-a", digest_of(printed).hex()[:12], False, "by hand"),
+        ("team-a", digest_of(printed).hex()[:12], False, "by [/hand]"),
         ("team-a", digest_of(written).hex()[:12], False, ""),
     ]
-    assert "team-a" in token_cli("list", "-f", str(file))
+    assert "by [/hand]" in token_cli("list", "-f", str(file))
     with ServerProcess("1MiB", "--access", str(file)) as server:
         with mmcache.connect(f"{server.url}?token_file={out}") as cache:
             assert cache.stat()["transport"] == "shm"
         stat = run_cli("stat", "-c", f"{server.url}?token_file={out}", "--json")
         assert json.loads(stat.stdout)["counters"] == {"bytes_used": 0}
+        top = run_cli("top", "--count", "1", "-c", f"{server.url}?token_file={out}")
+        assert (top.returncode, "admin tokens only" in top.stderr) == (1, True)
         denied = run_cli("stat", "-c", server.url)
         assert denied.returncode == 1
         assert "access denied" in denied.stderr

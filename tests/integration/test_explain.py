@@ -13,12 +13,13 @@ import numpy as np
 import pytest
 
 import mmcache
+from mmcache.chain import ChainHasher
 from mmcache.client.operations import Operations, Reason, Why
 from mmcache.config import ServerConfig
 from mmcache.errors import UsageError
 from mmcache.explain import Item, Recorded, differences, explain, parse, record
-from mmcache.keys import Namespace, item_digest
-from mmcache.keyset import Keys
+from mmcache.keys import Namespace, item_digest, namespace_id
+from mmcache.keyset import Keys, NamespaceId
 from mmcache.pb import cache_pb2 as pb
 from mmcache.server.caller import Caller
 from mmcache.server.serve import Server
@@ -293,6 +294,15 @@ def test_the_first_block_that_differs_is_found_with_its_item(bed: Bed) -> None:
         "first differing block: 1 (tokens 16 to 31, part of item 0). The block before it is stored and goes on in 1 "
         "other way: a token or an item differs there"
     ]
+
+
+def test_facts_that_are_no_namespaces_of_ours_are_passed_over(bed: Bed) -> None:
+    for odd in ({"block_size": "many"}, {"kind": "kv"}):  # as a client in another language may declare them
+        facts = {**NAMESPACE.facts, **odd}
+        bed.put(ChainHasher(NamespaceId(namespace_id("kv", facts), "kv", facts), 16).extend(TOKENS[:16]))
+    bed.put(record(HALF, TOKENS).keys())
+    (finding,) = explain(Operations(bed.client), record(NAMESPACE, TOKENS)).findings
+    assert "dtype is 'uint8' here and 'float16' there" in finding
 
 
 def test_what_differs_between_two_requests_is_named() -> None:

@@ -143,6 +143,20 @@ def test_reads_and_writes_are_stopped_apart(client: mmcache.Client) -> None:
     eventually(lambda: client.get_into(known, blanks(1, NBYTES))[0], "read again", 5)
 
 
+def test_a_stopped_client_that_asks_for_numbers_all_the_time_goes_on_too(client: mmcache.Client) -> None:
+    known, operations = keys_of(1, "known"), Operations(client)
+    store(client, known)
+    operations.set_mode("off")
+    assert not client.get_into(known, blanks(1, NBYTES))[0]
+    operations.set_mode("both")
+
+    def reads() -> bool:
+        client.stat()  # its answer does not tell the mode
+        return bool(client.get_into(known, blanks(1, NBYTES))[0])
+
+    eventually(reads, "read again", 5)
+
+
 def test_a_mode_of_namespaces_leaves_the_others_alone_and_binds_those_to_come(client: mmcache.Client) -> None:
     operations = Operations(client)
     ours, theirs, pictures = three_kinds(client)
@@ -212,6 +226,15 @@ def test_ls_shows_namespaces_and_entries(server: Server, client: mmcache.Client)
     assert 900 < entries[keys_of(1, "brief")[0].hex()]["expires_in_s"] <= 1000
     assert entries[ours[0].hex()]["expires_in_s"] is None
     assert f"{ours[0].hex()}  kv " in run_cli("ls", "--entries", "-c", url_of(server)).stdout
+
+
+def test_ls_shows_what_clients_declare_without_its_control_characters(server: Server, client: mmcache.Client) -> None:
+    assert run_cli("ls", "--json", "-c", url_of(server)).stdout == ""
+    odd = Namespace(kind="embedding", model="m", dtype="uint8", cache_salt="a\x1b[2J\nb = c")
+    keys = Keys.of(embedding_key(odd, bytes(32)))
+    store(client, keys)
+    for words in (("ls",), ("inspect", keys[0].hex())):
+        assert "cache_salt = a\\x1b[2J\\nb = c\n" in run_cli(*words, "-c", url_of(server)).stdout
 
 
 def test_audit_finds_planted_flipped_bits_and_nothing_else(server: Server, client: mmcache.Client) -> None:
@@ -297,6 +320,8 @@ def test_bad_selections_and_modes_are_refused(server: Server, client: mmcache.Cl
         (("rm", "--all", "--kind", "kv"), "--all alone"),
         (("rm", "--kind", "video"), "'video' is unknown"),
         (("rm", "--namespace", "xyz"), "neither NAME=VALUE nor"),
+        (("rm", "--kind", "kv", "--model", ""), "neither NAME=VALUE nor"),
+        (("rm", "--all", "--tenant", ""), "--tenant is empty"),
         (("rm", "--older-than", "soon"), "'soon' is no age"),
         (("mode", "--kind", "kv"), "say what to allow"),
         (("mode", "half"), "'half' is no mode"),
@@ -314,13 +339,14 @@ def test_top_shows_what_happens_between_two_looks(server: Server, client: mmcach
     engine = Engine(url_of(server))
     engine.start()
     ended = run_cli("top", "--interval", "0.3", "--count", "2", "-c", url_of(server), "--json")
-    table = run_cli("top", "--interval", "0.2", "--count", "1", "-c", url_of(server))
+    table = run_cli("top", "--interval", "0.2", "--count", "2", "-c", url_of(server))
     engine.stop()
     first, second = map(json.loads, ended.stdout.splitlines())
     assert 0 <= second["hit_rate"] <= 1
     assert second["per_s"]["stored"] > 0
     assert second["bytes_by_kind"]["kv"] > first["bytes_by_kind"]["kv"] > 3 * NBYTES
-    assert "hit rate" in table.stdout
+    assert table.stdout.count("hit rate") == 2
+    assert table.stdout.endswith("\n")
     assert "of 16.0 MiB" in table.stdout
 
 

@@ -25,6 +25,7 @@ from mmcache.transport.tcp import Channel
 from mmcache.transport.tls import TlsChannel, client_context, server_context
 from tests.integration.access_bed import EXPIRED, TOKENS, Bed, ask_join, bed_arguments, write_access
 from tests.integration.certificates import Authority
+from tests.integration.on_a_loop import OnALoop
 from tests.integration.support import Raw, blanks, eventually, keys_of, run_cli, values_of
 
 
@@ -62,6 +63,8 @@ def test_a_token_or_a_certificate_says_who_asks_and_both_see_the_same_tenant(bed
         assert by_both.match_prefix(keys) == 3
     with mmcache.connect(bed.url(), token=TOKENS["b"]) as other:
         assert other.contains(keys) == [False] * 3
+    with OnALoop(mmcache.AsyncClient(bed.url(), token=TOKENS["a"])) as on_a_loop:
+        assert on_a_loop.contains(keys) == [True] * 3
 
 
 @pytest.mark.parametrize("token", [None, "wrong", EXPIRED])

@@ -165,6 +165,7 @@ def test_a_pipe_is_read_and_an_endless_line_is_not(tmp_path: Path) -> None:
     [
         ([], "give a trace FILE or --generate SEED"),
         (["{file}", "--generate", "1"], "one of them"),
+        (["--generate", "1", "--block-tokens", "32"], "is of a trace FILE"),
         (["no-such-file"], "cannot read no-such-file"),
         (["{file}", "--capacity", "many"], "no number of tokens"),
         (["{file}", "--capacity", "1M,"], "no number of tokens"),
