@@ -9,12 +9,13 @@ from typing import Annotated, Any
 import typer
 
 from mmcache.cli_common import DEFAULT_URL, Json, Url, key_digest
-from mmcache.client.operations import Operations, Reason, Why, reason_of
+from mmcache.client.operations import Operations, Reason, reason_of
 from mmcache.connect import connect
 from mmcache.errors import UsageError
 from mmcache.explain import explain as explain_request
 from mmcache.explain import parse
 from mmcache.pb import cache_pb2 as pb
+from mmcache.why import Why
 
 
 def register(app: typer.Typer) -> None:

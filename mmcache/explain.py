@@ -14,10 +14,11 @@ from itertools import zip_longest
 from typing import Any, Final
 
 from mmcache.chain import PlaceholderSpan
-from mmcache.client.operations import Operations, Reason, Why
+from mmcache.client.operations import Operations, Reason
 from mmcache.errors import KeyInputError, UsageError
 from mmcache.keys import Namespace
 from mmcache.keyset import Keys
+from mmcache.why import Why
 
 MAX_TRIED: Final = 256  # namespaces
 HERE: Final = Reason(Why.HERE)

@@ -59,6 +59,7 @@ PURE = {
     "mmcache.server.caller",
     "mmcache.server.grants",
     "mmcache.units",
+    "mmcache.why",
     "mmcache.client.plan",
     "mmcache.client.protocol",
 }

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from enum import IntEnum
 from typing import Final, NamedTuple
 
 from mmcache.client.blocking import Client
@@ -17,27 +16,11 @@ from mmcache.client.protocol import put_result
 from mmcache.errors import ProtocolError
 from mmcache.pb import cache_pb2 as pb
 from mmcache.transport.base import Op
+from mmcache.why import Why
 
 Progress = Callable[[int, int], None]
 MODES: Final = ("both", "read", "write", "off")
 MODALITIES: Final = ("", "text", "image", "video", "audio")
-
-
-class Why(IntEnum):
-    """What became of a key; the numbers are the schema's."""
-
-    HERE = 0
-    NEVER_STORED = 1
-    EVICTED = 2
-    TTL_PASSED = 3
-    DELETED = 4
-    REMOVED = 5
-    BAD_BYTES = 6
-    REFUSED = 7
-    TIMED_OUT = 8
-    BEING_WRITTEN = 9
-    READS_STOPPED = 10
-    OTHER_TENANT = 11
 
 
 _WORDS: Final = {

@@ -13,11 +13,12 @@ from mmcache.server.caller import Caller
 from mmcache.server.refuse import BadRequest
 from mmcache.server.tenants import Tenants
 from mmcache.store.answers import MAX_UNITS, UNIT_BITS, Refusal
-from mmcache.store.history import Reason, Why
+from mmcache.store.history import Reason
 from mmcache.store.namespaces import Selection, Stopped
 from mmcache.store.shard import REFUSAL_CODES, Shard
 from mmcache.store.steward import Steward
 from mmcache.transport.base import Op
+from mmcache.why import Why
 
 MAX_LISTED: Final = 4096
 NOBODY: Final = -1  # the number of a tenant that does not exist

@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import NamedTuple
 
-from mmcache.store.history import NEVER, Reason, Why
+from mmcache.store.history import NEVER, Reason
 from mmcache.store.index import Index
 from mmcache.store.rows import LIVE, RESERVED
 from mmcache.store.table import NO_ROW, tenant_prefix
+from mmcache.why import Why
 
 
 class Miss(NamedTuple):

@@ -6,29 +6,12 @@ forgotten. PURE: no clock, no randomness, no I/O.
 
 from __future__ import annotations
 
-from enum import IntEnum
 from typing import NamedTuple
 
 from mmcache.store.columns import Memory, column8, column_float, heap
 from mmcache.store.policy import LRU
 from mmcache.store.table import NO_ROW, Table
-
-
-class Why(IntEnum):
-    """What became of a key. The numbers are those of the schema's Why."""
-
-    HERE = 0
-    NEVER_STORED = 1
-    EVICTED = 2
-    TTL_PASSED = 3
-    DELETED = 4
-    REMOVED = 5
-    BAD_BYTES = 6
-    REFUSED = 7
-    TIMED_OUT = 8
-    BEING_WRITTEN = 9
-    READS_STOPPED = 10
-    OTHER_TENANT = 11
+from mmcache.why import Why
 
 
 class Reason(NamedTuple):

@@ -20,11 +20,11 @@ from typing import TypeVar
 
 from mmcache.errors import KeyInputError, UsageError
 from mmcache.store.answers import Found, Refusal, Reserved, Unpinned
-from mmcache.store.history import Why
 from mmcache.store.ledger import Ledger
 from mmcache.store.rows import LIVE, RECORD, RESERVED
 from mmcache.store.table import KEY_NBYTES, tenant_prefix
 from mmcache.store.usage import UNKNOWN
+from mmcache.why import Why
 
 HEADER_SUM_NBYTES = 16
 ANY_NBYTES = 1 << 62

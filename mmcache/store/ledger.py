@@ -12,13 +12,14 @@ from mmcache.errors import StoreError
 from mmcache.store.answers import IndexStats
 from mmcache.store.columns import NIL, Memory, column32, heap
 from mmcache.store.extents import Extents
-from mmcache.store.history import History, Why
+from mmcache.store.history import History
 from mmcache.store.integrity import check
 from mmcache.store.leases import Lease, Leases, Reservation, Reservations
 from mmcache.store.policy import LRU, Factory
 from mmcache.store.rows import RECORD, Rows
 from mmcache.store.table import tenant_of, tenant_prefix
 from mmcache.store.usage import Usage
+from mmcache.why import Why
 
 MAX_HISTORY_KEYS = 65_536
 EXPIRE_PINS = 4096

@@ -22,11 +22,12 @@ from mmcache.keys import namespace_id
 from mmcache.store.answers import Found, Refusal, Reserved, Unpinned
 from mmcache.store.arena import Arena, Progress
 from mmcache.store.explain import Miss, reason_for
-from mmcache.store.history import Reason, Why
+from mmcache.store.history import Reason
 from mmcache.store.index import Index
 from mmcache.store.namespaces import Known, Namespaces, Stopped
 from mmcache.store.policies import POLICIES
 from mmcache.store.usage import UNKNOWN
+from mmcache.why import Why
 
 COUNTERS: Final = ("hits", "misses", "lookups", "stored", "bytes_read", "bytes_written", "corrupt_dropped")
 RECENT_MISSES: Final = 1024

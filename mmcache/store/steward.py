@@ -12,9 +12,10 @@ from typing import Final, NamedTuple
 
 from mmcache.store import sweep
 from mmcache.store.explain import Miss, reason_for
-from mmcache.store.history import Reason, Why
+from mmcache.store.history import Reason
 from mmcache.store.namespaces import Known, Selection, Stopped
 from mmcache.store.shard import READS_STOPPED, Shard
+from mmcache.why import Why
 
 AUDIT_NBYTES: Final = 256 << 20  # hashed by one call, or one entry
 EVERYTHING: Final = Selection()

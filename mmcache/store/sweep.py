@@ -11,10 +11,10 @@ from typing import NamedTuple
 
 from xxhash import xxh3_64_intdigest
 
-from mmcache.store.history import Why
 from mmcache.store.index import Index
 from mmcache.store.rows import LIVE, RECORD
 from mmcache.store.table import tenant_of
+from mmcache.why import Why
 
 ROWS_PER_PIECE = 4096
 

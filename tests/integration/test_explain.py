@@ -14,7 +14,7 @@ import pytest
 
 import mmcache
 from mmcache.chain import ChainHasher
-from mmcache.client.operations import Operations, Reason, Why
+from mmcache.client.operations import Operations, Reason
 from mmcache.config import ServerConfig
 from mmcache.errors import UsageError
 from mmcache.explain import Item, Recorded, differences, explain, parse, record
@@ -27,6 +27,7 @@ from mmcache.store.shard import Landing
 from mmcache.store.usage import Quota
 from mmcache.testing import faults
 from mmcache.transport.base import PROTOCOL, Op
+from mmcache.why import Why
 from tests.integration.support import NAMESPACE, MiB, Raw, eventually, keys_of, run_cli, values_of
 
 NBYTES = 60_000

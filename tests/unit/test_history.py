@@ -6,10 +6,11 @@ import pytest
 
 from mmcache.store import namespaces as module
 from mmcache.store.answers import Modality, pack_media
-from mmcache.store.history import NEVER, History, Reason, Why
+from mmcache.store.history import NEVER, History, Reason
 from mmcache.store.namespaces import Namespaces, Selection, Stopped
 from mmcache.store.table import tenant_prefix
 from mmcache.store.usage import UNKNOWN, Quota, Usage
+from mmcache.why import Why
 
 PREFIX = tenant_prefix(0)
 
