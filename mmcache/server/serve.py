@@ -113,7 +113,20 @@ class Server:
         self._listeners.append(listener)
 
     def start(self) -> None:
-        """Begin to accept, on threads of this process. Raises TransportError if an address cannot be had."""
+        """Begin to accept, on threads of this process.
+
+        Raises TransportError if an address cannot be had: the server is stopped then, and everything given back.
+        """
+        try:
+            self._open()
+        except BaseException:
+            self.stop()
+            raise
+        for listener in self._listeners:
+            threading.Thread(target=self._accept, args=(listener,), name="mmcache-accept", daemon=True).start()
+        threading.Thread(target=self._tick, name="mmcache-tick", daemon=True).start()
+
+    def _open(self) -> None:
         if self.config.unix_path:
             self._listen_unix()
         if self._metrics_at is not None:
@@ -123,9 +136,6 @@ class Server:
         if self._grpc_at is not None:
             self._rpc = _rpc_server(self.service, self._grpc_at)
             self._rpc.start()
-        for listener in self._listeners:
-            threading.Thread(target=self._accept, args=(listener,), name="mmcache-accept", daemon=True).start()
-        threading.Thread(target=self._tick, name="mmcache-tick", daemon=True).start()
 
     @property
     def metrics_url(self) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import io
 import json
+import logging
 import os
 import signal
 import socket
@@ -252,20 +253,18 @@ class Ended(NamedTuple):
 def run_cli(*words: str, environment: dict[str, str] | None = None) -> Ended:
     """`mmcache WORDS...` run to its end, without the caller's own settings, and 200 columns wide.
 
-    In this process, which spares a second for a new interpreter and says the same; `serve`, which owns its process's
-    signals, in one of its own.
+    In this process, which spares a second for a new interpreter and says the same. `serve`, too, where it ends by
+    itself: the signals it blocks and the logging it sets up are put back.
     """
     clean = {name: value for name, value in os.environ.items() if not name.startswith("MMCACHE_")}
     settings = clean | {"COLUMNS": "200"} | (environment or {})
-    if words[:1] == ("serve",):
-        command = [sys.executable, "-m", "mmcache", *words]
-        ended = subprocess.run(command, capture_output=True, text=True, env=settings, timeout=PATIENCE_S, check=False)
-        return Ended(ended.returncode, ended.stdout, ended.stderr)
     from mmcache.cli import main
 
     out, err = io.StringIO(), io.StringIO()
     code: object = 0
     before = sys.argv, dict(os.environ)
+    root = logging.getLogger()
+    handlers, level, mask = root.handlers[:], root.level, signal.pthread_sigmask(signal.SIG_BLOCK, [])
     with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
         sys.argv = ["mmcache", *words]
         os.environ.clear()
@@ -278,4 +277,7 @@ def run_cli(*words: str, environment: dict[str, str] | None = None) -> Ended:
             sys.argv = before[0]
             os.environ.clear()
             os.environ.update(before[1])
+            root.handlers[:] = handlers
+            root.setLevel(level)
+            signal.pthread_sigmask(signal.SIG_SETMASK, mask)
     return Ended(code if isinstance(code, int) else int(bool(code)), out.getvalue(), err.getvalue())
