@@ -28,7 +28,7 @@ from mmcache.store.usage import UNKNOWN
 
 HEADER_SUM_NBYTES = 16
 ANY_NBYTES = 1 << 62
-MAX_CLAIMS = 65_536  # open leases, and open reservations: their tables must not grow without limit
+MAX_CLAIMS = 65_536  # open leases, and open reservations; of leases a tenant has at most as many as are left for others
 MAKE_ROOM_STEPS = 256
 SCAN_PER_STEP = 16
 EXPIRE_STEPS = 128  # what dropping expired claims counts for among the steps of making room
@@ -97,7 +97,7 @@ class Index(Ledger):
         unpack, width, new = RECORD.unpack_from, RECORD.size, tuple.__new__
         unreadable, numbers = () if stopped_too else self.unreadable, rows.namespace
         held, limit = self._held.get(tenant, 0), self._max_held
-        if len(self._leases) >= MAX_CLAIMS:
+        if self._leases.count(tenant) >= MAX_CLAIMS - len(self._leases):  # no tenant takes the last ones from others
             limit = -1
         found: list[Found | Unpinned | None] = []
         pinned: list[int] = []

@@ -16,6 +16,7 @@ from mmcache.store.usage import UNKNOWN
 MAX_NAMESPACES = 65536
 MAX_FACTS_NBYTES = 64 << 20  # of all declarations
 MAX_RULES = 256
+MAX_NUMBER = (1 << 32) - 1  # what a row's column holds
 MAX_LOOKS = 1024  # at namespaces for one that is idle
 
 
@@ -91,6 +92,8 @@ class Namespaces:
         number = self._numbers.get((tenant, namespace))
         if number is not None:
             return number
+        if self._next > MAX_NUMBER:
+            return UNKNOWN
         if len(self._known) >= MAX_NAMESPACES:
             most = max(self._numbers_of, key=lambda one: len(self._numbers_of[one]))
             if not (self._forget_idle(most, in_use) or self._forget_idle(tenant, in_use)):

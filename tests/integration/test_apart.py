@@ -14,6 +14,7 @@ from mmcache.pb import cache_pb2 as pb
 from mmcache.server.caller import LOCAL
 from mmcache.server.refuse import BadRequest
 from mmcache.server.serve import Server
+from mmcache.store import index as index_module
 from mmcache.store import namespaces as namespaces_module
 from mmcache.store.answers import Refusal
 from mmcache.store.namespaces import Namespaces, Selection, Stopped
@@ -154,3 +155,27 @@ def test_a_mode_for_a_tenant_that_is_not_there_is_refused() -> None:
     assert isinstance(told, pb.ModeReply)
     assert not told.rules
     server.stop()
+
+
+def test_a_tenant_that_opens_leases_without_end_leaves_some_to_others(
+    shard: Shard, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(index_module, "MAX_CLAIMS", 64)
+    assert [put(shard, "theirs", tenant=1), put(shard, "ours", tenant=2)] == [None, None]
+    opened = [shard.acquire(1, keys_of(1, "theirs").digests)[0] for _ in range(100)]
+    assert sum(map(bool, opened)) == 32
+    lease, _ = shard.acquire(2, keys_of(1, "ours").digests)
+    assert lease
+    assert all(shard.release(1, one) for one in opened if one)
+    assert shard.acquire(1, keys_of(1, "theirs").digests)[0], "what ended counts no longer"
+
+
+def test_a_namespace_too_many_to_number_is_unknown_and_breaks_nothing(
+    shard: Shard, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(namespaces_module, "MAX_NUMBER", 1)
+    assert put(shard, "numbered", namespace=NAMESPACE.id) is None
+    landing = shard.reserve(0, bytes([7]) * 32, bytes(32), NBYTES, int(Kind.KV), b"another namespace, of 32 bytes..")
+    assert isinstance(landing, Landing)
+    assert shard.index.usage.by_namespace[UNKNOWN] == NBYTES
+    landing.abort()
