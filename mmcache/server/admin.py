@@ -53,7 +53,7 @@ class Admin:
             namespace=selection.namespace,
             kind=selection.kind,
             facts=dict(selection.facts),
-            tenant="" if tenant in (None, NOBODY) else self._tenants.name(tenant),
+            tenant="" if tenant is None else self._tenants.name(tenant),
         )
 
     def _mode(self, caller: Caller, request: pb.ModeRequest) -> Message:
@@ -61,6 +61,8 @@ class Admin:
         if request.set:
             if selection.older_than_s:
                 raise BadRequest("a mode is of namespaces, whatever their entries' age: leave out older_than_s")
+            if selection.tenant == NOBODY:
+                raise BadRequest(f"there is no tenant {request.of.tenant!r}; add it to the access file first")
             if not 0 <= request.mode <= Stopped.BOTH:
                 raise BadRequest(f"mode {request.mode} is unknown to this release")
             if not self._steward.stop(Stopped(request.mode), selection):

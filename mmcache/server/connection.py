@@ -78,7 +78,7 @@ class Connection:
     @property
     def is_stranger(self) -> bool:
         """True until it has said who it is, where that is asked."""
-        return not self._joined and self.service.access is not None
+        return not self._joined and (self._tls is not None or self.service.access is not None)
 
     def serve(self) -> None:
         """Answer messages until the connection ends. Raises nothing."""

@@ -259,7 +259,7 @@ class Service:
         keys = self.split(request.keys)
         if len(keys) > MAX_RECHECK_KEYS:
             raise BadRequest(f"{len(keys)} keys to recheck; the limit is {MAX_RECHECK_KEYS}", pb.ErrorReply.LIMIT)
-        return pb.RecheckReply(dropped=bytes(self.shard.recheck(caller.tenant, key) for key in keys))
+        return pb.RecheckReply(dropped=bytes(bool(self.shard.recheck(caller.tenant, key)) for key in keys))
 
     def _explain(self, caller: Caller, request: pb.ExplainRequest) -> Message:
         return self.admin.explain(caller, self.split(request.keys))

@@ -36,7 +36,7 @@ from mmcache.server.caller import Caller
 from mmcache.server.large_bodies import EntryIn, Malformed, Piece, TooMany, entry_pieces, open_put
 from mmcache.server.refuse import BadRequest, parse
 from mmcache.server.service import KEY_NBYTES, Service, status_of
-from mmcache.store.answers import Found
+from mmcache.store.answers import Found, Refusal
 from mmcache.store.shard import Landing
 from mmcache.transport.base import SLICE_NBYTES, Op
 
@@ -245,8 +245,8 @@ class TensorService:
         """Pack the frame, copy it into its extent, where it is checked again, and commit; its PutStatus."""
         sums = [xxhash.xxh3_128_digest(payload) for payload in entry.payloads]
         if any(given not in (b"", found) for given, found in zip(entry.sums, sums, strict=True)):
-            landing.abort()
-            return pb.BAD_FRAME
+            landing.refusal = Refusal.BAD_FRAME
+            return status_of(landing.commit())
         alignment = self.service.config.alignment
         header = pack_header(entry.meta, entry.specs, sums, alignment)
         for segment in frame_segments(header, entry.payloads, alignment):

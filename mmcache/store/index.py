@@ -28,7 +28,7 @@ from mmcache.why import Why
 
 HEADER_SUM_NBYTES = 16
 ANY_NBYTES = 1 << 62
-MAX_CLAIMS = 65_536  # open leases, and open reservations: their tables must not grow without limit
+MAX_CLAIMS = 65_536  # open leases, and open reservations; of leases a tenant has at most as many as are left for others
 MAKE_ROOM_STEPS = 256
 SCAN_PER_STEP = 16
 EXPIRE_STEPS = 128  # what dropping expired claims counts for among the steps of making room
@@ -78,6 +78,7 @@ class Index(Ledger):
         max_nbytes: int | None = None,
         lasting: bool = False,
         counts: bool = True,
+        stopped_too: bool = False,
     ) -> list[Found | Unpinned | None]:
         """Where each stored key lies (None: a miss), pinned under one lease until `release` or `now + lease_s`.
 
@@ -86,7 +87,7 @@ class Index(Ledger):
         first to be found, this lease's values over `max_nbytes`, stored keys answer LATER; with `prefix` the list ends
         there. `refused_pins` counts calls the cap cut short. No lease is kept when nothing was pinned. A `lasting`
         lease does not expire: only for a holder that is sure to release it. Without `counts` this is no use of the
-        keys, nor a hit. UsageError when `lease_id` is open.
+        keys, nor a hit. `stopped_too`: also keys whose namespace is unreadable. UsageError when `lease_id` is open.
         """
         if lease_id in self._leases:
             raise UsageError(f"lease id {lease_id} is in use; draw a new one for every acquire")
@@ -94,14 +95,13 @@ class Index(Ledger):
         rows, pins, sizes = self.rows, self._pins, self._extents.size_bytes
         state, expires_at, nodes, records = rows.state, rows.expires_at, rows.node, rows.records
         unpack, width, new = RECORD.unpack_from, RECORD.size, tuple.__new__
-        unreadable, numbers = self.unreadable, rows.namespace
+        unreadable, numbers = () if stopped_too else self.unreadable, rows.namespace
         held, limit = self._held.get(tenant, 0), self._max_held
-        if len(self._leases) >= MAX_CLAIMS:
+        if self._leases.count(tenant) >= MAX_CLAIMS - len(self._leases):  # no tenant takes the last ones from others
             limit = -1
         found: list[Found | Unpinned | None] = []
         pinned: list[int] = []
-        room = ANY_NBYTES if max_nbytes is None else max_nbytes
-        later = False
+        room, later = ANY_NBYTES if max_nbytes is None else max_nbytes, False
         for row in rows.table.find_all(tenant_prefix(tenant), keys, prefix):
             if row >= 0 and state[row] == LIVE and not (unreadable and numbers[row] in unreadable):
                 if expires_at[row] > now:

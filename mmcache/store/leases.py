@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from array import array
-from collections import OrderedDict
+from collections import Counter, OrderedDict
 from collections.abc import Iterator
 from typing import NamedTuple
 
@@ -33,6 +33,7 @@ class Leases:
     def __init__(self) -> None:
         self._open: OrderedDict[int, Lease] = OrderedDict()  # a dict would walk its graves to find the oldest
         self._lasting: dict[int, Lease] = {}
+        self._counts: Counter[int] = Counter()
 
     def __len__(self) -> int:
         return len(self._open) + len(self._lasting)
@@ -48,6 +49,15 @@ class Leases:
         """`lease_id` must not be open; `expires_at` not before any earlier one's, or infinite: it lasts."""
         leases = self._lasting if expires_at == math.inf else self._open
         leases[lease_id] = Lease(tenant, expires_at, pins.tobytes())
+        self._counts[tenant] += 1
+
+    def count(self, tenant: int) -> int:
+        """How many are open of this tenant."""
+        return self._counts[tenant]
+
+    def _ended(self, lease: Lease) -> Lease:
+        self._counts[lease.tenant] -= 1
+        return lease
 
     def take(self, tenant: int, lease_id: int) -> Lease | None:
         """Removes the lease and returns it; None, and nothing changes, when `tenant` has no such lease."""
@@ -55,14 +65,14 @@ class Leases:
         lease = leases.get(lease_id)
         if lease is None or lease.tenant != tenant:
             return None
-        return leases.pop(lease_id)
+        return self._ended(leases.pop(lease_id))
 
     def take_expired(self, now: float) -> Lease | None:
         """Removes and returns one lease that has expired, the oldest; None when there is none."""
         if self._open:
             lease_id = next(iter(self._open))
             if self._open[lease_id].expires_at <= now:
-                return self._open.pop(lease_id)
+                return self._ended(self._open.pop(lease_id))
         return None
 
 

@@ -5,15 +5,19 @@ Entries carry the number. PURE: no clock, no randomness, no I/O.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from collections import Counter, OrderedDict
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from enum import IntFlag
+from itertools import islice
 
 from mmcache.store.usage import UNKNOWN
 
 MAX_NAMESPACES = 65536
-MAX_FACTS_NBYTES = 64 << 20  # of all declarations; the oldest are forgotten first
+MAX_FACTS_NBYTES = 64 << 20  # of all declarations
 MAX_RULES = 256
+MAX_NUMBER = (1 << 32) - 1  # what a row's column holds
+MAX_LOOKS = 1024  # at namespaces for one that is idle
 
 
 class Stopped(IntFlag):
@@ -54,7 +58,7 @@ def _agrees(fact: str | None, value: str) -> bool:
     return fact is not None and (fact == value or fact.endswith(f"/{value}"))
 
 
-@dataclass(slots=True)
+@dataclass(frozen=True, slots=True)
 class Known:
     """One namespace of one tenant. Kind and facts are empty until a client declares them."""
 
@@ -66,12 +70,16 @@ class Known:
 
 
 class Namespaces:
-    """Numbers for namespaces, from 1 on; 0 stands for those nobody named, or too many to number."""
+    """Numbers for namespaces, from 1 on; 0 stands for those nobody named, or too many to number.
+
+    Where room is short, the tenant that has the most gives its oldest: nobody pushes out what another one declared.
+    """
 
     def __init__(self) -> None:
         self._known: dict[int, Known] = {}
         self._numbers: dict[tuple[int, bytes], int] = {}
-        self._facts_nbytes = 0
+        self._numbers_of: dict[int, OrderedDict[int, None]] = {}  # by tenant
+        self._facts_nbytes: Counter[int] = Counter()  # by tenant
         self._next = 1
         self._rules: list[tuple[Selection, Stopped]] = []
         self.forgotten = 0
@@ -79,46 +87,72 @@ class Namespaces:
         self.unwritable: set[int] = set()
 
     def number(self, tenant: int, namespace: bytes, in_use: Mapping[int, int]) -> int:
-        """The number of a namespace, a new one for a new one. When there are too many, the oldest that is not
-        `in_use` is forgotten, and, where all are, the answer is UNKNOWN."""
+        """The number of a namespace, a new one for a new one. When there are too many, one that is not `in_use` is
+        forgotten, and, where none is found, the answer is UNKNOWN."""
         number = self._numbers.get((tenant, namespace))
         if number is not None:
             return number
+        if self._next > MAX_NUMBER:
+            return UNKNOWN
         if len(self._known) >= MAX_NAMESPACES:
-            idle = next((number for number in self._known if number not in in_use), None)
-            if idle is None:
+            most = max(self._numbers_of, key=lambda one: len(self._numbers_of[one]))
+            if not (self._forget_idle(most, in_use) or self._forget_idle(tenant, in_use)):
                 return UNKNOWN
-            self._forget(idle)
         number, self._next = self._next, self._next + 1
         self._known[number] = Known(tenant, namespace)
         self._numbers[tenant, namespace] = number
-        self._apply(number)
+        self._numbers_of.setdefault(tenant, OrderedDict())[number] = None
+        self._apply(number, self._rules)
         return number
 
+    def _forget_idle(self, tenant: int, in_use: Mapping[int, int]) -> bool:
+        """Whether one of this tenant's was idle. Those that are not are looked at again after all others."""
+        numbers = self._numbers_of.get(tenant, OrderedDict())
+        for number in list(islice(numbers, MAX_LOOKS)):
+            if number not in in_use:
+                self._forget(number)
+                return True
+            numbers.move_to_end(number)
+        return False
+
     def _forget(self, number: int) -> None:
+        self._forget_facts(number)
         known = self._known.pop(number)
         del self._numbers[known.tenant, known.namespace]
-        self._facts_nbytes -= known.facts_nbytes
-        self.forgotten += bool(known.facts_nbytes)
+        del self._numbers_of[known.tenant][number]
+        if not self._numbers_of[known.tenant]:
+            del self._numbers_of[known.tenant]
         self.unreadable.discard(number)
         self.unwritable.discard(number)
 
+    def _forget_facts(self, number: int) -> None:
+        known = self._known[number]
+        if known.facts_nbytes:
+            self._facts_nbytes[known.tenant] -= known.facts_nbytes
+            self._known[number] = Known(known.tenant, known.namespace)
+            self.forgotten += 1
+
     def declare(self, number: int, kind: str, facts: Mapping[str, str]) -> None:
-        """The facts of a numbered namespace; those declared first are forgotten when all take too many bytes."""
+        """The facts of a numbered namespace. When all take too many bytes, the tenant that has the most forgets."""
         known = self._known.get(number)
         if known is None or known.kind:
             return
         nbytes = sum(len(name.encode()) + len(text.encode()) for name, text in facts.items()) + len(kind)
-        known.kind, known.facts, known.facts_nbytes = kind, dict(facts), nbytes
-        self._facts_nbytes += nbytes
-        for other in self._known.values():
-            if self._facts_nbytes <= MAX_FACTS_NBYTES:
+        self._known[number] = replace(known, kind=kind, facts=dict(facts), facts_nbytes=nbytes)
+        self._facts_nbytes[known.tenant] += nbytes
+        excess_nbytes = self._facts_nbytes.total() - MAX_FACTS_NBYTES
+        while excess_nbytes > 0:
+            ((most, before_nbytes),) = self._facts_nbytes.most_common(1)
+            for other in self._numbers_of[most]:
+                if before_nbytes - self._facts_nbytes[most] >= excess_nbytes:
+                    break
+                if other != number:
+                    self._forget_facts(other)
+            freed_nbytes = before_nbytes - self._facts_nbytes[most]
+            if not freed_nbytes:
                 break
-            if other is not known and other.facts_nbytes:
-                self._facts_nbytes -= other.facts_nbytes
-                other.kind, other.facts, other.facts_nbytes = "", {}, 0
-                self.forgotten += 1
-        self._apply(number)
+            excess_nbytes -= freed_nbytes
+        self._apply(number, self._rules)
 
     def find(self, tenant: int, namespace: bytes) -> Known | None:
         """What is known of a namespace of this tenant."""
@@ -132,7 +166,8 @@ class Namespaces:
         """The numbers of the namespaces that a selection selects. UNKNOWN is selected when nothing is asked of it."""
         if not (selection.namespace or selection.kind or selection.facts or selection.tenant is not None):
             yield UNKNOWN
-        yield from (number for number, known in self._known.items() if selection.selects(known))
+        whose = self._known if selection.tenant is None else self._numbers_of.get(selection.tenant, ())
+        yield from (number for number in whose if selection.selects(self._known[number]))
 
     # What operators allow
 
@@ -144,12 +179,15 @@ class Namespaces:
             if len(rules) >= MAX_RULES:
                 return False
             rules.append((selection, stopped))
+        added = rules[-1:]
+        if len(rules) <= len(self._rules):  # one is replaced or gone
+            self.unreadable.clear()
+            self.unwritable.clear()
+            added = rules
         self._rules = rules
-        self.unreadable.clear()
-        self.unwritable.clear()
-        if rules:
+        if added:
             for number in self._known:
-                self._apply(number)
+                self._apply(number, added)
         return True
 
     def rules(self) -> list[tuple[Selection, Stopped]]:
@@ -161,9 +199,9 @@ class Namespaces:
         reads = Stopped.READS if number in self.unreadable else Stopped.NOTHING
         return reads | (Stopped.WRITES if number in self.unwritable else Stopped.NOTHING)
 
-    def _apply(self, number: int) -> None:
+    def _apply(self, number: int, rules: Sequence[tuple[Selection, Stopped]]) -> None:
         known = self._known[number]
-        for selection, stopped in self._rules:
+        for selection, stopped in rules:
             if selection.selects(known):
                 if stopped & Stopped.READS:
                     self.unreadable.add(number)

@@ -215,25 +215,28 @@ class Shard:
         with self.lock:
             return self.index.delete(tenant, keys, self._clock())
 
-    def recheck(self, tenant: int, key: bytes) -> bool:
-        """Verify the stored bytes of `key` and drop the entry if they are bad. True if it was dropped.
+    def recheck(self, tenant: int, key: bytes) -> bool | None:
+        """Verify the stored bytes of `key` and drop the entry if they are bad. True if it was dropped; None if it
+        could not be checked: it is not there (any more), or the tenant has leased all it may.
 
-        Hashes the whole frame, under a lease of its own; it counts neither as a use nor as a hit.
+        Also where reads are stopped. Hashes the whole frame, under a lease of its own; it counts neither as a use nor
+        as a hit.
         """
         lease_id = secrets.randbits(63) + 1
         with self.lock:
             (found,) = self.index.acquire(
-                tenant, [key], lease_id=lease_id, now=self._clock(), lasting=True, counts=False
+                tenant, [key], lease_id=lease_id, now=self._clock(), lasting=True, counts=False, stopped_too=True
             )
         if not isinstance(found, Found):
-            return False
+            return None
         try:
             if self._is_sound(key, found):
                 return False
             with self.lock:
                 # The lease keeps the extent: if the key still lies there, it is the entry that was checked.
                 again_id, now = secrets.randbits(63) + 1, self._clock()
-                same = self.index.acquire(tenant, [key], lease_id=again_id, now=now, counts=False) == [found]
+                again = self.index.acquire(tenant, [key], lease_id=again_id, now=now, counts=False, stopped_too=True)
+                same = again == [found]
                 self.index.release(tenant, again_id, now)
                 self.counters["corrupt_dropped"] += same
                 return same and self.index.delete(tenant, [key], now, Why.BAD_BYTES)[0]
@@ -365,6 +368,8 @@ class Landing:
                 return Refusal.EXPIRED
             if shard.may_not_write(number):
                 return Refusal.STOPPED
+            if not self._names[3] and not shard.index.usage.fits_namespace(self._tenant, number, len(self._view)):
+                return Refusal.QUOTA  # its writer did not say before which namespace it is of
             if not shard.index.commit(
                 self._reservation_id,
                 header_nbytes=header.header_nbytes,

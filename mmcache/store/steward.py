@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import replace
 from typing import Final, NamedTuple
 
 from mmcache.store import sweep
@@ -93,7 +92,7 @@ class Steward:
                 known = shard.namespaces.known(number)
                 if known is not None:
                     held = usage.entries_by_namespace[number], usage.by_namespace[number]
-                    found.append(NamespaceUse(replace(known), *held, shard.namespaces.stopped(number)))
+                    found.append(NamespaceUse(known, *held, shard.namespaces.stopped(number)))
         return sorted(found, key=lambda one: -one.nbytes)
 
     def entries(self, selection: Selection, start: int) -> tuple[list[tuple[sweep.Entry, bytes]], int]:
@@ -113,16 +112,18 @@ class Steward:
         with shard.lock:
             chosen, following = sweep.sampled(shard.index, start, share, seed, AUDIT_NBYTES)
             rows = shard.index.rows.table.bound
-        bad = [key for tenant, key, _ in chosen if shard.recheck(tenant, key)]
-        return Audited(len(chosen), sum(nbytes for _, _, nbytes in chosen), bad, following, rows)
+        dropped = [shard.recheck(tenant, key) for tenant, key, _ in chosen]
+        checked = [one for one, was in zip(chosen, dropped, strict=True) if was is not None]
+        bad = [key for (_, key, _), was in zip(chosen, dropped, strict=True) if was]
+        return Audited(len(checked), sum(nbytes for _, _, nbytes in checked), bad, following, rows)
 
     def explain(self, tenant: int, keys: Sequence[bytes], others: Sequence[int]) -> list[tuple[Reason, float | None]]:
         """Per key why it is, or is not, there, and how many seconds ago that came to be."""
         shard = self._shard
         answers = []
-        with shard.lock:
-            now = shard.now()
-            for key in keys:
+        for key in keys:  # the lock for one at a time: there may be thousands of others
+            with shard.lock:
+                now = shard.now()
                 reason = reason_for(shard.index, tenant, key, now, others)
                 if reason.why is Why.HERE and shard.stopped & Stopped.READS:
                     reason = READS_STOPPED

@@ -62,10 +62,17 @@ class Usage:
         quota = self.quotas.get(tenant)
         if quota is None:
             return True
-        most, most_each = quota
-        if most is not None and self.by_tenant[tenant] + nbytes > most:
+        if quota.nbytes is not None and self.by_tenant[tenant] + nbytes > quota.nbytes:
             return False
-        return most_each is None or self.by_namespace[namespace] + nbytes <= most_each
+        return self.fits_namespace(tenant, namespace, nbytes)
+
+    def fits_namespace(self, tenant: int, namespace: int, nbytes: int) -> bool:
+        """The same of the namespace's quota only. What lies under UNKNOWN is of all tenants, and counts for none."""
+        quota = self.quotas.get(tenant)
+        if quota is None or quota.namespace_nbytes is None:
+            return True
+        held_nbytes = 0 if namespace == UNKNOWN else self.by_namespace[namespace]
+        return held_nbytes + nbytes <= quota.namespace_nbytes
 
     def claim(self, tenant: int, namespace: int, nbytes: int) -> None:
         """A value is to be written."""

@@ -104,13 +104,16 @@ class TlsChannel(Channel):
     __slots__ = ("_tls",)
 
     def __init__(self, channel: Channel, context: ssl.SSLContext, server_name: str | None) -> None:
-        """`server_name` is whom a client expects; None: this end is the server."""
+        """`server_name` is whom a client expects; None: this end is the server. Raises TransportError."""
         sock = channel.sock
         sock.setblocking(False)
         server_side = server_name is None
-        tls = context.wrap_socket(
-            sock, server_side=server_side, do_handshake_on_connect=False, server_hostname=server_name
-        )
+        try:
+            tls = context.wrap_socket(
+                sock, server_side=server_side, do_handshake_on_connect=False, server_hostname=server_name
+            )
+        except OSError as error:  # the peer has gone already
+            raise as_tls_error(error) from error
         super().__init__(tls)
         tls.setblocking(False)
         self._tls = tls

@@ -150,6 +150,8 @@ def test_a_wrong_checksum_is_one_entrys_bad_frame(rpc: Rpc) -> None:
     entries = [put_of(key, tensor("x", ones(9), xxh3_128=given)) for key, given in zip(keys, sums, strict=True)]
     assert rpc("Put", put_request(*entries)).status == bytes([pb.STORED, pb.BAD_FRAME, pb.STORED])
     assert rpc("Contains", pb.ContainsRequest(keys=b"".join(keys.digests))).present == bytes([1, 0, 1])
+    explained = rpc("Explain", pb.ExplainRequest(keys=keys[1].digest))
+    assert (explained.why, explained.put_status) == (bytes([pb.REFUSED]), bytes([pb.BAD_FRAME])), "not: timed out"
 
 
 @pytest.mark.parametrize("over", [1 << 10, 16 << 20], ids=["just over", "far over"])

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import http.client
+import logging
 import os
 import socket
 import ssl
+import struct
 import time
 from collections.abc import Iterator
 from datetime import timedelta
@@ -16,9 +18,11 @@ import numpy as np
 import pytest
 
 import mmcache
+from mmcache.config import ServerConfig
 from mmcache.errors import AccessDenied, ConfigError, TransportError
 from mmcache.server.access_edit import with_token
 from mmcache.server.grants import digest_of
+from mmcache.server.serve import Server
 from mmcache.testing.process import ServerProcess
 from mmcache.transport.base import Op
 from mmcache.transport.tcp import Channel
@@ -26,7 +30,7 @@ from mmcache.transport.tls import TlsChannel, client_context, server_context
 from tests.integration.access_bed import EXPIRED, TOKENS, Bed, ask_join, bed_arguments, write_access
 from tests.integration.certificates import Authority
 from tests.integration.on_a_loop import OnALoop
-from tests.integration.support import Raw, blanks, eventually, keys_of, run_cli, values_of
+from tests.integration.support import MiB, Raw, blanks, eventually, keys_of, run_cli, values_of
 
 
 @pytest.fixture(scope="module")
@@ -258,3 +262,53 @@ def test_a_connection_ends_with_its_client_certificate(bed: Bed) -> None:
     assert ask_join(raw, "")[0] == Op.JOIN
     assert raw.closed_by_peer()
     channel.close()
+
+
+# ------------------------------------------------------------------ strangers, where only certificates are asked for
+@pytest.fixture
+def certificates_only(tmp_path: Path) -> Iterator[tuple[Server, tuple[str, int]]]:
+    authority = Authority(tmp_path)
+    cert, key = authority.issue("server")
+    server = Server(
+        ServerConfig(
+            listen="127.0.0.1:0",
+            unix_path="",
+            memory_nbytes=MiB,
+            max_connections=64,
+            tls_cert=cert,
+            tls_key=key,
+            tls_client_ca=authority.ca,
+        )
+    )
+    server.start()
+    assert server.address is not None
+    yield server, server.address
+    server.stop()
+
+
+def test_handshakes_that_are_not_finished_leave_room_without_an_access_file_too(
+    certificates_only: tuple[Server, tuple[str, int]],
+) -> None:
+    server, address = certificates_only
+    silent = [socket.create_connection(address) for _ in range(30)]
+    last = silent[-1]
+    last.settimeout(10)
+    with contextlib.suppress(ConnectionError):
+        assert last.recv(1) == b"", "turned away"
+    assert server.service.connections <= 16, "a quarter of 64"
+    for sock in silent:
+        sock.close()
+
+
+def test_a_peer_that_resets_before_its_handshake_is_no_internal_error(
+    certificates_only: tuple[Server, tuple[str, int]], caplog: pytest.LogCaptureFixture
+) -> None:
+    server, address = certificates_only
+    with caplog.at_level(logging.DEBUG, "mmcache.server"):
+        for _ in range(10):
+            sock = socket.create_connection(address)
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))  # close with a reset
+            sock.sendall(b"\x16\x03\x01")
+            sock.close()
+        eventually(lambda: len(caplog.records) >= 10 and not server.service.connections, "all are noticed and gone")
+    assert {record.levelno for record in caplog.records} == {logging.DEBUG}, caplog.text

@@ -238,11 +238,11 @@ def test_one_call_drops_a_bounded_number_of_expired_leases(monkeypatch: pytest.M
 
 
 def test_open_leases_and_reservations_are_limited(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(index_module, "MAX_CLAIMS", 2)
+    monkeypatch.setattr(index_module, "MAX_CLAIMS", 3)
     bed = Bed()
     bed.put(key(1))
     assert [isinstance(bed.acquire(key(1))[0], Found) for _ in range(3)] == [True, True, False]
-    assert [isinstance(bed.reserve(key(number)), Reserved) for number in (2, 3, 4)] == [True, True, False]
+    assert [isinstance(bed.reserve(key(number)), Reserved) for number in (2, 3, 4, 5)] == [True, True, True, False]
 
 
 def test_a_reservation_renewed_by_a_write_does_not_delay_the_others() -> None:
