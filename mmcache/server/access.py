@@ -62,16 +62,6 @@ class Access:
         before_s, self._looked_s = self._looked_s, self._wall_s()
         return self._file.refresh() or self._file.value.expires_between(before_s, self._looked_s)
 
-    def by_token(self, token: str) -> Caller | None:
-        """Who has this token; None for one that is unknown, revoked or expired, which all take the same time."""
-        found = self.admit(token, None)
-        return found.caller if found else None
-
-    def by_certificate(self, common_name: str) -> Caller | None:
-        """Who has a verified client certificate of this name."""
-        found = self.admit("", common_name)
-        return found.caller if found else None
-
     def admit(self, token: str, common_name: str | None) -> Pass | None:
         """Whoever comes with this token, this verified certificate (None: without), or both, of one tenant."""
         digest = digest_of(token if len(token) <= MAX_TOKEN_CHARS else "")

@@ -230,11 +230,11 @@ class Server:
 
     def _tick(self) -> None:
         while not self._stopping.wait(TICK_S):
-            self.shard.tick()
             try:
+                self.shard.tick()
                 self._look_at_files()
             except Exception:
-                log.exception("the access file or certificate could not be looked at; what was read before stays")
+                log.exception("a second's work was not done (claims, access file, certificates); it is tried again")
 
     def _set_quotas(self) -> None:
         if self.access is not None:
