@@ -21,10 +21,12 @@ from mmcache.bench.workload import Request
 from mmcache.client.blocking import Client
 from mmcache.keys import Namespace, embedding_key, opaque_key
 from mmcache.keyset import Key, Keys
+from mmcache.media import Media
 from mmcache.tensors import as_dtype
 from mmcache.transport.base import Outcome, Result
 
 KV = encoder.QWEN2_VL_2B
+_ONE_PICTURE = Media("image", pixels=encoder.SIDE**2)  # as the encoder sees each
 POISON = 0xA5  # what every destination holds before a read
 
 T = TypeVar("T")
@@ -73,19 +75,23 @@ class CheckedCache:
                 self.tallies[kind].bytes_read += nbytes_of(value)
         return [bool(result) for result in results]
 
-    def store(self, kind: str, keys: Keys, values: Sequence[Value], dtype: str = "") -> None:
+    def store(
+        self, kind: str, keys: Keys, values: Sequence[Value], dtype: str = "", media: Media | None = None
+    ) -> None:
         """Store entries, and count the bytes of those that were not there already, or refused."""
         if not len(keys):
             return
         labelled = [as_dtype(value, dtype) if dtype else value for value in values]  # type: ignore[arg-type]
-        results = self._noted(self.timed(f"put {kind}", lambda: self.client.put(keys, labelled)))
+        results = self._noted(self.timed(f"put {kind}", lambda: self.client.put(keys, labelled, media=media)))
         for key, value, result in zip(keys, values, results, strict=True):
             if result.outcome == Outcome.STORED:
                 self.tallies[kind].bytes_written += nbytes_of(value)
                 if self._injector is not None:
                     self._stored.setdefault(kind, []).append(key)
 
-    def get_or_store(self, kind: str, keys: Sequence[Key], expected: Sequence[Value]) -> None:
+    def get_or_store(
+        self, kind: str, keys: Sequence[Key], expected: Sequence[Value], media: Media | None = None
+    ) -> None:
         """Look up entries that stand alone, and store those that are missing."""
         if not keys:
             return
@@ -96,7 +102,7 @@ class CheckedCache:
         tally.lookups += len(keys)
         tally.hits += sum(found)
         missing = [(key, value) for key, value, hit in zip(keys, expected, found, strict=True) if not hit]
-        self.store(kind, Keys.of(key for key, _ in missing), [value for _, value in missing])
+        self.store(kind, Keys.of(key for key, _ in missing), [value for _, value in missing], media=media)
 
     def damage(self, kind: str, about_to_be_read: Sequence[Key], nbytes: int) -> None:
         """Perhaps damage one of these entries where damage was asked for. One that stands alone is paired with another
@@ -158,6 +164,7 @@ class PrefixEngine:
             "embedding",
             [embedding_key(self._embedding, picture.item) for picture in pictures],
             [self._embedding_of(picture) for picture in pictures],
+            _ONE_PICTURE,
         )
         cache.store("kv", keys[hits:], [_block(content) for content in contents[hits:]], "bfloat16")
 

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+import mmcache
 from mmcache.bench import workload
 from mmcache.bench.media import MediaOptions, run
 from mmcache.errors import ConfigError
@@ -60,7 +61,13 @@ def test_it_starts_cold_on_a_server_it_only_connects_to(transport: str) -> None:
     with ServerProcess(memory="200MiB") as server:
         url = f"{server.url}?transport={transport}"
         reports = [run(MediaOptions(connect=url, scale="quick", questions=1)) for _ in range(2)]
+        with mmcache.connect(server.url) as cache:
+            told = cache.stat()["counters"]
     assert all(report.ok and report.got == report.ideal for report in reports)
+    found = sum(report.got["embedding"].hits for report in reports)
+    assert (told["hits_image"], told["hits_image_pixels"]) == (found, found * 224 * 224), (
+        "the server knows what it saved"
+    )
 
 
 @pytest.mark.parametrize(
