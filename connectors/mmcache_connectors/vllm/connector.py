@@ -7,10 +7,9 @@ and the answer is the one of an empty cache. What is wrong with the settings or 
 from __future__ import annotations
 
 import atexit
-import functools
 import logging
-from collections.abc import Callable, Sequence
-from typing import Any, Final, ParamSpec, TypeVar
+from collections.abc import Sequence
+from typing import Any, Final
 
 import torch
 from vllm.distributed.kv_transfer.kv_connector.v1.base import (
@@ -25,6 +24,7 @@ import mmcache
 from mmcache_connectors.paged import PagedGroup
 from mmcache_connectors.vllm.engine import Engine, EngineFacts
 from mmcache_connectors.vllm.facts import worker_facts
+from mmcache_connectors.vllm.guard import log_as_vllm_does, never_raises, with_one_copy_thread
 from mmcache_connectors.vllm.lookup import Namespaces
 from mmcache_connectors.vllm.messages import CacheStats, Dropped, StatsReporter, StepJobs, WorkerFacts
 from mmcache_connectors.vllm.plan import Job
@@ -33,26 +33,7 @@ from mmcache_connectors.vllm.settings import Settings, parse_settings
 from mmcache_connectors.vllm.worker import GroupMemory, WorkerSide
 
 log = logging.getLogger("mmcache.vllm")
-P = ParamSpec("P")
-R = TypeVar("R")
 FLUSH_S: Final = 10.0  # at shutdown, for blocks that wait to be stored
-
-
-def _never_raises(default: Callable[[], Any]) -> Callable[[Callable[P, R]], Callable[P, R]]:
-    """An exception becomes `default()`, and a line in the log."""
-
-    def wrap(method: Callable[P, R]) -> Callable[P, R]:
-        @functools.wraps(method)
-        def guarded(*args: P.args, **kwargs: P.kwargs) -> R:
-            try:
-                return method(*args, **kwargs)
-            except Exception:
-                log.exception("mmcache: %s failed; the engine goes on as if nothing were cached", method.__name__)
-                return default()  # type: ignore[no-any-return]
-
-        return guarded
-
-    return wrap
 
 
 class MMCacheKVConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc]
@@ -60,7 +41,7 @@ class MMCacheKVConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc]
 
     def __init__(self, vllm_config: Any, role: KVConnectorRole, kv_cache_config: Any) -> None:
         super().__init__(vllm_config, role, kv_cache_config)
-        _log_as_vllm_does()
+        log_as_vllm_does()
         settings = parse_settings(self._kv_transfer_config.kv_connector_extra_config)
         self._engine = Engine(vllm_config, kv_cache_config)
         self._load_async = _load_async(settings, self._engine)
@@ -72,7 +53,7 @@ class MMCacheKVConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc]
         self._idle_step = False
         self._layer_numbers: dict[str, int] = {}
         deadline_s = settings.lookup_s if role == KVConnectorRole.SCHEDULER else settings.load_s
-        self._client = mmcache.connect(_with_one_copy_thread(settings.url), deadline_s=deadline_s, lazy=True)
+        self._client = mmcache.connect(with_one_copy_thread(settings.url), deadline_s=deadline_s, lazy=True)
         reads = self._kv_transfer_config.is_kv_consumer
         # One line in the log for a change: the scheduler asks first, unless it never asks.
         self._client.announces = reads == (role == KVConnectorRole.SCHEDULER)
@@ -122,25 +103,25 @@ class MMCacheKVConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc]
         side = self._scheduler.counters if self._scheduler else self._worker.snapshot() if self._worker else {}
         return {**{f"client_{name}": count for name, count in dict(self._client.counters).items()}, **dict(side)}
 
-    @_never_raises(lambda: None)
+    @never_raises(lambda: None)
     def get_kv_connector_stats(self) -> CacheStats | None:
         """Counts since the last step."""
         return self._stats.report(self.counters())
 
     # ------------------------------------------------------------------ scheduler side
-    @_never_raises(lambda: None)
+    @never_raises(lambda: None)
     def on_new_request(self, request: Any) -> None:
         """Begin to identify the request's content."""
         assert self._scheduler is not None
         self._scheduler.new_request(request)
 
-    @_never_raises(lambda: (0, False))
+    @never_raises(lambda: (0, False))
     def get_num_new_matched_tokens(self, request: Any, num_computed_tokens: int) -> tuple[int | None, bool]:
         """Tokens that can be loaded beyond those computed; None: ask again in the next step."""
         assert self._scheduler is not None
         return self._scheduler.matched(request, num_computed_tokens)
 
-    @_never_raises(lambda: None)
+    @never_raises(lambda: None)
     def update_state_after_alloc(self, request: Any, blocks: Any, num_external_tokens: int) -> None:
         """Plan the load for which the engine has made room."""
         assert self._scheduler is not None
@@ -152,7 +133,7 @@ class MMCacheKVConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc]
         loads = self._scheduler.take_loads()  # promised: they must reach the workers, whatever else fails
         return StepJobs(loads, self._plan_saves(scheduler_output))
 
-    @_never_raises(list)
+    @never_raises(list)
     def _plan_saves(self, scheduler_output: Any) -> list[Job]:
         assert self._scheduler is not None
         scheduled, cached = scheduler_output.num_scheduled_tokens, scheduler_output.scheduled_cached_reqs
@@ -161,7 +142,7 @@ class MMCacheKVConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc]
         after = [(req_id, computed + scheduled[req_id]) for req_id, computed in before.items() if req_id in scheduled]
         return self._scheduler.plan_saves(after, self._block_ids)
 
-    @_never_raises(lambda: None)
+    @never_raises(lambda: None)
     def update_connector_output(self, connector_output: Any) -> None:
         """Note which loads have ended and which failed."""
         assert self._scheduler is not None
@@ -174,7 +155,7 @@ class MMCacheKVConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc]
             self._block_ids,
         )
 
-    @_never_raises(lambda: (False, None))
+    @never_raises(lambda: (False, None))
     def request_finished_all_groups(
         self, request: Any, block_ids: tuple[list[int], ...]
     ) -> tuple[bool, dict[str, Any] | None]:
@@ -183,19 +164,19 @@ class MMCacheKVConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc]
         self._scheduler.finished(request.request_id)
         return False, None
 
-    @_never_raises(lambda: (False, None))
+    @never_raises(lambda: (False, None))
     def request_finished(self, request: Any, block_ids: list[int]) -> tuple[bool, dict[str, Any] | None]:
         """As `request_finished_all_groups`, for an engine without the hybrid manager."""
         assert self._scheduler is not None
         self._scheduler.finished(request.request_id)
         return False, None
 
-    @_never_raises(lambda: None)
+    @never_raises(lambda: None)
     def set_xfer_handshake_metadata_pp_aware(self, metadata: dict[tuple[int, int], WorkerFacts]) -> None:
         """Every worker's facts."""
         self._facts.set_worker_facts([report.facts for report in metadata.values()])
 
-    @_never_raises(lambda: False)
+    @never_raises(lambda: False)
     def reset_cache(self) -> bool:
         """Weights were changed in place: what was stored before is not found again, by this engine. False if blocks of
         the old weights are still in use: then nothing is cached until a reset finds none."""
@@ -236,14 +217,14 @@ class MMCacheKVConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc]
         """What this worker computes blocks with, for the namespace."""
         return None if self._worker_facts is None else WorkerFacts(self._worker_facts)
 
-    @_never_raises(lambda: None)
+    @never_raises(lambda: None)
     def start_load_kv(self, forward_context: Any, **kwargs: Any) -> None:
         """Start this step's loads; synchronous ones are done on return."""
         self._idle_step = forward_context.attn_metadata is None
         if self._worker is not None and self.has_connector_metadata():
             self._worker.start_loads(self._get_connector_metadata().loads, asynchronous=self._load_async)
 
-    @_never_raises(lambda: None)
+    @never_raises(lambda: None)
     def wait_for_layer_load(self, layer_name: str) -> None:
         """Have the engine's device wait for this layer of synchronous loads; others have ended before."""
         if self._worker is not None and layer_name in self._layer_numbers:
@@ -252,14 +233,14 @@ class MMCacheKVConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc]
     def save_kv_layer(self, layer_name: str, kv_layer: torch.Tensor, attn_metadata: Any, **kwargs: Any) -> None:
         """Nothing: whole blocks of all layers are copied once the step is computed."""
 
-    @_never_raises(lambda: None)
+    @never_raises(lambda: None)
     def wait_for_save(self) -> None:
         """Copy the blocks this step completed out of the paged memory; they are stored in the background."""
         if self._worker is not None and self.has_connector_metadata():
             self._worker.end_layers()
             self._worker.save(self._get_connector_metadata().saves)
 
-    @_never_raises(KVConnectorTransferResults)
+    @never_raises(KVConnectorTransferResults)
     def get_transfer_results(self, finished_req_ids: set[str]) -> KVConnectorTransferResults:
         """Loads that have ended since the last step."""
         if self._worker is None:
@@ -267,18 +248,18 @@ class MMCacheKVConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc]
         received, failed = self._worker.take_results(idle=self._idle_step)
         return KVConnectorTransferResults(finished_recving=received, failed_recving=failed)
 
-    @_never_raises(lambda: None)
+    @never_raises(lambda: None)
     def build_connector_worker_meta(self) -> Dropped | None:
         """What found no room on its way out, so that it is tried again."""
         dropped = self._worker.take_dropped() if self._worker is not None else {}
         return Dropped(dropped) if dropped else None
 
-    @_never_raises(set)
+    @never_raises(set)
     def get_block_ids_with_load_errors(self) -> set[int]:
         """Blocks that hold nothing valid."""
         return self._worker.take_invalid() if self._worker is not None else set()
 
-    @_never_raises(lambda: None)
+    @never_raises(lambda: None)
     def shutdown(self) -> None:
         """Store what waits to be stored, for a few seconds at most, and close."""
         atexit.unregister(self.shutdown)
@@ -300,16 +281,3 @@ def _load_async(settings: Settings, engine: Engine) -> bool:
         "mmcache: load_mode=sync needs one worker, one KV group and --no-async-scheduling; loads are asynchronous here"
     )
     return True
-
-
-def _with_one_copy_thread(url: str) -> str:
-    """Loads are cut for several threads already; each then copies alone, unless the URL says otherwise."""
-    return url if "copy_threads=" in url else f"{url}{'&' if '?' in url else '?'}copy_threads=1"
-
-
-def _log_as_vllm_does() -> None:
-    ours, theirs = logging.getLogger("mmcache"), logging.getLogger("vllm")
-    if not ours.handlers and theirs.handlers:
-        for handler in theirs.handlers:
-            ours.addHandler(handler)
-        ours.propagate = False
