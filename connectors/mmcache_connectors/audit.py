@@ -81,9 +81,11 @@ def _numbers(words: NDArray[Any], dtype: torch.dtype) -> NDArray[Any]:
     """What the words stand for. By numpy: torch would wait for threads on cores that an engine keeps busy."""
     if dtype == torch.bfloat16:
         wide: NDArray[Any] = words.view(np.uint16).astype(np.uint32) << 16
-        return wide.view(np.float32)
+        floats: NDArray[Any] = wide.view(np.float32)
+        return floats
     if dtype.itemsize == 1:
-        return _table(dtype)[words]
+        narrow: NDArray[Any] = _table(dtype)[words.view(np.uint8)]
+        return narrow
     name = str(dtype).removeprefix("torch.")
     numbers: NDArray[Any] = words.view(name).astype(np.promote_types(name, np.float32), copy=False)
     return numbers
