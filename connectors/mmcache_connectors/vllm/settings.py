@@ -48,6 +48,23 @@ class Settings:
             "features, so a forged uuid cannot reach another item's blocks"
         },
     )
+    audit_share: float = field(
+        default=0.0,
+        metadata={
+            "help": "the share of requests with a hit, 0 to 1, that are computed all the same, to compare what is "
+            "stored with what was computed; entries that differ are dropped and counted"
+        },
+    )
+    explain_misses: bool = field(
+        default=True, metadata={"help": "have responses say why blocks were missing, which asks the server, later"}
+    )
+    record_misses: str = field(
+        default="",
+        metadata={
+            "help": "a folder for the last requests that missed, for `mmcache explain --request`; their prompts are in "
+            "it. Empty: none"
+        },
+    )
     model_identity: str = field(
         default="",
         metadata={"help": "names the weights; empty: a digest of the model directory, or repository@commit"},
@@ -68,6 +85,8 @@ class Settings:
             raise ConfigError(f"lookup_wait_ms is {self.lookup_wait_ms}; use milliseconds from 0 to 100")
         if not 1 <= self.save_buffer_mib <= 1 << 20:
             raise ConfigError(f"save_buffer_mib is {self.save_buffer_mib}; use MiB from 1 to {1 << 20}")
+        if not 0 <= self.audit_share <= 1:
+            raise ConfigError(f"audit_share is {self.audit_share}; use a share from 0 to 1")
         for name, value in self.extra_facts.items():
             if not isinstance(name, str) or not isinstance(value, str):
                 raise ConfigError(f"extra_facts: {name!r} is not text; write names and values as strings")
