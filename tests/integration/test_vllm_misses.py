@@ -15,7 +15,7 @@ import pytest
 
 import mmcache
 from mmcache.errors import ConfigError
-from mmcache.explain import parse
+from mmcache.explain import Recorded, parse
 from mmcache.testing.process import ServerProcess
 from mmcache_connectors.vllm import misses
 from mmcache_connectors.vllm.groups import Group
@@ -188,8 +188,8 @@ def test_the_folder_keeps_the_last_requests_only(tmp_path: Path, monkeypatch: py
     for start in (0, 4):  # a second engine takes over what the first one left
         recorder = misses.Recorder(str(tmp_path))
         for number in range(start, start + 4):
-            recorder.write(f"r{number}", misses.Recorded(namespace, list(range(number))))
-        recorder.write("long", misses.Recorded(namespace, list(range(101))))
+            recorder.write(f"r{number}", Recorded(namespace, list(range(number))))
+        recorder.write("long", Recorded(namespace, list(range(101))))
     assert [one.name.rsplit("-", 1)[1] for one in sorted(tmp_path.iterdir()) if one != other] == [
         f"r{number}.json" for number in (5, 6, 7)
     ]

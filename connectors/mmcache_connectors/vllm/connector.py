@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import atexit
 import logging
+import weakref
 from collections.abc import Sequence
 from typing import Any, Final
 
@@ -35,6 +36,9 @@ from mmcache_connectors.vllm.worker import GroupMemory, WorkerSide
 
 log = logging.getLogger("mmcache.vllm")
 FLUSH_S: Final = 10.0  # at shutdown, for blocks that wait to be stored
+# Requests that ended. Under vLLM's MultiConnector only one connector may say something of a request under one name, or
+# the engine ends.
+_TOLD: Final[weakref.WeakSet[Any]] = weakref.WeakSet()
 
 
 class MMCacheKVConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc]
@@ -167,14 +171,20 @@ class MMCacheKVConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc]
     ) -> tuple[bool, dict[str, Any] | None]:
         """The request's blocks may be freed at once: what is saved of them has been copied. With what the response says
         of the cache."""
-        assert self._scheduler is not None
-        return False, self._scheduler.finished(request.request_id)
+        return False, self._finished(request)
 
     @never_raises(lambda: (False, None))
     def request_finished(self, request: Any, block_ids: list[int]) -> tuple[bool, dict[str, Any] | None]:
         """As `request_finished_all_groups`, for an engine without the hybrid manager."""
+        return False, self._finished(request)
+
+    def _finished(self, request: Any) -> dict[str, Any] | None:
         assert self._scheduler is not None
-        return False, self._scheduler.finished(request.request_id)
+        told = self._scheduler.finished(request.request_id)
+        if request in _TOLD:
+            return None
+        _TOLD.add(request)
+        return told
 
     @never_raises(lambda: None)
     def set_xfer_handshake_metadata_pp_aware(self, metadata: dict[tuple[int, int], WorkerFacts]) -> None:

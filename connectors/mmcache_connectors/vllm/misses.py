@@ -15,7 +15,7 @@ import time
 from collections import deque
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, Generic, TypeVar
 
 from mmcache.client.blocking import Client
 from mmcache.client.operations import Operations, Reason
@@ -41,26 +41,51 @@ LOAD_FAILED: Final = "its load failed, or one it waited for"
 NOT_ASKED: Final = "not asked"
 NOT_KNOWN_YET: Final = "not known yet"
 
-MAX_WAITING: Final = 8  # questions to the server; of further requests it is not asked
+MAX_WAITING: Final = 8  # of further requests the server is not asked, and nothing is written down
 MAX_RECORDS: Final = 256  # files
 MAX_RECORD_TOKENS: Final = 1 << 18  # a longer request, some 2 MB of JSON, is not written down
 _RECORD: Final = re.compile(r"miss-\d{19}-[\w.-]*\.json")
 
 Missed = str | Reason
+T = TypeVar("T")
+
+
+class Few(Generic[T]):
+    """A thread of its own for work of which not more than MAX_WAITING pieces wait; others are not done."""
+
+    def __init__(self, name: str) -> None:
+        self._background = Background(name, 1)
+        self._room = threading.Semaphore(MAX_WAITING)
+        self.flush = self._background.flush
+
+    def submit(self, work: Callable[[], T]) -> Ticket[T] | None:
+        """None: it is not done. Never raises."""
+        if not self._room.acquire(blocking=False):
+            return None
+
+        def run() -> T:
+            self._room.release()
+            return work()
+
+        try:
+            return self._background.submit(run)
+        except RuntimeError:  # no thread can be started
+            self._room.release()
+            return None
 
 
 class Misses:
-    """Finds out about misses, a few at a time, on a thread of its own. `explain` may be called by any thread."""
+    """Finds out about misses, a few at a time, in the background. `explain` may be called by any thread."""
 
     def __init__(
         self, settings: Settings, client: Client, parts: Parts, recorded: Callable[[Any], Recorded | None]
     ) -> None:
         """`recorded` gives what to write down of a request. Raises ConfigError for a folder that cannot be used."""
         self._client, self._parts, self._recorded = client, parts, recorded
-        self._asks = settings.explain_misses
         self._recorder = Recorder(settings.record_misses) if settings.record_misses else None
-        self._background = Background("mmcache-explain", 1)
-        self._room = threading.Semaphore(MAX_WAITING)
+        self._asks = settings.explain_misses
+        self._asking: Few[Missed] = Few("mmcache-explain")
+        self._recording: Few[None] = Few("mmcache-record")  # apart, as disks are slow
 
     def explain(self, request: Any, keys: Keys, hit: int) -> Missed | Ticket[Missed]:
         """Why the block after the first `hit` of `keys` is not there, or a ticket that will say so. Never raises."""
@@ -68,20 +93,18 @@ class Misses:
             return UNKNOWN_ITEM
         if not self._client.answering:
             return NO_ANSWER
-        if (self._asks or self._recorder is not None) and self._room.acquire(blocking=False):
-            try:
-                return self._background.submit(lambda: self._find_out(request, keys, hit))
-            except RuntimeError:  # no thread can be started
-                self._room.release()
-        return NOT_ASKED
+        if self._recorder is not None:
+            self._recording.submit(lambda: self._record(request))
+        asked = self._asking.submit(lambda: self._ask(keys[hit : hit + 1])) if self._asks else None
+        return NOT_ASKED if asked is None else asked
 
-    def _find_out(self, request: Any, keys: Keys, hit: int) -> Missed:
-        self._room.release()
-        if self._recorder is not None and (recorded := self._recorded(request)) is not None:
+    def _record(self, request: Any) -> None:
+        assert self._recorder is not None
+        recorded = self._recorded(request)
+        if recorded is not None:
             self._recorder.write(request.request_id, recorded)
-        if not self._asks:
-            return NOT_ASKED
-        block = keys[hit : hit + 1]
+
+    def _ask(self, block: Keys) -> Missed:
         digests = [block.for_part(part).digests[0] for of_group in self._parts.of_group for part in of_group]
         try:
             reasons = Operations(self._client).explain(digests)
@@ -90,8 +113,8 @@ class Misses:
         return next((reason for reason in reasons if reason.why is not Why.HERE), reasons[0])
 
     def flush(self, timeout_s: float) -> bool:
-        """Wait until everything asked is answered; False if it took longer."""
-        return self._background.flush(timeout_s)
+        """Wait until everything asked is answered, and written down; False if one of the two took longer."""
+        return self._asking.flush(timeout_s) and self._recording.flush(timeout_s)
 
 
 class Recorder:

@@ -6,6 +6,7 @@ import base64
 import io
 import json
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -26,6 +27,7 @@ from tests.engines.vllm.models import ROOT
 
 pytestmark = pytest.mark.full
 ANSWER_S = 60.0
+KV_NBYTES = 2 * 2 * 2 * 32 * 4  # of one token: layers, keys and values, heads, head size, float32
 
 
 class ApiServer:
@@ -78,6 +80,13 @@ class ApiServer:
         except OSError:
             return False
 
+    def metrics(self) -> dict[str, float]:
+        """The connector's on /metrics, by name and labels, without the model's and the engine's."""
+        with urllib.request.urlopen(f"http://127.0.0.1:{self.port}/metrics", timeout=ANSWER_S) as answer:
+            lines = answer.read().decode().splitlines()
+        pairs = [line.rsplit(" ", 1) for line in lines if line.startswith("vllm:mmcache_")]
+        return {re.sub(r'(engine|model_name)="[^"]*",?', "", name): float(value) for name, value in pairs}
+
     def chat(self, *parts: dict[str, Any], **more: Any) -> tuple[str, list[float], int, int]:
         """The answer's text, its logprobs, the prompt's tokens, and how many of them were cached."""
         body = {
@@ -96,6 +105,7 @@ class ApiServer:
         )
         with urllib.request.urlopen(request, timeout=ANSWER_S) as response:
             answer = json.load(response)
+        self.told = answer["kv_transfer_params"]
         (choice,), usage = answer["choices"], answer["usage"]
         logprobs = [round(one["logprob"], 2) for one in choice["logprobs"]["content"]]
         cached = (usage["prompt_tokens_details"] or {}).get("cached_tokens", 0)
@@ -135,6 +145,40 @@ def _refused(server: ApiServer, parts: list[dict[str, Any]]) -> int:
         return caught.value.code
 
 
+def _check_metrics(server: ApiServer, loaded: int) -> None:
+    """All that is documented is there; what this run shows is right. `loaded`: tokens."""
+    shown = server.metrics()
+    rows = re.findall(r"^\| `(vllm:mmcache_\w+)` \| (.*?) \|", (ROOT / "docs" / "vllm.md").read_text(), re.MULTILINE)
+    documented = {name: set(re.findall(r"`(\w+)`", labels)) for name, labels in rows}
+    found = {name: set(re.findall(r'(\w+)="', labels)) for name, labels in map(_parts, shown)}
+    totals = {name.removesuffix("_sum"): labels for name, labels in found.items() if name.endswith(("_total", "_sum"))}
+    assert totals == documented
+    assert shown['vllm:mmcache_hit_tokens_total{transport="shared_memory"}'] == loaded
+    assert shown['vllm:mmcache_bytes_total{direction="load",transport="shared_memory"}'] == loaded * KV_NBYTES
+    assert shown["vllm:mmcache_load_seconds_count{}"] == len(CHATS) + 1
+    for name in ("load_failures", "verify_failures", "lookup_timeouts", "audit_differences"):
+        assert shown[f"vllm:mmcache_{name}_total{{}}"] == 0
+
+
+def _parts(series: str) -> tuple[str, str]:
+    name, _, labels = series.partition("{")
+    return name, labels
+
+
+def _check_openai_client(server: ApiServer) -> None:
+    """The usual client reads such responses, streamed or not."""
+    from openai import OpenAI
+
+    client = OpenAI(base_url=f"http://127.0.0.1:{server.port}/v1", api_key="none", timeout=ANSWER_S)
+    said: dict[str, Any] = {
+        "model": "m", "messages": [{"role": "user", "content": CHATS["text"]}], "temperature": 0, "max_tokens": 4,
+    }  # fmt: skip
+    whole = client.chat.completions.create(**said)
+    assert (whole.model_extra or {})["kv_transfer_params"] == {"mmcache": {"cached_tokens": 0}}  # the engine held it
+    pieces = [chunk.choices[0].delta.content or "" for chunk in client.chat.completions.create(**said, stream=True)]
+    assert "".join(pieces) == whole.choices[0].message.content
+
+
 def test_the_server_over_http() -> None:
     known = {**CHATS, "other": OTHER, "named": NAMED, "forged": FORGED}
     with ApiServer("") as server:
@@ -148,13 +192,19 @@ def test_the_server_over_http() -> None:
                 assert server.chat(*known[name])[:3] == truths[name], name
             time.sleep(1.0)  # what is left of its blocks is stored
         with ApiServer(cache.url, PYTHONHASHSEED="2") as server:
+            loaded = 0
             for name, parts in CHATS.items():
                 said, logprobs, length, cached = server.chat(*parts)
                 assert (said, logprobs, length) == truths[name], name
                 assert cached >= 0.95 * ((length - 1) // BLOCK * BLOCK), name
+                assert server.told["mmcache"] == {"cached_tokens": cached}
+                loaded += cached
             for name in ("other", "forged"):
                 *answer, cached = server.chat(*known[name])
                 assert (tuple(answer), cached) == (truths[name], 128), name
+            assert server.told["mmcache"]["missed"]["reason"].startswith("never stored")
+            _check_metrics(server, loaded + 128)  # of "forged"; the engine held those of "other"
+            _check_openai_client(server)
             assert [_refused(server, parts) for parts in (BROKEN, LONG)] == refusals
             with ThreadPoolExecutor(len(CROWD)) as pool:
                 running = [pool.submit(server.chat, *parts) for parts in CROWD]

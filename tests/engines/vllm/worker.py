@@ -71,6 +71,24 @@ class Worker:
         """One of vLLM's own counters, of those the settings have it keep."""
         return float(sum(one.value for one in self.llm.get_metrics() if one.name == name))
 
+    def metrics(self, prefix: str) -> dict[str, float]:
+        """The metrics of this prefix as a server would show them, of a histogram its count and its sum."""
+        shown: dict[str, float] = {}
+        for one in self.llm.get_metrics():
+            labels = ",".join(f"{k}={v}" for k, v in sorted(one.labels.items()) if k not in ("engine", "model_name"))
+            name = one.name + (f"{{{labels}}}" if labels else "")
+            if one.name.startswith(prefix) and hasattr(one, "buckets"):
+                shown |= {f"{name}.count": one.count, f"{name}.sum": one.sum}
+            elif one.name.startswith(prefix):
+                shown[name] = one.value
+        return shown
+
+    def transfer_params(self, asks: list[dict[str, Any]]) -> list[Any]:
+        """What the connector says of each ask, after vLLM's own prefix cache was emptied."""
+        self.reset()
+        prompts, params = [self._prompt(ask) for ask in asks], [self._params(ask) for ask in asks]
+        return [output.kv_transfer_params for output in self.llm.generate(prompts, params, use_tqdm=False)]
+
     # --------------------------------------------------------------------------------------------------- parts
     def _conversation(self, ask: dict[str, Any]) -> dict[str, Any]:
         """One ask; its `then` texts follow, each after the whole conversation so far. The last answer, all tokens."""
