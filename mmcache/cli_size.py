@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -189,10 +190,11 @@ def _print(sheet: Sheet, tp: int) -> None:
         print(f"{sheet.model_type}: KV in {kv.dtype}, blocks of {sheet.block_tokens} tokens")
         print(f"  a token: {kv.token_nbytes:,} B")
         print(f"  a block: {block_nbytes:,} B")
-        for group in kv.groups:
+        for group, count in Counter(kv.groups).items():
+            times = f"{count} KV groups" if count > 1 else "a KV group"
             reach = f", {group.reach_tokens:,} tokens" if group.reach_tokens else ""
             what = f"{group.layers} layers x {group.heads} heads x {group.content} elements"
-            print(f"  KV group: {what}, {group.kind}{reach}")
+            print(f"  {times}: {what}, {group.kind}{reach}")
     else:
         print(f"{sheet.model_type}: no KV")
     for item in sheet.items:
