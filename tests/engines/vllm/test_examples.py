@@ -206,6 +206,7 @@ def test_the_check_of_the_compose_file_can_fail(part: str, other: str, said: str
 
 
 # ---------------------------------------------------------------------------------------------------------- offline
+@pytest.mark.full
 def test_the_offline_example_runs(tmp_path: Path) -> None:
     """Twice: in the second process mmcache has the prompts the first time."""
     assert not list(tmp_path.iterdir())

@@ -324,7 +324,7 @@ def test_variables_that_choose_kernels_are_in() -> None:
 
 def test_engines_of_two_releases_share_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     config = build({})
-    facts = []
+    facts: list[dict[str, Any]] = []
     for version in ("0.32.0", "0.32.1", "0.32.0"):
         monkeypatch.setattr("vllm.__version__", version)
         facts.append({**config_facts(config), **worker_facts(config, [])})

@@ -210,7 +210,7 @@ class _Wrong(_Base):
     def layout(self, config: Any) -> str:  # type: ignore[override]
         return "x"
 
-    def load(self, context: Any) -> None: ...
+    def load(self, context: Any) -> None: ...  # type: ignore[override]
 
     def match(self, computed: int, request: Any, more: int) -> int:  # type: ignore[override]
         return more
