@@ -155,8 +155,9 @@ def kv_of(config: Fields, dtype: str = "auto", kv_dtype: str = "auto") -> KV:
     notes = [note] if note and kv_dtype == "auto" else []
     if "index_topk" in text:
         notes.append("sparse attention: the indexer's own cache is not counted")
-    if config.section("quantization_config") is not None and kv_dtype == "auto":
-        notes.append("a quantized checkpoint may bring an fp8 KV cache: then give --kv-cache-dtype fp8")
+    quantised = config.section("quantization_config") or Fields({})
+    if kv_dtype == "auto" and ("kv_cache_scheme" in quantised or "kv_cache_quant_algo" in quantised):
+        notes.append("the checkpoint says how its KV cache is quantised: where that is fp8, give --kv-cache-dtype fp8")
     if any(group.kind != FULL for group in groups):
         notes.append("layers that slide store every block too: a hit needs the last ones, wherever a prompt ends")
     return KV(stored, groups, tuple(notes))

@@ -35,6 +35,18 @@ def test_bytes_of_a_token_are_the_published_ones(name: str) -> None:
     assert kv_of(Fields(CONFIGS[name]), dtype="float32").token_nbytes == kv.token_nbytes * 2
 
 
+def test_what_the_config_leaves_open_is_noted() -> None:
+    def notes(**changes: Any) -> str:
+        return " ".join(kv_of(Fields(LLAMA | changes)).notes)
+
+    assert notes() == ""
+    assert "names no dtype" in notes(torch_dtype=None)
+    assert "says float32" in notes(torch_dtype="float32")
+    assert "indexer" in notes(index_topk=2048)
+    assert "--kv-cache-dtype fp8" in notes(quantization_config={"kv_cache_scheme": {"num_bits": 8}})
+    assert notes(quantization_config={"quant_method": "fp8"}) == ""
+
+
 def test_layers_that_slide_are_groups_of_their_own() -> None:
     def groups(name: str) -> list[tuple[str, int, int]]:
         return [(group.kind, group.reach_tokens, group.layers) for group in kv_of(Fields(CONFIGS[name])).groups]
