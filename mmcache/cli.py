@@ -20,7 +20,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from mmcache import cli_explain, cli_ops
+from mmcache import cli_explain, cli_ops, cli_size
 from mmcache._version import __version__
 from mmcache.cli_bench import bench_app
 from mmcache.cli_common import ADMINS_ONLY, DEFAULT_URL, Json, Url, key_digest, printable, progress_bar, size_text
@@ -42,6 +42,7 @@ app = typer.Typer(
 app.add_typer(bench_app, name="bench")
 cli_ops.register(app)
 cli_explain.register(app)
+cli_size.register(app)
 app.add_typer(token_app, name="token")
 
 STOP_SIGNALS = {signal.SIGTERM, signal.SIGINT}

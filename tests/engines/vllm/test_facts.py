@@ -21,6 +21,7 @@ from typing import Any
 
 import pytest
 
+import mmcache
 from mmcache import Namespace
 from mmcache_connectors.vllm.facts import config_facts, worker_facts
 from mmcache_connectors.vllm.fields import ENVIRONMENT, NoCanonicalForm, canonical_text, config_texts, read_table
@@ -319,6 +320,21 @@ def test_variables_that_choose_kernels_are_in() -> None:
         "environment.VLLM_DISABLED_KERNELS",
         "environment.VLLM_NEW",
     }
+
+
+def test_engines_of_two_releases_share_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    config = build({})
+    facts: list[dict[str, Any]] = []
+    for version in ("0.32.0", "0.32.1", "0.32.0"):
+        monkeypatch.setattr("vllm.__version__", version)
+        facts.append({**config_facts(config), **worker_facts(config, [])})
+    assert {name for name, text in facts[0].items() if facts[1][name] != text} == {"vllm_version"}
+    shape: dict[str, Any] = {"kind": "kv", "model": "m", "dtype": "d", "layout": "l", "block_size": 32}
+    first, other, again = (Namespace(**shape, **one).block_keys(range(96)) for one in facts)
+    with mmcache.connect("embedded://?memory=1MiB") as cache:
+        assert all(cache.put(first, [b"a block"] * 3))
+        assert cache.match_prefix(other) == 0
+        assert cache.match_prefix(again) == 3
 
 
 def test_layers_of_another_kind_than_expected_are_random_not_an_error(caplog: pytest.LogCaptureFixture) -> None:

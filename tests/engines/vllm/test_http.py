@@ -1,4 +1,5 @@
-"""The OpenAI server, its engine in a process of its own: chats with pictures, a restart, bad input, a dead cache."""
+"""The OpenAI server, its engine in a process of its own: chats with pictures and embeddings, a restart, bad input, a
+dead cache; and examples/vllm/ask.py, which asks it."""
 
 from __future__ import annotations
 
@@ -16,8 +17,10 @@ import time
 import urllib.error
 import urllib.request
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any, Self
 
+import numpy as np
 import pytest
 
 from mmcache.testing.process import ServerProcess
@@ -47,6 +50,7 @@ class ApiServer:
         self.command += ["--served-model-name", "m", "--host", "127.0.0.1", "--port", str(self.port)]
         self.command += ["--dtype", "float32", "--enforce-eager", "--block-size", str(BLOCK)]
         self.command += ["--max-model-len", "1024", "--max-num-seqs", "8", "--enable-prompt-tokens-details"]
+        self.command += ["--enable-mm-embeds", "--enable-prompt-embeds"]
         flag = ["--kv-transfer-config", json.dumps(connector)] if url else ["--no-enable-prefix-caching"]
         self.command += flag
         self.environment = os.environ | ENVIRONMENT | {"VLLM_ENABLE_V1_MULTIPROCESSING": "1"} | environment
@@ -125,12 +129,38 @@ def image(seed: int, **more: Any) -> dict[str, Any]:
     return {"type": "image_url", "image_url": {"url": f"data:image/png;base64,{data}"}, **more}
 
 
+def _rows(seed: int) -> Any:
+    """24 embeddings of the model's width: those of a picture of 168 x 112, or of 24 tokens."""
+    return np.random.default_rng(seed).standard_normal((24, 128), np.float32)
+
+
+def image_embeds(seed: int) -> dict[str, Any]:
+    file = io.BytesIO()
+    np.save(file, _rows(seed))
+    rows = base64.b64encode(file.getvalue()).decode()
+    return {"type": "image_embeds", "image_embeds": {"image_embeds": rows, "image_grid_thw": [1, 8, 12]}}
+
+
+def prompt_embeds(seed: int) -> dict[str, Any]:
+    import torch
+
+    file = io.BytesIO()
+    torch.save(torch.from_numpy(_rows(seed)), file)
+    return {"type": "prompt_embeds", "data": base64.b64encode(file.getvalue()).decode()}
+
+
 CHATS: dict[str, list[dict[str, Any]]] = {
     "text": [text(words(600, 400))],
     "image": [text(words(601, 128)), image(1), text(words(602, 100))],
     "two images": [text(words(603, 90)), image(2), text(words(604, 60)), image(3), text(words(605, 90))],
+    "image embeds": [text(words(650, 128)), image_embeds(1), text(words(651, 100))],
+    "prompt embeds": [text(words(652, 128)), prompt_embeds(1), text(words(653, 100))],
 }
-OTHER = [text(words(601, 128)), image(4), text(words(602, 100))]
+OTHERS = {  # as one of CHATS, but for what stands between two texts
+    "other": [text(words(601, 128)), image(4), text(words(602, 100))],
+    "other image embeds": [text(words(650, 128)), image_embeds(2), text(words(651, 100))],
+    "other prompt embeds": [text(words(652, 128)), prompt_embeds(2), text(words(653, 100))],
+}
 NAMED = [text(words(606, 128)), image(5, uuid="a name"), text(words(607, 100))]
 FORGED = [text(words(606, 128)), image(6, uuid="a name"), text(words(607, 100))]
 BROKEN = [text("what is this?"), {"type": "image_url", "image_url": {"url": "data:image/png;base64,iVBORw0KGgo="}}]
@@ -179,8 +209,27 @@ def _check_openai_client(server: ApiServer) -> None:
     assert "".join(pieces) == whole.choices[0].message.content
 
 
-def test_the_server_over_http() -> None:
-    known = {**CHATS, "other": OTHER, "named": NAMED, "forged": FORGED}
+def _ask(port: int, folder: Path) -> None:
+    """The example's client, as a person would use it: twice, and where nothing listens."""
+    from PIL import Image
+
+    Image.fromarray(picture(30)).save(folder / "a.png")
+    ask = [sys.executable, str(ROOT / "examples/vllm/ask.py"), f"http://127.0.0.1:{port}", words(654, 200)]
+    ask += ["--image", str(folder / "a.png"), "--max-tokens", "8"]
+    for wanted in (False, True):
+        done = subprocess.run(ask, capture_output=True, text=True, check=True)
+        found = re.search(r"^(\d+) prompt tokens, (\d+) cached; ", done.stdout, re.MULTILINE)
+        assert found, done.stdout
+        assert (int(found[2]) >= 0.8 * int(found[1])) == wanted
+    ask[2] = "http://127.0.0.1:1"
+    done = subprocess.run(ask, capture_output=True, text=True, check=False)
+    assert done.returncode == 1
+    assert "http://127.0.0.1:1" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_the_server_over_http(tmp_path: Path) -> None:
+    known = {**CHATS, **OTHERS, "named": NAMED, "forged": FORGED}
     with ApiServer("") as server:
         truths = {name: server.chat(*parts)[:3] for name, parts in known.items() if name != "forged"}
         truths["forged"] = server.chat(*[{k: v for k, v in part.items() if k != "uuid"} for part in FORGED])[:3]
@@ -199,13 +248,14 @@ def test_the_server_over_http() -> None:
                 assert cached >= 0.95 * ((length - 1) // BLOCK * BLOCK), name
                 assert server.told["mmcache"] == {"cached_tokens": cached}
                 loaded += cached
-            for name in ("other", "forged"):
+            for name in (*OTHERS, "forged"):
                 *answer, cached = server.chat(*known[name])
                 assert (tuple(answer), cached) == (truths[name], 128), name
             assert server.told["mmcache"]["missed"]["reason"].startswith("never stored")
             _check_metrics(server, loaded + 128)  # of "forged"; the engine held those of "other"
             _check_openai_client(server)
             assert [_refused(server, parts) for parts in (BROKEN, LONG)] == refusals
+            _ask(server.port, tmp_path)
             with ThreadPoolExecutor(len(CROWD)) as pool:
                 running = [pool.submit(server.chat, *parts) for parts in CROWD]
                 cache.stop(signal.SIGKILL)
