@@ -20,6 +20,7 @@ Values = Sequence[float | None]
 def serving_page(found: Found, command: str) -> str:
     """The report of one run. `found` is a report's `to_dict()`, `command` what was typed."""
     servers, pairs = found["servers"], found["pairs"]
+    ttft, axis = _columns(found, "ttft_s", 1e3), "time to first token, ms"
     names = [server["name"] for server in servers]
     return html.render(
         f"mmcache bench serve: {found['workload']['name']}",
@@ -31,9 +32,9 @@ def serving_page(found: Found, command: str) -> str:
                 "Time to first token",
                 "From when a request was due until the first token of its answer arrived.",
                 [
-                    _quantiles("Distribution", "time to first token, ms", _columns(found, "ttft_s", 1e3)),
-                    _by_request("In order of the requests", "time to first token, ms", _columns(found, "ttft_s", 1e3)),
-                    _by_place(found, "ttft_s"),
+                    _quantiles("Distribution", axis, ttft),
+                    _by_request("In order of the requests", axis, ttft),
+                    _by_place(found, axis, ttft, "{:,.1f}"),
                 ],
             ),
             Section(
@@ -109,20 +110,20 @@ def _by_request(title: str, axis: str, columns: Mapping[str, Values], top: float
     return plots.lines(title, ("requests", axis), list(range(1, asked + 1)), columns, top)
 
 
-def _by_place(found: Found, name: str) -> str:
+def _by_place(found: Found, axis: str, columns: Mapping[str, Values], text: str, top: float | None = None) -> str:
     """Medians of the first question (or turn), the second, and so on."""
     unit = "question" if found["workload"]["name"] == "captioning" else "turn"
+    places = [request["place"] for request in found["requests"]]
     groups = []
-    for place in sorted({request["place"] for request in found["requests"]}):
-        asked = [request["samples"] for request in found["requests"] if request["place"] == place]
-        values: list[float | None] = []
-        for server in range(len(found["servers"])):
-            there = [samples[server][name] for samples in asked if samples[server][name] is not None]
-            values.append(1e3 * median(there) if there else None)
-        texts = ["none" if value is None else milliseconds(value / 1e3) for value in values]
-        groups.append(plots.Group(f"{unit} {place + 1}", values, texts))
-    names = [server["name"] for server in found["servers"]]
-    return plots.bars(f"Median by {unit}", f"{TIMES[name]}, ms", groups, names)
+    for at in sorted(set(places)):
+        chosen = [
+            [value for place, value in zip(places, values, strict=True) if place == at and value is not None]
+            for values in columns.values()
+        ]
+        medians = [median(values) if values else None for values in chosen]
+        texts = ["none" if value is None else text.format(value) for value in medians]
+        groups.append(plots.Group(f"{unit} {at + 1}", medians, texts))
+    return plots.bars(f"Median by {unit}", axis, groups, list(columns), top)
 
 
 def _cached(found: Found) -> list[str]:
@@ -134,7 +135,8 @@ def _cached(found: Found) -> list[str]:
         for place, server in enumerate(found["servers"])
         if server in told
     }
-    return [_by_request("In order of the requests", "cached share of the prompt, %", shares, 100)]
+    axis = "cached share of the prompt, %"
+    return [_by_request("In order of the requests", axis, shares, 100), _by_place(found, axis, shares, "{:.1f}%", 100)]
 
 
 def _share(sample: Found) -> float | None:

@@ -18,15 +18,15 @@ TOKENS: Final = ("prompt_tokens", "completion_tokens", "cached_tokens")
 
 def title(work: Mapping[str, Any]) -> str:
     """What was asked, in a line."""
-    about = f"{count(work['images'], 'image')} of {work['image_size'][0]} x {work['image_size'][1]}, " * bool(
-        work["images"]
-    )
-    arrive = f"{work['rate']:g} a second" if work["rate"] else f"{count(work['concurrency'], 'asker')}"
-    unit = "questions about the same" if work["name"] == "captioning" else "turns a conversation"
-    return (
-        f"{work['name']}, {count(work['requests'], 'request')}, {work['questions']} {unit}, {about}"
-        f"about {work['text_tokens']:,} tokens of text, {arrive}, seed {work['seed']}"
-    )
+    size = "{} x {}".format(*work["image_size"]) if work["images"] else ""
+    images = f"{count(work['images'], 'image')} of {size}"
+    text = f"about {work['text_tokens']:,} tokens of text"
+    arrive = f"{work['rate']:g} a second" if work["rate"] else count(work["concurrency"], "asker")
+    if work["name"] == "captioning":
+        about = f"{work['questions']} about the same {f'{images} and ' if size else ''}{text}"
+    else:
+        about = f"{work['questions']} a conversation, {f'at most {images}, ' if size else ''}begun with {text}"
+    return f"{count(work['requests'], 'request')}, {about}; {arrive}, seed {work['seed']}"
 
 
 def spread_cells(spread: Mapping[str, Any] | None) -> list[str]:
