@@ -166,11 +166,11 @@ def _token_rows(servers: Sequence[Found]) -> list[list[str]]:
 
 
 def _facts(found: Found) -> dict[str, object]:
-    facts = {name: value for name, value in found["workload"].items() if value not in (None, {})}
+    facts: dict[str, object] = {name: value for name, value in found["workload"].items() if value not in (None, {})}
     for server in found["servers"]:
         facts[server["name"]] = f"{server['url']}, model {server['model']}"
         if late := server["late_s"]:
             facts[f"{server['name']}: requests sent late"] = f"{1e3 * late['most']:.1f} ms at most"
         for reason, times in server["errors"].items():
             facts[f"{server['name']}: error, {times:,} times"] = reason
-    return facts | found["host"]
+    return {**facts, **found["host"]}
