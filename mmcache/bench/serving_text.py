@@ -23,9 +23,10 @@ def title(work: Mapping[str, Any]) -> str:
     text = f"about {work['text_tokens']:,} tokens of text"
     arrive = f"{work['rate']:g} a second" if work["rate"] else count(work["concurrency"], "asker")
     if work["name"] == "captioning":
-        about = f"{work['questions']} about the same {f'{images} and ' if size else ''}{text}"
+        about = f"{count(work['questions'], 'question')} about the same {images + ' and ' if size else ''}{text}"
     else:
-        about = f"{work['questions']} a conversation, {f'at most {images}, ' if size else ''}begun with {text}"
+        turns = count(work["questions"], "turn")
+        about = f"{turns} a conversation, {'at most ' + images + ', ' if size else ''}begun with {text}"
     return f"{count(work['requests'], 'request')}, {about}; {arrive}, seed {work['seed']}"
 
 
