@@ -17,6 +17,7 @@ from rich.table import Table
 
 from mmcache.bench.replay import Row
 from mmcache.bench.trace import MAX_LINE_CHARS, Trace
+from mmcache.cli_bench_serve import bench_serve_app
 from mmcache.cli_common import progress_bar, write_text
 from mmcache.cli_workloads import JsonTo, workloads_app
 from mmcache.errors import ConfigError, UsageError
@@ -24,12 +25,14 @@ from mmcache.errors import ConfigError, UsageError
 bench_app = typer.Typer(
     no_args_is_help=True,
     rich_markup_mode="markdown",
-    help="Measure with real data. `media`, `chat` and `diffusion` need the bench extra: pip install 'mmcache[bench]' "
-    "(in a clone: make demo).",
+    help="Measure with real data. `media`, `chat`, `diffusion` and `serve` need the bench extra: "
+    "pip install 'mmcache[bench]' (in a clone: make demo).",
     epilog="Examples: **mmcache bench media** · **mmcache bench chat --html chat.html** · "
-    "**mmcache bench transfer --quick** · **mmcache bench trace FILE** · **mmcache bench media --help**",
+    "**mmcache bench transfer --quick** · **mmcache bench serve --url http://127.0.0.1:8000/v1** · "
+    "**mmcache bench trace FILE** · **mmcache bench media --help**",
 )
 bench_app.add_typer(workloads_app)
+bench_app.add_typer(bench_serve_app)
 
 
 @bench_app.command(

@@ -135,11 +135,11 @@ def bench_transfer(
     from mmcache.bench.transfer import TransferOptions, run
 
     options = TransferOptions(quick=quick, verify=verify, copy_threads=copy_threads, seed=seed)
-    _check_files(json_to, html_to)
+    check_files(json_to, html_to)
     with progress_bar("measurements") as show:
         report = run(options, show)
     report.print(Console(stderr=json_to == "-"))
-    _write(report.to_dict(), json_to, html_to)
+    write_report(report.to_dict(), json_to, html_to)
     if not report.ok:
         raise typer.Exit(1)
 
@@ -152,16 +152,16 @@ def _common(
 
 def _run(run: Callable[[Any, Progress], Report], options: Options, json_to: str | None, html_to: Path | None) -> None:
     """Run a workload, print its report, write what was asked for; exit 1 if it is not as it must be."""
-    _check_files(json_to, html_to)
+    check_files(json_to, html_to)
     with progress_bar("requests") as show:
         report = run(options, show)
     report.print(Console(stderr=json_to == "-"))
-    _write(report.to_dict(), json_to, html_to)
+    write_report(report.to_dict(), json_to, html_to)
     if not report.ok:
         raise typer.Exit(1)
 
 
-def _check_files(json_to: str | None, html_to: Path | None) -> None:
+def check_files(json_to: str | None, html_to: Path | None) -> None:
     """Find out now, not after the run, whether the files can be written."""
     if json_to not in (None, "-"):
         write_text(Path(json_to), "", "a")
@@ -169,7 +169,8 @@ def _check_files(json_to: str | None, html_to: Path | None) -> None:
         write_text(html_to, "", "a", "--html")
 
 
-def _write(found: Mapping[str, Any], json_to: str | None, html_to: Path | None) -> None:
+def write_report(found: Mapping[str, Any], json_to: str | None, html_to: Path | None) -> None:
+    """Write what was asked for of a report's `to_dict()`."""
     from mmcache.bench.page import page
 
     if html_to is not None:

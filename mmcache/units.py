@@ -1,4 +1,4 @@
-"""Sizes: units, and what people write for them. PURE."""
+"""Sizes and counts, and what people write for them. PURE."""
 
 from __future__ import annotations
 
@@ -23,3 +23,8 @@ def parse_nbytes(text: str | int) -> int:
     if not match or not unit:
         raise ConfigError(f"{text!r} is not a size; write a number with a unit, for example 512MiB or 4GiB")
     return int(float(match[1]) * unit)
+
+
+def count(number: int, one: str, many: str | None = None) -> str:
+    """A number with its noun: '1 photo', '2,000 photos'."""
+    return f"{number:,} {one if number == 1 else many or one + 's'}"

@@ -9,8 +9,9 @@ from __future__ import annotations
 from mmcache.bench import conversation, encoder, extras
 from mmcache.bench.engine import KV, CheckedCache, PrefixEngine
 from mmcache.bench.media import COMPARED, MODELLED, SHAPES
-from mmcache.bench.report import Report, count
+from mmcache.bench.report import Report
 from mmcache.bench.run import Options, Progress, Serve, Workload, run_workload
+from mmcache.units import count
 
 SCALES = {"full": conversation.FULL, "quick": conversation.QUICK}
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import io
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
@@ -98,19 +99,16 @@ def film(photo: Photo, *, frames: int, turns: float) -> Video:
         ConfigError: PyAV or pillow is not installed, or this PyAV has none of ENCODERS.
     """
     av = extras.load("av")
-    image = extras.load("PIL.Image")
     codec = next((name for name in ENCODERS if name in av.codecs_available and _can_encode(av, name)), None)
     if codec is None:
         raise ConfigError(f"this PyAV can encode none of {', '.join(ENCODERS)}: reinstall av from its wheel")
     file = io.BytesIO()
     options = {"preset": "ultrafast", "crf": "23"} if codec == "libx264" else {"qscale": "4"}
-    picture = image.fromarray(photo.rgb)
     with av.open(file, "w", format="mp4") as container:
         stream = container.add_stream(codec, rate=VIDEO_FPS, options=options)
         stream.width, stream.height, stream.pix_fmt = VIDEO_WIDTH, VIDEO_HEIGHT, "yuv420p"
-        for index in range(frames):
-            view = picture.resize((VIDEO_WIDTH, VIDEO_HEIGHT), image.BILINEAR, box=_shot(photo, index / frames, turns))
-            frame = av.VideoFrame.from_ndarray(np.asarray(view), format="rgb24")
+        for index, view in enumerate(shots(photo, frames, turns=turns)):
+            frame = av.VideoFrame.from_ndarray(view, format="rgb24")
             frame.pts, frame.time_base = index, Fraction(1, VIDEO_FPS)
             container.mux(stream.encode(frame))
         container.mux(stream.encode())
@@ -125,12 +123,33 @@ def decode(data: bytes) -> tuple[Frame, ...]:
         return tuple(Frame(float(frame.time), frame.to_ndarray(format="rgb24")) for frame in container.decode(video=0))
 
 
-def _shot(photo: Photo, progress: float, turns: float) -> tuple[float, float, float, float]:
-    """Where the camera looks: a box of the video's shape inside the photo, in pixels."""
+def shots(
+    photo: Photo,
+    frames: int,
+    *,
+    turns: float,
+    start: float = 0.0,
+    size: tuple[int, int] = (VIDEO_WIDTH, VIDEO_HEIGHT),
+) -> Iterator[Pixels]:
+    """What the camera of a video sees, uint8 (height, width, 3) of `size`, which is (width, height).
+
+    It begins `start` of a turn along its circle; another start shows other pixels.
+    """
+    image = extras.load("PIL.Image")
+    picture = image.fromarray(photo.rgb)
+    for index in range(frames):
+        box = _shot(photo, index / frames, turns, start, size)
+        yield np.asarray(picture.resize(size, image.BILINEAR, box=box))
+
+
+def _shot(
+    photo: Photo, progress: float, turns: float, start: float, size: tuple[int, int]
+) -> tuple[float, float, float, float]:
+    """Where the camera looks: a box of that shape inside the photo, in pixels."""
     height, width = photo.rgb.shape[:2]
-    scale = (0.9 - 0.5 * progress) * min(width / VIDEO_WIDTH, height / VIDEO_HEIGHT)
-    box_width, box_height = VIDEO_WIDTH * scale, VIDEO_HEIGHT * scale
-    angle = 2 * math.pi * turns * progress
+    scale = (0.9 - 0.5 * progress) * min(width / size[0], height / size[1])
+    box_width, box_height = size[0] * scale, size[1] * scale
+    angle = 2 * math.pi * (start + turns * progress)
     left = (width - box_width) * (0.5 + 0.5 * math.cos(angle))
     top = (height - box_height) * (0.5 + 0.5 * math.sin(angle))
     return left, top, left + box_width, top + box_height

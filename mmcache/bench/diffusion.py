@@ -19,10 +19,11 @@ from mmcache.bench import drawing, extras
 from mmcache.bench.corpus import Pixels
 from mmcache.bench.drawing import ASKED, SKIPPED, Drawing, DrawingStep, Recipe
 from mmcache.bench.engine import CheckedCache, nbytes_of
-from mmcache.bench.report import Report, count
+from mmcache.bench.report import Report
 from mmcache.bench.run import Options, Progress, Serve, Workload, run_workload
 from mmcache.keys import Namespace, embedding_key, latent_key
 from mmcache.keyset import Key, Keys
+from mmcache.units import count
 
 SCALES = {"full": drawing.FULL, "quick": drawing.QUICK}
 KINDS = ("prompt", "embedding", "latent")

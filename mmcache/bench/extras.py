@@ -12,7 +12,7 @@ from typing import Any
 
 from mmcache.errors import ConfigError
 
-REMEDY = "needs av, pillow and scikit-image: pip install 'mmcache[bench]' (in a clone: make demo)"
+REMEDY = "needs the bench extra: pip install 'mmcache[bench]' (in a clone: make demo)"
 
 
 def load(name: str, command: str = "") -> Any:
@@ -33,8 +33,8 @@ def folder(name: str, command: str = "") -> Path:
 
 def check(command: str) -> None:
     """Raise ConfigError, with what to install, unless everything that `mmcache bench COMMAND` needs is there."""
-    if command == "media":
-        load("av", command)
+    for name in {"media": ["av"], "serve": ["aiohttp"]}.get(command, []):
+        load(name, command)
     load("PIL.Image", command)
     folder("skimage", command)
 

@@ -12,9 +12,10 @@ from dataclasses import dataclass
 
 from mmcache.bench import corpus, encoder, extras, workload
 from mmcache.bench.engine import KV, CheckedCache, PrefixEngine
-from mmcache.bench.report import Report, count
+from mmcache.bench.report import Report
 from mmcache.bench.run import Options, Progress, Serve, Workload, run_workload
 from mmcache.errors import ConfigError
+from mmcache.units import count
 
 SCALES = {"full": workload.FULL, "quick": workload.QUICK}
 # What chat, whose values are the same, models too.

@@ -10,6 +10,7 @@ from typing import Any, Final
 
 from mmcache.bench import html, plots
 from mmcache.bench.html import Section
+from mmcache.bench.serving_page import serving_page
 from mmcache.bench.transfer_page import transfer_page
 
 Found = Mapping[str, Any]
@@ -21,6 +22,8 @@ RATES: Final = {"got": "hit_rate", "lru": "lru_hit_rate", "ideal": "ideal_hit_ra
 
 def page(found: Found, command: str) -> str:
     """The report of one run. `found` is a report's `to_dict()`, `command` what was typed."""
+    if "servers" in found:
+        return serving_page(found, command)
     return transfer_page(found, command) if "rows" in found else workload_page(found, command)
 
 

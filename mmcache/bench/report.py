@@ -21,6 +21,7 @@ from rich.table import Table
 
 from mmcache._version import __version__
 from mmcache.bench.oracle import Moment, Tallies, Tally
+from mmcache.units import count
 
 Injection = Literal["wrong", "corrupt"]
 EXPECTED = ("hit", "miss", "stored", "present")  # what a healthy server answers
@@ -280,11 +281,6 @@ def bullets(lines: Sequence[str]) -> Table:
     for line in lines:
         points.add_row(" [dim]-[/]", escape(line))
     return points
-
-
-def count(number: int, one: str, many: str | None = None) -> str:
-    """A number with its noun: '1 photo', '2,000 photos'."""
-    return f"{number:,} {one if number == 1 else many or one + 's'}"
 
 
 def _megabytes(nbytes: int) -> str:

@@ -22,11 +22,12 @@ import numpy as np
 from rich.console import Console
 from rich.markup import escape
 
-from mmcache.bench.report import bullets, count, data_table, host
+from mmcache.bench.report import bullets, data_table, host
 from mmcache.bench.transfer_page import size_text
 from mmcache.bench.transfer_worker import calls_of
 from mmcache.errors import ConfigError, TransportError
 from mmcache.testing.process import ServerProcess
+from mmcache.units import count
 
 KiB, MiB = 1 << 10, 1 << 20
 OPS = ("get", "put", "acquire")

@@ -155,7 +155,7 @@ def test_no_server_ends_with_1_and_the_remedy() -> None:
 
 
 COMMANDS: list[list[str]] = [[], ["serve"], ["stat"], ["inspect"], ["version"], ["bench"], ["bench", "media"]]
-COMMANDS += [["size"], ["token"], ["token", "new"], ["token", "list"], ["token", "revoke"]]
+COMMANDS += [["bench", "serve"], ["size"], ["token"], ["token", "new"], ["token", "list"], ["token", "revoke"]]
 
 
 @pytest.mark.parametrize("command", COMMANDS)

@@ -13,11 +13,14 @@ import pytest
 from mmcache.bench.oracle import Tallies
 from mmcache.bench.page import page
 from mmcache.bench.report import Latency, Report
+from mmcache.bench.samples import Sample
+from mmcache.bench.serving import ServeOptions
+from mmcache.bench.serving_report import Served, ServeReport
 from mmcache.bench.transfer import Row, TransferOptions, TransferReport
 
 VOID = {"meta"}
 CLOSED = {"rect", "line", "polyline", "circle", "path"}  # of SVG: they close themselves
-UNITS = re.compile(r"^requests$|, (%|(B|kB|MB|GB|GB/s|µs)\b)|multiple of")
+UNITS = re.compile(r"^requests$|, (%|(B|kB|MB|GB|GB/s|µs|ms)\b)|multiple of")
 
 
 def tallies(*counts: tuple[int, int]) -> Tallies:
@@ -66,7 +69,29 @@ ROWS = [
     for clients in (1, 2)
 ]
 TRANSFER = TransferReport(ROWS, {"single": 12.0, "sliced": 7.0}, 4.5, 100, 0, 0, "", TransferOptions(), 9.0)
+SAMPLE = Sample(0.001, 0.25, 0.01, 0.02, 0.5, 800, 8, 768, "abc")
+FAILED = Sample(error="HTTP 500: <b>no</b>")
+SERVING = ServeReport(
+    workload=ServeOptions(urls=["http://a/v1"]).facts() | {"characters_per_token": 4.0},
+    requests=[("images 1, question 1", 0), ("images 1, question 2", 1), ("video 2, question 1", 0)],
+    served=[
+        Served("plain & <slow>", "http://a/v1", "m", [SAMPLE, replace(SAMPLE, ttft_s=0.75), SAMPLE]),
+        Served("cached", "http://b/v1", "m", [SAMPLE, replace(SAMPLE, cached_tokens=None, answer="d"), SAMPLE]),
+    ],
+    wall_s=2.5,
+)
 REPORTS: dict[str, Mapping[str, Any]] = {
+    "serving": SERVING.to_dict(),
+    "serving, one failed": replace(
+        SERVING,
+        served=[
+            Served("a", "http://a/v1", "m", [FAILED] * 3),
+            Served("b", "http://b/v1", "m", [SAMPLE, replace(SAMPLE, itl_s=None), FAILED]),
+        ],
+    ).to_dict(),
+    "serving, one server": replace(
+        SERVING, served=[Served("a", "http://a/v1", "m", [Sample(ttft_s=0.1)] * 3)]
+    ).to_dict(),
     "workload": REPORT.to_dict(),
     "nothing done": replace(
         REPORT, requests=0, got=Tallies.of("kv"), ideal=Tallies.of("kv"), lru=Tallies.of("kv"), latency_us={}
@@ -119,7 +144,8 @@ def test_it_is_well_formed_and_nothing_is_fetched(found: Mapping[str, Any]) -> N
     names = {name for name, _ in parsed.attributes}
     assert not names & {"src", "href", "srcset", "data", "action", "style"}
     assert not any(name.startswith("on") for name in names)
-    assert not re.search(r"https?:|url\(|@import|<script|<link|<img|<iframe", text)
+    assert not any(re.search(r"https?:", value) for _, value in parsed.attributes)
+    assert not re.search(r"url\(|@import|<script|<link|<img|<iframe", text)
     assert ("content", "default-src 'none'; style-src 'unsafe-inline'") in parsed.attributes
 
 
@@ -150,6 +176,20 @@ def test_the_verdict_is_the_reports() -> None:
     assert "the damage gets through" in Page(shown).all_of("p", "verdict warn")[0]
     bad = page(replace(TRANSFER, wrong=1).to_dict(), "")
     assert "1 value differed" in Page(bad).all_of("p", "verdict bad")[0]
+
+
+def test_the_page_of_servers_shows_both_and_their_ratio() -> None:
+    parsed = Page(page(REPORTS["serving"], "mmcache bench serve"))
+    tiles = dict(zip(parsed.all_of("span"), parsed.all_of("b"), strict=False))
+    assert tiles["time to first token, cached / plain & <slow>"] == "1.000"
+    assert tiles["median time to first token, plain & <slow>"] == "250 ms"
+    assert tiles["of prompt tokens cached, cached"] == "96.0%"
+    assert tiles["answers the same"] == "2 of 3"
+    assert parsed.all_of("p", "verdict good") == ["Every request was answered (6 answers)"]
+    assert "3 (few)" in parsed.all_of("td")
+    failed = Page(page(REPORTS["serving, one failed"], ""))
+    assert "a: 3 requests of 3 failed (HTTP 500: <b>no</b>)" in failed.all_of("p", "verdict bad")[0]
+    assert "not reported" in Page(page(REPORTS["serving, one server"], "")).all_of("td")
 
 
 def test_the_history_ends_with_the_totals_and_is_short() -> None:

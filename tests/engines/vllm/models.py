@@ -37,6 +37,13 @@ SIZES: dict[str, Any] = {
     "num_key_value_heads": 2,
     "max_position_embeddings": 4096,
 }
+HALF_BILLION: dict[str, Any] = SIZES | {
+    "hidden_size": 896,
+    "intermediate_size": 4864,
+    "num_hidden_layers": 24,
+    "num_attention_heads": 14,
+    "max_position_embeddings": 8192,
+}
 
 
 def model_path(name: str) -> Path:
@@ -120,15 +127,30 @@ def _hybrid(folder: Path) -> None:
 
 def _vision(folder: Path) -> None:
     """Images and videos; patches of 14, merged 2 by 2: one token for 28 x 28 pixels."""
-    from transformers import Qwen2VLConfig, Qwen2VLForConditionalGeneration
+    from transformers import Qwen2VLForConditionalGeneration
+
+    tower = {"depth": 2, "embed_dim": 128, "num_heads": 4, "hidden_size": 128, "mlp_ratio": 2}
+    config = _qwen2_vl(folder, SIZES, tower, mrope=[4, 6, 6], most_tokens=64, dtype="float32")
+    _weights(folder, Qwen2VLForConditionalGeneration, config, 0)
+
+
+def _qwen2_vl(
+    folder: Path, sizes: dict[str, Any], tower: dict[str, Any], mrope: list[int], most_tokens: int, dtype: str
+) -> Any:
+    """The tokenizer and the processors, of up to `most_tokens` a picture, and the config, which is not saved yet."""
+    from transformers import Qwen2VLConfig
 
     words = {f"{what}_token": f"<|{what}|>" for what in ("vision_start", "vision_end")}
     words |= {f"{what}_token": f"<|{what}_pad|>" for what in ("image", "video")}
     ids = _tokenizer(folder, processor_class="Qwen2VLProcessor", **words)
-    tower = {"depth": 2, "embed_dim": 128, "num_heads": 4, "hidden_size": 128, "mlp_ratio": 2}
-    rope = {"type": "mrope", "mrope_section": [4, 6, 6]}
-    text = SIZES | {"rope_theta": 1e6, "rope_scaling": rope, "eos_token_id": ids["<|im_end|>"]}
-    config = Qwen2VLConfig(
+    pixels = {"shortest_edge": 28 * 28 * 4, "longest_edge": 28 * 28 * most_tokens}
+    shared = {"patch_size": 14, "merge_size": 2, "temporal_patch_size": 2, "size": pixels}
+    for kind, file in (("image", "preprocessor_config.json"), ("video", "video_preprocessor_config.json")):
+        settings = shared | {f"{kind}_processor_type": f"Qwen2VL{kind.capitalize()}Processor"}
+        (folder / file).write_text(json.dumps(settings | {"processor_class": "Qwen2VLProcessor"}))
+    rope = {"type": "mrope", "mrope_section": mrope}
+    text = sizes | {"rope_theta": 1e6, "rope_scaling": rope, "eos_token_id": ids["<|im_end|>"]}
+    return Qwen2VLConfig(
         text_config=text | {"model_type": "qwen2_vl_text"},
         vision_config=tower,
         image_token_id=ids["<|image_pad|>"],
@@ -136,14 +158,8 @@ def _vision(folder: Path) -> None:
         vision_start_token_id=ids["<|vision_start|>"],
         vision_end_token_id=ids["<|vision_end|>"],
         tie_word_embeddings=True,
-        dtype="float32",
+        dtype=dtype,
     )
-    _weights(folder, Qwen2VLForConditionalGeneration, config, 0)
-    pixels = {"shortest_edge": 28 * 28 * 4, "longest_edge": 28 * 28 * 64}
-    shared = {"patch_size": 14, "merge_size": 2, "temporal_patch_size": 2, "size": pixels}
-    for kind, file in (("image", "preprocessor_config.json"), ("video", "video_preprocessor_config.json")):
-        settings = shared | {f"{kind}_processor_type": f"Qwen2VL{kind.capitalize()}Processor"}
-        (folder / file).write_text(json.dumps(settings | {"processor_class": "Qwen2VLProcessor"}))
 
 
 def _timing(folder: Path) -> None:
@@ -151,16 +167,16 @@ def _timing(folder: Path) -> None:
     from transformers import Qwen2Config
 
     ids = _tokenizer(folder)
-    sizes = {
-        "hidden_size": 896,
-        "intermediate_size": 4864,
-        "num_hidden_layers": 24,
-        "num_attention_heads": 14,
-        "max_position_embeddings": 8192,
-        "eos_token_id": ids["<|im_end|>"],
-    }
-    config = Qwen2Config(**SIZES | sizes, tie_word_embeddings=True, dtype="bfloat16")
+    config = Qwen2Config(**HALF_BILLION, tie_word_embeddings=True, eos_token_id=ids["<|im_end|>"], dtype="bfloat16")
     config.architectures = ["Qwen2ForCausalLM"]
+    config.save_pretrained(folder)
+
+
+def _timing_vision(folder: Path) -> None:
+    """The same size behind a vision tower of ViT-B's, for `load_format="dummy"`."""
+    tower = {"depth": 12, "embed_dim": 768, "num_heads": 12, "hidden_size": HALF_BILLION["hidden_size"], "mlp_ratio": 4}
+    config = _qwen2_vl(folder, HALF_BILLION, tower, mrope=[8, 12, 12], most_tokens=1024, dtype="bfloat16")
+    config.architectures = ["Qwen2VLForConditionalGeneration"]
     config.save_pretrained(folder)
 
 
@@ -188,6 +204,7 @@ MODELS: dict[str, Callable[[Path], None]] = {
     "hybrid": _hybrid,
     "vision": _vision,
     "timing": _timing,
+    "timing-vision": _timing_vision,
     "adapter": lambda folder: _adapter(folder, _VISION_LAYERS, seed=0),
     "adapter-retrained": lambda folder: _adapter(folder, _VISION_LAYERS, seed=1),
 }

@@ -5,115 +5,28 @@ from __future__ import annotations
 
 import base64
 import io
-import json
-import os
 import re
 import signal
-import socket
 import subprocess
 import sys
-import tempfile
 import time
 import urllib.error
-import urllib.request
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, Self
+from typing import Any
 
 import numpy as np
 import pytest
 
 from mmcache.testing.process import ServerProcess
-from tests.engines.vllm.harness import BLOCK, ENVIRONMENT, START_S, made, words
+from tests.engines.vllm.api_server import ANSWER_S, ApiServer
+from tests.engines.vllm.harness import BLOCK, words
 from tests.engines.vllm.images import picture
 from tests.engines.vllm.models import ROOT
 
 pytestmark = pytest.mark.full
-ANSWER_S = 60.0
 KV_NBYTES = 2 * 2 * 2 * 32 * 4  # of one token: layers, keys and values, heads, head size, float32
-
-
-class ApiServer:
-    """`vllm serve` with mmcache, or without (url ""). Use as a context manager."""
-
-    def __init__(self, url: str, **environment: str) -> None:
-        connector = {
-            "kv_connector": "MMCacheKVConnector",
-            "kv_connector_module_path": "mmcache_connectors.vllm",
-            "kv_role": "kv_both",
-            "kv_connector_extra_config": {"url": url},
-        }
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            self.port = probe.getsockname()[1]
-        self.command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", str(made("vision"))]
-        self.command += ["--served-model-name", "m", "--host", "127.0.0.1", "--port", str(self.port)]
-        self.command += ["--dtype", "float32", "--enforce-eager", "--block-size", str(BLOCK)]
-        self.command += ["--max-model-len", "1024", "--max-num-seqs", "8", "--enable-prompt-tokens-details"]
-        self.command += ["--enable-mm-embeds", "--enable-prompt-embeds"]
-        flag = ["--kv-transfer-config", json.dumps(connector)] if url else ["--no-enable-prefix-caching"]
-        self.command += flag
-        self.environment = os.environ | ENVIRONMENT | {"VLLM_ENABLE_V1_MULTIPROCESSING": "1"} | environment
-
-    def __enter__(self) -> Self:
-        self.log = tempfile.TemporaryFile()
-        self.process = subprocess.Popen(
-            self.command, cwd=ROOT, env=self.environment, stdout=self.log, stderr=self.log, start_new_session=True
-        )
-        deadline = time.monotonic() + START_S
-        while not self._healthy():
-            if self.process.poll() is not None or time.monotonic() > deadline:
-                self.__exit__()
-                pytest.fail("the server did not become ready")
-            time.sleep(0.5)
-        return self
-
-    def __exit__(self, *exc: object) -> None:
-        self.process.terminate()
-        try:
-            self.process.wait(60)
-        except subprocess.TimeoutExpired:
-            os.killpg(self.process.pid, signal.SIGKILL)  # its own session: the engine's processes, and no others
-            self.process.wait()
-        self.log.close()
-
-    def _healthy(self) -> bool:
-        try:
-            with urllib.request.urlopen(f"http://127.0.0.1:{self.port}/health", timeout=5) as answer:
-                return bool(answer.status == 200)
-        except OSError:
-            return False
-
-    def metrics(self) -> dict[str, float]:
-        """The connector's on /metrics, by name and labels, without the model's and the engine's."""
-        with urllib.request.urlopen(f"http://127.0.0.1:{self.port}/metrics", timeout=ANSWER_S) as answer:
-            lines = answer.read().decode().splitlines()
-        pairs = [line.rsplit(" ", 1) for line in lines if line.startswith("vllm:mmcache_")]
-        return {re.sub(r'(engine|model_name)="[^"]*",?', "", name): float(value) for name, value in pairs}
-
-    def chat(self, *parts: dict[str, Any], **more: Any) -> tuple[str, list[float], int, int]:
-        """The answer's text, its logprobs, the prompt's tokens, and how many of them were cached."""
-        body = {
-            "model": "m",
-            "messages": [{"role": "user", "content": parts}],
-            "temperature": 0,
-            "max_tokens": 8,
-            "ignore_eos": True,
-            "logprobs": True,
-            **more,
-        }
-        request = urllib.request.Request(
-            f"http://127.0.0.1:{self.port}/v1/chat/completions",
-            json.dumps(body).encode(),
-            {"Content-Type": "application/json"},
-        )
-        with urllib.request.urlopen(request, timeout=ANSWER_S) as response:
-            answer = json.load(response)
-        self.told = answer["kv_transfer_params"]
-        (choice,), usage = answer["choices"], answer["usage"]
-        logprobs = [round(one["logprob"], 2) for one in choice["logprobs"]["content"]]
-        cached = (usage["prompt_tokens_details"] or {}).get("cached_tokens", 0)
-        return choice["message"]["content"], logprobs, usage["prompt_tokens"], cached
+EMBEDS = ("--enable-mm-embeds", "--enable-prompt-embeds")
 
 
 def text(said: str) -> dict[str, Any]:
@@ -230,17 +143,17 @@ def _ask(port: int, folder: Path) -> None:
 
 def test_the_server_over_http(tmp_path: Path) -> None:
     known = {**CHATS, **OTHERS, "named": NAMED, "forged": FORGED}
-    with ApiServer("") as server:
+    with ApiServer("", *EMBEDS) as server:
         truths = {name: server.chat(*parts)[:3] for name, parts in known.items() if name != "forged"}
         truths["forged"] = server.chat(*[{k: v for k, v in part.items() if k != "uuid"} for part in FORGED])[:3]
         crowd = [server.chat(*parts)[:3] for parts in CROWD]
         refusals = [_refused(server, parts) for parts in (BROKEN, LONG)]
     with ServerProcess("256MiB") as cache:
-        with ApiServer(cache.url, PYTHONHASHSEED="1") as server:
+        with ApiServer(cache.url, *EMBEDS, PYTHONHASHSEED="1") as server:
             for name in (*CHATS, "named"):
                 assert server.chat(*known[name])[:3] == truths[name], name
             time.sleep(1.0)  # what is left of its blocks is stored
-        with ApiServer(cache.url, PYTHONHASHSEED="2") as server:
+        with ApiServer(cache.url, *EMBEDS, PYTHONHASHSEED="2") as server:
             loaded = 0
             for name, parts in CHATS.items():
                 said, logprobs, length, cached = server.chat(*parts)
