@@ -19,9 +19,9 @@ import sys
 import time
 from pathlib import Path
 
-from benchmarks.bench_vllm_ttft import fast_dtype, stored_everything
 from rich.console import Console
 
+from benchmarks.bench_vllm import fast_dtype, stored_everything
 from mmcache.bench.page import page
 from mmcache.bench.serving import ServeOptions, run
 from mmcache.testing.process import ServerProcess
