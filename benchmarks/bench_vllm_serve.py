@@ -21,7 +21,8 @@ from pathlib import Path
 
 from rich.console import Console
 
-from benchmarks.bench_vllm import fast_dtype, stored_everything
+from benchmarks.bench_vllm import fast_dtype
+from benchmarks.vllm_rounds import stored_everything
 from mmcache.bench.page import page
 from mmcache.bench.serving import ServeOptions, run
 from mmcache.testing.process import ServerProcess

@@ -109,7 +109,7 @@ def _hits(running: dict[str, Engine], prompt: Prompt, length: int, hits_each: in
     misses = {}
     for name, engine in _in_turns(running, sum(prompt)):
         misses[name] = _first(engine, [wanted], fresh=True)[0]
-        _stored_everything(url)
+        stored_everything(url)
     hits: dict[str, list[Answer]] = {name: [] for name in running}
     for number in range(hits_each):
         for name, engine in _in_turns(running, number):
@@ -129,7 +129,7 @@ def _crowds(running: dict[str, Engine], random: np.random.Generator, crowds_each
     names = [name for name in running if name != "example"]
     for name in names:
         _first(running[name], [ask(tokens=[*shared, 0, 0], max_tokens=1)], fresh=True)
-        _stored_everything(url)
+        stored_everything(url)
     for number in range(crowds_each):
         crowd = [ask(tokens=shared + _prompt(random, TAIL), max_tokens=1) for _ in range(CROWD)]
         answers = {}
@@ -142,7 +142,7 @@ def _crowds(running: dict[str, Engine], random: np.random.Generator, crowds_each
             assert all(one.cached >= CROWD_LENGTH for one in answers[name]), [one.cached for one in answers[name]]
         for name in OURS:
             assert [one.tokens for one in answers[name]] == [one.tokens for one in answers["plain"]], name
-        _stored_everything(url)
+        stored_everything(url)
 
 
 def _decodes(running: dict[str, Engine], random: np.random.Generator, found: Times) -> None:
@@ -157,7 +157,7 @@ def _first(engine: Engine, wanted: Sequence[Ask], *, fresh: bool) -> list[Answer
     return (engine.fresh if fresh else engine.generate)(*wanted, together=len(wanted) > 1)
 
 
-def _stored_everything(url: str, patience_s: float = 30.0) -> None:
+def stored_everything(url: str, patience_s: float = 30.0) -> None:
     """Wait until the server has stored nothing more for a while."""
     with mmcache.connect(url) as client:
         last, since = -1, time.monotonic()
