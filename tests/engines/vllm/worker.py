@@ -18,6 +18,7 @@ from tests.engines.vllm.images import media
 from tests.engines.vllm.models import MODELS, model_path
 
 TRUNCATED_PNG = bytes.fromhex("89504e470d0a1a0a0000000d49484452000000380000003808020000") + bytes(7)
+TOWERS = ("visual", "vision_tower", "audio_tower")
 IDLE_S = 60.0  # how long the engine may take to finish what nobody waits for any more
 
 
@@ -32,6 +33,8 @@ class Worker:
         self.llm = LLM(model=str(model_path(name)) if name in MODELS else name, **settings["llm"])
         self.engine = self.llm.llm_engine
         self.core = self.engine.engine_core.engine_core
+        self._passes = 0
+        self._count_passes()
 
     # ---------------------------------------------------------------------------------------------- operations
     def generate(self, asks: list[dict[str, Any]], together: bool = False) -> list[dict[str, Any]]:
@@ -58,11 +61,23 @@ class Worker:
             self.engine.step()
         return bool(self.llm.reset_prefix_cache())
 
+    def reset_encoder_cache(self) -> None:
+        """Forget vLLM's own encoder outputs."""
+        self.engine.reset_encoder_cache()
+
+    def encoder_passes(self) -> int:
+        """How often the model's vision or audio tower has run since the start."""
+        return self._passes
+
     def counters(self) -> dict[str, dict[str, int]]:
-        """Of the connector's two halves; the worker's only where it runs in this process."""
+        """Of the connectors' halves; the worker's only where it runs in this process."""
         from vllm.distributed.kv_transfer import get_kv_transfer_group, has_kv_transfer_group
 
-        found = {"scheduler": dict(self.core.scheduler.connector.counters())}
+        found = {}
+        if self.core.scheduler.connector is not None:
+            found["scheduler"] = dict(self.core.scheduler.connector.counters())
+        if self.core.scheduler.ec_connector is not None:
+            found["encoder"] = dict(self.core.scheduler.ec_connector.counters())
         if has_kv_transfer_group():
             found["worker"] = dict(get_kv_transfer_group().counters())
         return found
@@ -72,6 +87,19 @@ class Worker:
         return float(sum(one.value for one in self.llm.get_metrics() if one.name == name))
 
     # --------------------------------------------------------------------------------------------------- parts
+    def _count_passes(self) -> None:
+        """Have the model's towers, where they run in this process, count their calls."""
+        runner = getattr(getattr(self.core.model_executor, "driver_worker", None), "worker", None)
+        if runner is None:
+            return
+
+        def count(*_: Any) -> None:
+            self._passes += 1
+
+        for name, module in runner.model_runner.model.named_children():
+            if name in TOWERS:
+                module.register_forward_pre_hook(count)
+
     def _conversation(self, ask: dict[str, Any]) -> dict[str, Any]:
         """One ask; its `then` texts follow, each after the whole conversation so far. The last answer, all tokens."""
         answer = self._batch([ask])[0]
