@@ -12,6 +12,7 @@ from typing import Any, Final
 
 import torch
 from vllm.distributed.ec_transfer.ec_connector.base import ECConnectorBase, ECConnectorRole
+from vllm.distributed.ec_transfer.ec_connector.utils import PlaceholderMetadataResolver
 from vllm.distributed.parallel_state import get_tp_group
 
 import mmcache
@@ -65,6 +66,7 @@ class MMCacheECConnector(ECConnectorBase):  # type: ignore[misc]
             reads=self.is_consumer and _workers_here(vllm_config.parallel_config),
             writes=self.is_producer,
             steps_in_flight=vllm_config.max_concurrent_batches,
+            placeholder_fields=PlaceholderMetadataResolver(vllm_config.model_config).fields_for,
         )
 
     @classmethod
@@ -100,6 +102,11 @@ class MMCacheECConnector(ECConnectorBase):  # type: ignore[misc]
         """Whether an item of the request asked about last need not be encoded."""
         return self._scheduler is not None and self._scheduler.has(identifier)
 
+    @never_raises(set)
+    def take_unavailable_requests(self) -> set[str]:
+        """Requests that came without an embedding, as vLLM lets a client do here, and whose the cache does not have."""
+        return self._scheduler.take_hopeless() if self._scheduler is not None else set()
+
     @never_raises(lambda: None)
     def update_state_after_alloc(self, request: Any, index: int) -> None:
         """The engine has made room for the item: load it, or store it once it is encoded."""
@@ -109,9 +116,7 @@ class MMCacheECConnector(ECConnectorBase):  # type: ignore[misc]
     @never_raises(StepItems)
     def build_connector_meta(self, scheduler_output: Any) -> StepItems:
         """This step's loads and saves."""
-        if self._scheduler is None:
-            return StepItems()
-        return self._scheduler.take_step(scheduler_output.free_encoder_mm_hashes)
+        return StepItems() if self._scheduler is None else self._scheduler.take_step()
 
     @never_raises(lambda: None)
     def update_connector_output(self, connector_output: Any) -> None:

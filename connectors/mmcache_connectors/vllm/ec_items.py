@@ -7,7 +7,7 @@ stands in further columns (v1/worker/utils.py, sanity_check_mm_encoder_outputs).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from typing import Any, Final
 
@@ -54,6 +54,12 @@ def passes_through(feature: Any) -> bool:
     return feature.modality == "prompt_embeds" or (embeds is not None and embeds.data is not None)
 
 
+def is_bare(feature: Any, placeholder_fields: Collection[str]) -> bool:
+    """Whether the item is a place in the prompt and no more: its embedding was left out of the request, which vLLM
+    allows where a connector may have it. `placeholder_fields`: what tells a place's size, as vLLM has it."""
+    return feature.data is None or (len(feature.data) > 0 and set(feature.data) <= set(placeholder_fields))
+
+
 def media_of(modality: str, fields: Mapping[str, Any], patch_size: int | None) -> Media:
     """How much there is of an item, where its processed features tell: pixels, frames or seconds.
 
@@ -70,14 +76,14 @@ def _pixels(fields: Mapping[str, Any], patch_size: int | None) -> dict[str, int]
     if "image_grid_thw" in fields and patch_size:
         _, high, wide = fields["image_grid_thw"].reshape(-1).tolist()
         return {"pixels": high * wide * patch_size**2}
-    shape = fields["pixel_values"].shape if "pixel_values" in fields else ()
+    shape = tuple(fields["pixel_values"].shape) if "pixel_values" in fields else ()
     return {"pixels": int(shape[-1] * shape[-2]) * (shape[0] if len(shape) > 3 else 1)} if len(shape) > 2 else {}
 
 
 def _frames(fields: Mapping[str, Any], _: int | None) -> dict[str, int]:
     if "video_grid_thw" in fields:
         return {"frames": 2 * int(fields["video_grid_thw"].reshape(-1)[0])}
-    shape = fields["pixel_values_videos"].shape if "pixel_values_videos" in fields else ()
+    shape = tuple(fields["pixel_values_videos"].shape) if "pixel_values_videos" in fields else ()
     return {"frames": int(shape[-4])} if len(shape) > 3 else {}
 
 

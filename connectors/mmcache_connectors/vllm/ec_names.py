@@ -42,10 +42,10 @@ class Namer:
         found: dict[str, Named] = {}
         for index in indices:
             feature = request.mm_features[index]
-            spans, _ = self._items.spans([feature])
-            if spans and feature.identifier not in found:
+            item = self._items.shown(feature) if feature.identifier not in found else None
+            if item is not None:
                 form = self._facts.form(feature.modality, feature.mm_position.get_num_embeds())
-                key = embedding_key(namespace, spans[0].item)
+                key = embedding_key(namespace, item)
                 found[feature.identifier] = Named(feature.identifier, key, form, self._media(feature))
         return list(found.values())
 

@@ -13,13 +13,13 @@ import logging
 import random
 import time
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Final
 
 from mmcache.client.blocking import Client
 from mmcache_connectors.vllm.background import Background, Ticket
-from mmcache_connectors.vllm.ec_items import Named, passes_through
+from mmcache_connectors.vllm.ec_items import Named, is_bare, passes_through
 from mmcache_connectors.vllm.ec_messages import Load, Save, StepItems
 from mmcache_connectors.vllm.ec_names import Namer
 from mmcache_connectors.vllm.settings import EncoderSettings
@@ -59,20 +59,22 @@ class EncoderScheduler:
     """Answers vLLM's scheduler. `counters` count since the start.
 
     `reads`: embeddings are loaded. Without it the engine only encodes: then what is stored already need not be encoded
-    again. `steps_in_flight`: how many steps vLLM may plan before it has the first one's result.
+    again. `steps_in_flight`: how many steps vLLM may plan before it has the first one's result. `placeholder_fields`:
+    of a modality, the features that tell the size of an item's place, and nothing of the item.
     """
 
     def __init__(
         self, settings: EncoderSettings, namer: Namer, client: Client, shelf: Shelf, *,
-        reads: bool, writes: bool, steps_in_flight: int,
+        reads: bool, writes: bool, steps_in_flight: int, placeholder_fields: Callable[[str], Collection[str]],
     ) -> None:  # fmt: skip
         self._settings, self._namer, self._client, self._shelf = settings, namer, client, shelf
         self._reads, self._writes, self._steps_in_flight = reads, writes, steps_in_flight
+        self._placeholder_fields = placeholder_fields
         self._background = Background("mmcache-encoder-lookup", THREADS)
         self._asked: dict[str, _Asked] = {}
         self._current: _Asked | None = None  # vLLM asks `has` about the request it asked `available` about last
-        self._engine_has: set[str] = set()  # identifiers in the engine's own encoder cache, as far as this can tell
         self._next = StepItems()
+        self._hopeless: set[str] = set()  # requests that lack an embedding which only the cache could have had
         self._loading: list[tuple[int, Fetched]] = []  # in which step a worker maps it
         self._waited_s = 0.0
         self.counters: Counter[str] = Counter()
@@ -85,24 +87,51 @@ class EncoderScheduler:
             asked = self._asked[request.request_id] = _Asked()
         self._current = asked
         if asked.settled is not None and asked.settled <= computed_tokens:
+            if asked.items:
+                self._drop_passed(asked, request, computed_tokens)
             return True
-        if asked.ticket is None and not self._look_up(request, asked, computed_tokens):
-            asked.settled = computed_tokens
-            return True
-        if not self._ended(asked):
+        looking = asked.ticket is not None or self._look_up(request, asked, computed_tokens)
+        if looking and not self._ended(asked):
+            return False
+        if any(self._lacks(asked, feature, computed_tokens) for feature in request.mm_features):
+            self._hopeless.add(request.request_id)
             return False
         asked.settled = computed_tokens
         return True
+
+    def _lacks(self, asked: _Asked, feature: Any, computed_tokens: int) -> bool:
+        """Whether the item can neither be loaded nor encoded: to run it would end vLLM's engine."""
+        if _ends(feature) <= computed_tokens:
+            return False
+        item = asked.items.get(feature.identifier)
+        if item is not None and item.stored and self._reads:
+            item.audit = item.audit and not self._bare(feature)
+            return False
+        return self._bare(feature)
+
+    def _bare(self, feature: Any) -> bool:
+        return is_bare(feature, self._placeholder_fields(feature.modality))
+
+    def _drop_passed(self, asked: _Asked, request: Any, computed_tokens: int) -> None:
+        """The engine is past these items without having asked: it had their embeddings itself."""
+        passed = {feature.identifier for feature in request.mm_features if _ends(feature) <= computed_tokens}
+        gone = [asked.items.pop(identifier) for identifier in passed & asked.items.keys()]
+        self._shelf.give_back([item.fetched for item in gone if item.fetched is not None])
+
+    def take_hopeless(self) -> set[str]:
+        """Requests that vLLM must give up: they came without an embedding, and the cache has none."""
+        hopeless, self._hopeless = self._hopeless, set()
+        return hopeless
 
     def _look_up(self, request: Any, asked: _Asked, computed_tokens: int) -> bool:
         """Begin to look for the items after `computed_tokens`; False if there is nothing to look for."""
         wanted = [
             index
             for index, feature in enumerate(request.mm_features)
-            if feature.mm_position.offset + feature.mm_position.length > computed_tokens
-            and feature.identifier not in self._engine_has
+            if _ends(feature) > computed_tokens
             and feature.identifier not in asked.items
             and not passes_through(feature)
+            and (self._settings.trust_media_uuids or not self._bare(feature))
         ]
         if not wanted:
             return False
@@ -146,8 +175,6 @@ class EncoderScheduler:
 
     def has(self, identifier: str) -> bool:
         """Whether this item of the request that was asked about last need not be encoded."""
-        if identifier in self._engine_has:  # vLLM would not ask: its cache was reset
-            self._engine_has.clear()
         item = self._current.items.get(identifier) if self._current is not None else None
         return item is not None and item.loads
 
@@ -155,7 +182,6 @@ class EncoderScheduler:
     def allocated(self, request: Any, index: int) -> None:
         """The engine has made room for an item, which this step loads or encodes."""
         identifier = request.mm_features[index].identifier
-        self._engine_has.add(identifier)
         asked = self._asked.get(request.request_id)
         item = asked.items.pop(identifier, None) if asked is not None else None
         if item is None:
@@ -171,9 +197,8 @@ class EncoderScheduler:
         if wanted and self._namer.adapter_kept(request):
             self._next.saves[identifier] = Save(item.name, item.audit)
 
-    def take_step(self, freed: Iterable[str]) -> StepItems:
-        """What the step that is being planned loads and stores. `freed`: what the engine has dropped before it."""
-        self._engine_has.difference_update(freed)
+    def take_step(self) -> StepItems:
+        """What the step that is being planned loads and stores."""
         self._waited_s = 0.0
         self._current = None
         this, self._next = self._next, StepItems(self._next.step + 1)
@@ -215,3 +240,8 @@ class EncoderScheduler:
     def close(self, timeout_s: float) -> None:
         """Wait a moment for what is under way."""
         self._background.flush(timeout_s)
+
+
+def _ends(feature: Any) -> int:
+    """The first token after the item."""
+    return int(feature.mm_position.offset + feature.mm_position.length)

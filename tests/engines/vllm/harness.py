@@ -80,11 +80,8 @@ class Settings:
     model: str
     llm: dict[str, Any] = field(default_factory=dict)
 
-    def resolved(self, cache: dict[str, Any] | None, encoder: dict[str, Any] | None = None) -> dict[str, Any]:
-        """For the worker: with mmcache's connectors and these settings of each, or plain and without any prefix cache.
-
-        `encoder` are the encoder-cache connector's, and its "role", ec_both if there is none.
-        """
+    def resolved(self, cache: dict[str, Any] | None) -> dict[str, Any]:
+        """For the worker: with mmcache and these connector settings, or plain and without any prefix cache."""
         llm: dict[str, Any] = {
             "dtype": "float32",
             "enforce_eager": True,
@@ -101,14 +98,6 @@ class Settings:
                 "kv_connector_module_path": "mmcache_connectors.vllm",
                 "kv_role": "kv_both",
                 "kv_connector_extra_config": cache,
-            }
-        if encoder is not None:
-            extra = {name: value for name, value in encoder.items() if name != "role"}
-            llm["ec_transfer_config"] = {
-                "ec_connector": "MMCacheECConnector",
-                "ec_connector_module_path": "mmcache_connectors.vllm",
-                "ec_role": encoder.get("role", "ec_both"),
-                "ec_connector_extra_config": extra,
             }
         llm |= self.llm
         return {"model": self.model, "llm": llm}
@@ -172,14 +161,10 @@ class Engine:
     """One engine in one process. Use as a context manager; leaving it ends the process."""
 
     def __init__(
-        self,
-        settings: Settings,
-        cache: dict[str, Any] | None,
-        environment: dict[str, str] | None = None,
-        encoder: dict[str, Any] | None = None,
+        self, settings: Settings, cache: dict[str, Any] | None, environment: dict[str, str] | None = None
     ) -> None:
         self.cache = cache or {}
-        self._settings = settings.resolved(cache, encoder)
+        self._settings = settings.resolved(cache)
         self._environment = os.environ | ENVIRONMENT | (environment or {})
         self._log: IO[bytes]  # a file, as a pipe nobody reads would stop a talkative engine
         self._said = ""
@@ -256,15 +241,8 @@ class Engine:
         """Empty vLLM's own prefix cache. Fails if some request never gave its blocks back."""
         assert self.call("reset"), f"blocks were not freed\n{self.log()[-4000:]}"
 
-    def anew(self, *asks: Ask, together: bool = False) -> tuple[list[Answer], int]:
-        """(the answers after vLLM's own prefix and encoder caches were emptied, the encoder's passes they took)."""
-        self.reset()
-        self.call("reset_encoder_cache")
-        before = self.call("encoder_passes")
-        return self.generate(*asks, together=together), self.call("encoder_passes") - before
-
     def counters(self) -> dict[str, dict[str, int]]:
-        """The connectors', of their scheduler's and worker's halves."""
+        """The connector's, of its scheduler and its worker half."""
         found: dict[str, dict[str, int]] = self.call("counters")
         return found
 

@@ -14,7 +14,7 @@ import os
 import shutil
 import sys
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,8 @@ FOLDER = ROOT / ".engines" / "models" / hashlib.sha256(Path(__file__).read_bytes
 VOCABULARY = 512
 SPECIALS = ["<|endoftext|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>", "<|image_pad|>", "<|video_pad|>"]
 IMAGE = "<|vision_start|><|image_pad|><|vision_end|>"
+SOUND_WORDS = ["<|audio_bos|>", "<|AUDIO|>", "<|audio_eos|>"]
+SOUND = "".join(SOUND_WORDS)
 VIDEO = "<|vision_start|><|video_pad|><|vision_end|>"
 CHAT = (
     "{% for m in messages %}{% if m['content'] is string %}{{ m['content'] }}{% else %}{% for c in m['content'] %}"
@@ -53,7 +55,7 @@ def model_path(name: str) -> Path:
     return path
 
 
-def _tokenizer(folder: Path, **settings: str) -> dict[str, int]:
+def _tokenizer(folder: Path, more: Sequence[str] = (), **settings: str) -> dict[str, int]:
     """Save a byte-level tokenizer without merges; the ids of the special tokens, which follow the 256 bytes."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers  # type: ignore[import-not-found,unused-ignore]
     from transformers import PreTrainedTokenizerFast
@@ -66,13 +68,13 @@ def _tokenizer(folder: Path, **settings: str) -> dict[str, int]:
         tokenizer_object=bare,
         eos_token="<|im_end|>",
         pad_token="<|endoftext|>",
-        additional_special_tokens=SPECIALS,
+        additional_special_tokens=[*SPECIALS, *more],
         chat_template=CHAT,
     )
     tokenizer.save_pretrained(folder)
     path = folder / "tokenizer_config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | settings))
-    return {word: tokenizer.convert_tokens_to_ids(word) for word in SPECIALS}
+    return {word: tokenizer.convert_tokens_to_ids(word) for word in [*SPECIALS, *more]}
 
 
 def _weights(folder: Path, model_class: Any, config: Any, seed: int) -> None:
@@ -118,7 +120,7 @@ def _hybrid(folder: Path) -> None:
     _weights(folder, Gemma3ForCausalLM, config, 0)
 
 
-def _vision(folder: Path) -> None:
+def _vision(folder: Path, seed: int = 0) -> None:
     """Images and videos; patches of 14, merged 2 by 2: one token for 28 x 28 pixels."""
     from transformers import Qwen2VLConfig, Qwen2VLForConditionalGeneration
 
@@ -138,12 +140,42 @@ def _vision(folder: Path) -> None:
         tie_word_embeddings=True,
         dtype="float32",
     )
-    _weights(folder, Qwen2VLForConditionalGeneration, config, 0)
+    _weights(folder, Qwen2VLForConditionalGeneration, config, seed)
     pixels = {"shortest_edge": 28 * 28 * 4, "longest_edge": 28 * 28 * 64}
     shared = {"patch_size": 14, "merge_size": 2, "temporal_patch_size": 2, "size": pixels}
     for kind, file in (("image", "preprocessor_config.json"), ("video", "video_preprocessor_config.json")):
         settings = shared | {f"{kind}_processor_type": f"Qwen2VL{kind.capitalize()}Processor"}
         (folder / file).write_text(json.dumps(settings | {"processor_class": "Qwen2VLProcessor"}))
+
+
+def _audio(folder: Path) -> None:
+    """Sounds of at most two seconds; one token for 40 ms."""
+    from transformers import (
+        AutoTokenizer,
+        Qwen2AudioConfig,
+        Qwen2AudioForConditionalGeneration,
+        Qwen2AudioProcessor,
+        WhisperFeatureExtractor,
+    )
+
+    ids = _tokenizer(folder, SOUND_WORDS)
+    extractor = WhisperFeatureExtractor(feature_size=80, chunk_length=2)
+    Qwen2AudioProcessor(extractor, AutoTokenizer.from_pretrained(folder), CHAT).save_pretrained(folder)
+    tower = {
+        "d_model": 128,
+        "encoder_layers": 2,
+        "encoder_attention_heads": 4,
+        "encoder_ffn_dim": 256,
+        "num_mel_bins": 80,
+        "max_source_positions": 100,
+    }
+    config = Qwen2AudioConfig(
+        audio_config=tower | {"model_type": "qwen2_audio_encoder"},
+        text_config=SIZES | {"model_type": "qwen2", "eos_token_id": ids["<|im_end|>"]},
+        audio_token_index=ids["<|AUDIO|>"],
+        dtype="float32",
+    )
+    _weights(folder, Qwen2AudioForConditionalGeneration, config, 0)
 
 
 def _timing(folder: Path) -> None:
@@ -187,6 +219,8 @@ MODELS: dict[str, Callable[[Path], None]] = {
     "text-retrained": lambda folder: _text(folder, seed=1),
     "hybrid": _hybrid,
     "vision": _vision,
+    "vision-retrained": lambda folder: _vision(folder, seed=1),
+    "audio": _audio,
     "timing": _timing,
     "adapter": lambda folder: _adapter(folder, _VISION_LAYERS, seed=0),
     "adapter-retrained": lambda folder: _adapter(folder, _VISION_LAYERS, seed=1),

@@ -14,7 +14,7 @@ import sys
 import time
 from typing import Any
 
-from tests.engines.vllm.images import media
+from tests.engines.vllm.images import media, sound
 from tests.engines.vllm.models import MODELS, model_path
 
 TRUNCATED_PNG = bytes.fromhex("89504e470d0a1a0a0000000d49484452000000380000003808020000") + bytes(7)
@@ -150,6 +150,10 @@ class Worker:
                 Image.open(io.BytesIO(TRUNCATED_PNG)) if spec["kind"] == "broken" else Image.fromarray(media(spec))
                 for spec in ask["images"]
             ]
+        if "image_embeds" in ask:
+            data["image"] = self._image_embeds(**ask["image_embeds"])
+        if "sounds" in ask:
+            data["audio"] = [(sound(**spec), 16000) for spec in ask["sounds"]]
         if "videos" in ask:
             data["video"] = [media(spec) for spec in ask["videos"]]
         if data:
@@ -170,6 +174,13 @@ class Worker:
 
         generator = torch.Generator().manual_seed(seed)
         return torch.stack([torch.randn(self.hidden_size, generator=generator) for _ in range(count)])
+
+    def _image_embeds(self, seed: int, grid: list[int], bare: bool) -> Any:
+        """An image as its embedding, for a grid (t, h, w) of patches that are merged 2 by 2; `bare`: the grid alone."""
+        import torch
+
+        rows = {} if bare else {"image_embeds": self._embeds(seed, grid[0] * grid[1] * grid[2] // 4)}
+        return {**rows, "image_grid_thw": torch.tensor([grid])}
 
     def _params(self, ask: dict[str, Any]) -> Any:
         from vllm import SamplingParams
