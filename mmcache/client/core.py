@@ -102,6 +102,12 @@ class ClientCore:
         return self._breaker.allows(time.monotonic())
 
     @property
+    def maps_memory(self) -> bool:
+        """Whether bytes are moved in the server's memory, which this process maps, rather than over a connection. False
+        before the first call."""
+        return self._arena is not None
+
+    @property
     def shared_memory(self) -> ArenaMap | None:
         """The server's memory as this process maps it, to be registered with a device, say; its `data` may only be read
         under a lease. None where it is not mapped, or not all of its pages exist yet (`serve --prefault`)."""

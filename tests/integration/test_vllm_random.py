@@ -122,7 +122,14 @@ def test_no_mix_of_requests_faults_and_preemption_gives_a_wrong_byte(
     """In no engine, and in no entry stored; but for what an engine reads of its own stale blocks."""
     with ServerProcess("256KiB") as server, mmcache.connect(server.url) as cache:
         engine = ToyEngine(
-            server.url, groups, tp=tp, load_async=load_async, num_blocks=NUM_BLOCKS, chunk_tokens=9, save_buffer_mib=64
+            server.url,
+            groups,
+            tp=tp,
+            load_async=load_async,
+            num_blocks=NUM_BLOCKS,
+            chunk_tokens=9,
+            save_buffer_mib=64,
+            audit_share=0.1,
         )
         chaos = Chaos(engine, cache, tmp_path, seed, stale=stale)
         chaos.run()

@@ -53,6 +53,7 @@ class Request:
     external: int = 0  # tokens that came from the cache, at the last admission
     asked: int = 0
     load_failed: bool = False
+    told: Any = None  # what the response says of the cache
     blocks: list[list[int]] = field(default_factory=list)
     hashed: list[int] = field(default_factory=list)  # leading blocks whose hash was set, for each group
     hashes: list[bytes] = field(default_factory=list)

@@ -8,8 +8,9 @@ read is right: `wrong` counts what is not. A real vLLM is asked in tests/engines
 
 from __future__ import annotations
 
+import random
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -41,6 +42,7 @@ class ToyEngine:
     def __init__(
         self, url: str, groups: Sequence[Group], *, tp: int = 1, load_async: bool = True, num_blocks: int = 64,
         chunk_tokens: int = 1000, save_blocks_per_step: int = 10**6, mover: Any = None,
+        draw: Callable[[], float] = random.random,
         **settings: Any,
     ) -> None:  # fmt: skip
         self.settings = Settings(url=url, **{"deadline_s": 8.0, **settings})
@@ -57,7 +59,7 @@ class ToyEngine:
         self.scheduler = SchedulerSide(
             self.settings, self.parts, self.namespaces, Identities(self), self.lookup_client, block_tokens=BLOCK,
             reads=True, writes=True, load_async=load_async, save_blocks_per_step=save_blocks_per_step,
-            evict=self.pools[0].evict,
+            evict=self.pools[0].evict, draw=draw,
         )  # fmt: skip
         self.memory = [Memory(groups, num_blocks, rank, tp, mover) for rank in range(tp)]
         self.workers = []
@@ -102,7 +104,7 @@ class ToyEngine:
         for queue in (self.running, self.waiting, self.loading):
             if request in queue:
                 queue.remove(request)
-        self.scheduler.finished(request.request_id)
+        request.told = self.scheduler.finished(request.request_id)
         if request.state == "loading":
             request.state = "aborted"
         else:

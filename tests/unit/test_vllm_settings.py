@@ -23,6 +23,7 @@ def test_every_setting_can_be_given() -> None:
     given: dict[str, Any] = {
         "url": URL, "load_mode": "sync", "deadline_s": 2, "lookup_wait_ms": 0, "save_decode_blocks": False,
         "save_buffer_mib": 8, "trust_media_uuids": True, "model_identity": "m@1", "weights_epoch": "7",
+        "audit_share": 0.01, "explain_misses": False, "record_misses": "/tmp/misses",
         "extra_facts": {"cluster": "a"},
     }  # fmt: skip
     assert given.keys() == {one.name for one in fields(Settings)}
@@ -44,6 +45,7 @@ def test_every_setting_can_be_given() -> None:
         ({"url": URL, "deadline_s": 0}, "from 0.01 to 600"),
         ({"url": URL, "deadline_s": float("nan")}, "from 0.01 to 600"),
         ({"url": URL, "lookup_wait_ms": 1000}, "from 0 to 100"),
+        ({"url": URL, "audit_share": 1.5}, "a share from 0 to 1"),
         ({"url": URL, "save_decode_blocks": 1}, "write true or false"),
         ({"url": URL, "save_buffer_mib": True}, "write a whole number"),
         ({"url": URL, "save_buffer_mib": 0}, "from 1 to"),

@@ -27,7 +27,8 @@ from mmcache_connectors.vllm.facts import worker_facts
 from mmcache_connectors.vllm.guard import log_as_vllm_does, never_raises, with_one_copy_thread
 from mmcache_connectors.vllm.identities import shared_identities
 from mmcache_connectors.vllm.lookup import STORED_LAYOUT, Namespaces
-from mmcache_connectors.vllm.messages import CacheStats, Dropped, StatsReporter, StepJobs, WorkerFacts
+from mmcache_connectors.vllm.messages import Dropped, StepJobs, WorkerFacts
+from mmcache_connectors.vllm.metrics import CacheProm, CacheStats, StatsReporter
 from mmcache_connectors.vllm.plan import Job
 from mmcache_connectors.vllm.scheduler import SchedulerSide
 from mmcache_connectors.vllm.settings import Settings, parse_settings
@@ -98,7 +99,12 @@ class MMCacheKVConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc]
     @classmethod
     def build_kv_connector_stats(cls, data: dict[str, Any] | None = None) -> CacheStats:
         """The form in which vLLM's log and metrics take the counts."""
-        return CacheStats(data=data or {})
+        return CacheStats(data=dict(data or {}))
+
+    @classmethod
+    def build_prom_metrics(cls, *args: Any) -> CacheProm:
+        """The form in which vLLM's /metrics takes them."""
+        return CacheProm(*args)
 
     def counters(self) -> dict[str, int]:
         """What this side has counted since the start, with the client's own counts."""
@@ -108,7 +114,7 @@ class MMCacheKVConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc]
     @never_raises(lambda: None)
     def get_kv_connector_stats(self) -> CacheStats | None:
         """Counts since the last step."""
-        return self._stats.report(self.counters())
+        return self._stats.report(self.counters(), self._worker.take_times() if self._worker else {})
 
     # ------------------------------------------------------------------ scheduler side
     @never_raises(lambda: None)
@@ -161,17 +167,16 @@ class MMCacheKVConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc]
     def request_finished_all_groups(
         self, request: Any, block_ids: tuple[list[int], ...]
     ) -> tuple[bool, dict[str, Any] | None]:
-        """The request's blocks may be freed at once: what is saved of them has been copied."""
+        """The request's blocks may be freed at once: what is saved of them has been copied. With what the response says
+        of the cache."""
         assert self._scheduler is not None
-        self._scheduler.finished(request.request_id)
-        return False, None
+        return False, self._scheduler.finished(request.request_id)
 
     @never_raises(lambda: (False, None))
     def request_finished(self, request: Any, block_ids: list[int]) -> tuple[bool, dict[str, Any] | None]:
         """As `request_finished_all_groups`, for an engine without the hybrid manager."""
         assert self._scheduler is not None
-        self._scheduler.finished(request.request_id)
-        return False, None
+        return False, self._scheduler.finished(request.request_id)
 
     @never_raises(lambda: None)
     def set_xfer_handshake_metadata_pp_aware(self, metadata: dict[tuple[int, int], WorkerFacts]) -> None:

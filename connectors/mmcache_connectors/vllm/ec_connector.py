@@ -23,7 +23,7 @@ from mmcache_connectors.vllm.ec_scheduler import EncoderScheduler
 from mmcache_connectors.vllm.ec_worker import EncoderWorker
 from mmcache_connectors.vllm.guard import log_as_vllm_does, never_raises, with_one_copy_thread
 from mmcache_connectors.vllm.identities import shared_identities
-from mmcache_connectors.vllm.messages import StatsReporter
+from mmcache_connectors.vllm.metrics import StatsReporter
 from mmcache_connectors.vllm.settings import EncoderSettings, parse_settings
 from mmcache_connectors.vllm.shelf import Shelf
 
@@ -88,7 +88,7 @@ class MMCacheECConnector(ECConnectorBase):  # type: ignore[misc]
     def get_ec_connector_stats(self) -> EncoderStats | None:
         """Counts since the last step, of the scheduler's side: a worker's come to it with its reports, as the V1 runner
         asks no worker for any."""
-        stats = self._stats.report(self.counters()) if self._scheduler is not None else None
+        stats = self._stats.report(self.counters(), {}) if self._scheduler is not None else None
         return EncoderStats(data=stats.data) if stats is not None else None
 
     # ------------------------------------------------------------------ scheduler side
@@ -162,7 +162,7 @@ class MMCacheECConnector(ECConnectorBase):  # type: ignore[misc]
         """Which step has run, and what was counted since the last one."""
         if not isinstance(self._connector_metadata, StepItems):
             return None
-        stats = self._stats.report(self._worker.snapshot() if self._worker is not None else {})
+        stats = self._stats.report(self._worker.snapshot() if self._worker is not None else {}, {})
         return WorkerReport(self._connector_metadata.step, stats.data if stats is not None else {})
 
     @never_raises(lambda: None)

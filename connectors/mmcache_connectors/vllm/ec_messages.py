@@ -9,24 +9,24 @@ from vllm.distributed.ec_transfer.ec_connector.base import ECConnectorMetadata, 
 from vllm.distributed.ec_transfer.ec_connector.metrics import ECConnectorPromMetrics, ECConnectorStats
 
 from mmcache_connectors.vllm.ec_items import Form, Named
-from mmcache_connectors.vllm.messages import CacheStats
+from mmcache_connectors.vllm.metrics import CacheStats
 from mmcache_connectors.vllm.shelf import Place
 
 METRICS: Final = {  # counter of either side -> (name in vLLM's metrics, what it counts)
-    "items_hit": ("hits", "media items whose embedding came from the cache"),
-    "items_missed": ("misses", "media items that were asked for and encoded"),
-    "fetched_nbytes": ("loaded_bytes", "bytes of embeddings fetched"),
-    "fetch_us": ("load_seconds", "seconds in which embeddings were being fetched"),
-    "items_saved": ("saves", "embeddings stored"),
-    "saved_nbytes": ("saved_bytes", "bytes of embeddings stored"),
-    "save_us": ("save_seconds", "seconds in which embeddings were being stored"),
+    "items_hit": ("hits", "Media items whose embedding came from the cache."),
+    "items_missed": ("misses", "Media items that were asked for and encoded."),
+    "fetched_nbytes": ("loaded_bytes", "Bytes of embeddings fetched."),
+    "fetch_us": ("load_seconds", "Seconds in which embeddings were being fetched."),
+    "items_saved": ("saves", "Embeddings stored."),
+    "saved_nbytes": ("saved_bytes", "Bytes of embeddings stored."),
+    "save_us": ("save_seconds", "Seconds in which embeddings were being stored."),
     "saves_dropped": (
         "dropped_saves",
         "embeddings dropped: save_buffer_mib was full, or the cache away",
     ),
-    "verify_failures": ("verify_failures", "stored embeddings that failed their checks"),
-    "audits": ("audits", "known items that were encoded all the same and compared"),
-    "audit_differences": ("audit_differences", "audited items whose stored embedding was another one"),
+    "verify_failures": ("verify_failures", "Stored embeddings that failed their checks."),
+    "audits": ("audits", "Known items that were encoded all the same and compared."),
+    "audit_differences": ("audit_differences", "Audited items whose stored embedding was another one."),
 }
 
 
@@ -75,21 +75,18 @@ class EncoderStats(CacheStats, ECConnectorStats):  # type: ignore[misc]
 
 
 class EncoderMetrics(ECConnectorPromMetrics):  # type: ignore[misc]
-    """The counts of METRICS as vllm:mmcache_encoder_..._total."""
+    """The counts of METRICS as vllm:mmcache_encoder_..._total, every series from the start."""
 
     def __init__(self, vllm_config: Any, metric_types: Any, labelnames: list[str], per_engine: Any) -> None:
         super().__init__(vllm_config, metric_types, labelnames, per_engine)
-        self._counters = {
-            count: self._counter_cls(
-                name=f"vllm:mmcache_encoder_{name}", documentation=f"mmcache: {what}.", labelnames=labelnames
-            )
-            for count, (name, what) in METRICS.items()
-        }
+        self._counters: dict[tuple[int, str], Any] = {}
+        for count, (name, what) in METRICS.items():
+            made = self._counter_cls(name=f"vllm:mmcache_encoder_{name}", documentation=what, labelnames=labelnames)
+            for engine, values in self.per_engine_labelvalues.items():
+                self._counters[engine, count] = made.labels(*values)
 
     def observe(self, transfer_stats_data: dict[str, Any], engine_idx: int = 0) -> None:
         """Add one report of one engine."""
-        for count, metric in self._counters.items():
-            amount = transfer_stats_data.get(count, 0)
-            if amount:
-                labels = self.per_engine_labelvalues[engine_idx]
-                metric.labels(*labels).inc(amount / 1e6 if count.endswith("_us") else amount)
+        for count, added in transfer_stats_data.items():
+            if (counter := self._counters.get((engine_idx, count))) is not None:
+                counter.inc(added / 1e6 if count.endswith("_us") else added)

@@ -7,6 +7,7 @@ imported.
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import threading
 import time
@@ -16,7 +17,9 @@ from typing import Any, Final
 import torch
 
 from mmcache.client.blocking import Client
+from mmcache.errors import MMCacheError
 from mmcache.transport.base import Outcome
+from mmcache_connectors.audit import Likeness, compare
 from mmcache_connectors.vllm.background import Background
 from mmcache_connectors.vllm.ec_messages import Load, Save
 from mmcache_connectors.vllm.settings import EncoderSettings
@@ -35,7 +38,7 @@ class EncoderWorker:
         self._saver = Background("mmcache-encoder-save", 1)
         self._lock = threading.Lock()
         self._waiting_nbytes = 0
-        self._dropping = self._odd = False
+        self._dropping = self._odd = self._differed = False
         self.counters: Counter[str] = Counter()
 
     def load(self, loads: list[Load], encoder_cache: dict[str, torch.Tensor]) -> None:
@@ -83,6 +86,8 @@ class EncoderWorker:
         try:
             if copied is not None:
                 copied.synchronize()
+            if save.audit:
+                self._audit(save, copy)
             began_s = time.monotonic()
             (result,) = self._client.put([save.name.key], [copy], media=save.name.media)
             took_us = int((time.monotonic() - began_s) * 1e6)
@@ -93,6 +98,26 @@ class EncoderWorker:
             )  # fmt: skip
         finally:
             self._give_room(save.name.form.nbytes)
+
+    def _audit(self, save: Save, computed: torch.Tensor) -> None:
+        """Compare with what is stored, and drop that if it is another value; what was computed is stored then."""
+        stored = torch.empty_like(computed, pin_memory=False)
+        (result,) = self._client.get_into([save.name.key], [stored])
+        if not result:
+            return
+        found = compare(stored[None], computed[None])
+        differs = found.likeness is Likeness.DIFFERENT
+        self._count(audits=1, audit_differences=int(differs))
+        if not differs:
+            return
+        if not self._differed:
+            self._differed = True
+            log.warning(
+                "mmcache: a stored embedding is not what the encoder computed (relative error %.2g): it is dropped, as "
+                "are further ones without a word (audit_differences)", found.error,
+            )  # fmt: skip
+        with contextlib.suppress(MMCacheError):
+            self._client.delete([save.name.key])
 
     def _take_room(self, nbytes: int) -> bool:
         with self._lock:

@@ -7,8 +7,10 @@ from collections import OrderedDict
 from collections.abc import Callable, Mapping
 from typing import Any, Final
 
+from mmcache.chain import PlaceholderSpan
 from mmcache.client.blocking import Client
 from mmcache.client.pin import Pinned
+from mmcache.explain import Item, Recorded, record
 from mmcache.keys import Namespace
 from mmcache.keyset import Keys
 from mmcache_connectors.vllm.adapters import AdapterIdentities
@@ -73,6 +75,33 @@ class Identifier:
 
     def chain(self, request: Any) -> Chain | None:
         """The chain over the tokens the request has now; None if it must not be cached."""
+        content = self._content(request)
+        if content is None:
+            return None
+        namespace, spans, limit_tokens = content
+        token_ids = list(request.all_token_ids)
+        hasher = namespace.hasher()
+        keys = hasher.extend(token_ids, spans)
+        return Chain(hasher, keys, len(token_ids), self._limit_blocks(limit_tokens))
+
+    def recorded(self, request: Any) -> Recorded | None:
+        """What its prompt's keys are made of, to be kept; None if it must not be cached."""
+        content = self._content(request)
+        if content is None:
+            return None
+        namespace, spans, _ = content
+        features = {int(one.mm_position.offset): one for one in reversed(request.mm_features)}
+        about = [
+            {"modality": features[span.offset].modality, "identifier": features[span.offset].identifier}
+            if span.offset in features
+            else {}
+            for span in spans
+        ]
+        token_ids = request.all_token_ids[: request.num_prompt_tokens]
+        return record(namespace, token_ids, map(Item, spans, about))
+
+    def _content(self, request: Any) -> tuple[Namespace, list[PlaceholderSpan], int | None] | None:
+        """(namespace, spans, the leading tokens that may be cached); None if it must not be."""
         spans, limit_tokens = self._items.spans(request.mm_features)
         adapter = self._adapters.of_request(request)
         if adapter is None:
@@ -82,10 +111,7 @@ class Identifier:
             return None
         if request.prompt_embeds is not None:
             spans += embed_spans(request.prompt_embeds, request.prompt_is_token_ids, self._block_tokens)
-        token_ids = list(request.all_token_ids)
-        hasher = namespace.hasher()
-        keys = hasher.extend(token_ids, spans)
-        return Chain(hasher, keys, len(token_ids), self._limit_blocks(limit_tokens))
+        return namespace, spans, limit_tokens
 
     def limit_blocks(self, request: Any) -> int:
         """As the chain's, now: what an identifier stands for may have become doubtful since."""

@@ -25,11 +25,13 @@ class Blocks:
 
 @dataclass(frozen=True, slots=True)
 class Job:
-    """Blocks of one request to load or to save. `lost`: blocks promised to the engine that cannot be loaded."""
+    """Blocks of one request to load or to save. `lost`: blocks promised to the engine that cannot be loaded; `audit`:
+    blocks to save that were found stored, to be compared with it."""
 
     request_id: str
     blocks: tuple[Blocks, ...]
     lost: tuple[int, ...] = ()
+    audit: bool = False
 
 
 def blocks_to_load(

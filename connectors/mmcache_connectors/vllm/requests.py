@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any, Final
+from typing import Any, Final, NamedTuple
 
 from mmcache.chain import ChainHasher
 from mmcache.client.pin import Pinned
 from mmcache.keyset import Keys
 from mmcache_connectors.vllm.background import Ticket
+from mmcache_connectors.vllm.misses import Missed
 
 TAIL_BLOCKS: Final = 256
 
@@ -46,6 +47,14 @@ class Chain:
         return self._keys[first:] + self._tail[: stop - count]
 
 
+class Answer(NamedTuple):
+    """How many leading blocks are a hit, what is pinned for it, why the next is not there."""
+
+    hit: int
+    pinned: Pinned
+    missed: Missed | Ticket[Missed]
+
+
 @dataclass(slots=True, eq=False)
 class Tracked:
     """One request. Only the scheduler's thread changes it."""
@@ -53,7 +62,7 @@ class Tracked:
     request: Any
     identified: Ticket[Chain | None] | None = None  # None again once `chain` has the result
     chain: Chain | None = None
-    answer: Ticket[tuple[int, Pinned]] | None = None  # of the question how much is stored
+    answer: Ticket[Answer] | None = None  # of the question how much is stored
     asked_s: float = 0.0  # when the question that is open now was first asked; 0: no question is open
     waiting_for: bytes = b""  # digest of a block that another request loads and this one needs next
     local: int = 0  # blocks the engine itself held when the answer was given
@@ -62,3 +71,7 @@ class Tracked:
     adapter_kept: Ticket[bool] | None = None  # whether its adapter's files were the same when it was admitted
     off: bool = False  # nothing more is loaded for it: something took too long, or failed
     saved: int = 0  # leading blocks known to be stored, or on their way
+    audit: bool | None = None  # whether its hit is not used, to be compared instead; None: not drawn yet
+    audit_stop: int = 0  # blocks before this one are compared when they are saved
+    admitted: tuple[int, int] | None = None  # tokens the engine held itself, and tokens loaded, when it first ran
+    missed: Missed | Ticket[Missed] | None = None  # why not all of its prompt was found

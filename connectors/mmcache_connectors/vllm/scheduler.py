@@ -9,18 +9,21 @@ requests and outputs are read by their attributes.
 from __future__ import annotations
 
 import logging
+import random
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, Final
 
 from mmcache.client.blocking import Client
+from mmcache_connectors.vllm import misses
 from mmcache_connectors.vllm.background import Background, Ticket
 from mmcache_connectors.vllm.groups import Parts
 from mmcache_connectors.vllm.identities import Identities
 from mmcache_connectors.vllm.lookup import Identifier, Namespaces, query
+from mmcache_connectors.vllm.misses import Misses, transfer_params
 from mmcache_connectors.vllm.plan import Job, blocks_to_load, blocks_to_save, savable_blocks
-from mmcache_connectors.vllm.requests import Chain, Tracked
+from mmcache_connectors.vllm.requests import Answer, Chain, Tracked
 from mmcache_connectors.vllm.settings import Settings
 
 log = logging.getLogger("mmcache.vllm")
@@ -32,14 +35,16 @@ THREADS: Final = 2
 class SchedulerSide:
     """Answers vLLM's scheduler. `counters` count since the start.
 
-    `evict` takes blocks out of the engine's own prefix cache; `save_blocks_per_step` bounds what one step copies.
+    `evict` takes blocks out of the engine's own prefix cache; `save_blocks_per_step` bounds what one step copies;
+    `draw` gives a number from 0 to 1 for each request with a hit: below `audit_share` it is audited.
     """
 
     def __init__(
         self, settings: Settings, parts: Parts, namespaces: Namespaces, identities: Identities, client: Client, *,
         block_tokens: int, reads: bool, writes: bool, load_async: bool, save_blocks_per_step: int,
-        evict: Callable[[set[int]], object],
+        evict: Callable[[set[int]], object], draw: Callable[[], float] = random.random,
     ) -> None:  # fmt: skip
+        self._draw = draw
         self._settings, self._parts, self._client, self._block_tokens = settings, parts, client, block_tokens
         self._reads, self._writes, self._load_async = reads, writes, load_async
         self._save_blocks_per_step, self._evict = save_blocks_per_step, evict
@@ -50,6 +55,7 @@ class SchedulerSide:
         self._identify = Background("mmcache-identify", THREADS)
         self._lookup = Background("mmcache-lookup", THREADS)
         self._release = Background("mmcache-release", 1)
+        self._misses = Misses(settings, client, parts, self._identifier.recorded)
         self._tracked: dict[str, Tracked] = {}
         self._loading: dict[bytes, str] = {}  # digest of a block being loaded -> request; others wait for it
         self._loads: list[Job] = []
@@ -74,23 +80,35 @@ class SchedulerSide:
         tracked = self._tracked.get(request.request_id)
         if tracked is None:
             return 0, False
-        local = local_tokens // self._block_tokens
+        tracked.local = local = local_tokens // self._block_tokens
         if not self._load_async and local and self._shares(tracked, local):
             return None, False  # it would compute on blocks that this step only begins to load
         if not self._reads or tracked.off or request.skip_reading_prefix_cache:
+            if not tracked.off:
+                tracked.missed = misses.NOT_WANTED if self._reads else misses.ONLY_STORES
             return (None if self._wait_for_items(tracked) else 0), False
         enough = local >= (request.num_tokens - 1) // self._block_tokens
         hit = self._hit(tracked, wait=not enough)
         if hit is None:
             tracked.saved = max(tracked.saved, local if enough else 0)  # this engine's own, which it saved
             return (0 if enough else None), False
+        if hit > local and self._audited(tracked):
+            tracked.saved, tracked.audit_stop = max(tracked.saved, local), hit
+            return 0, False
         tracked.saved = max(tracked.saved, hit)
         if hit <= local or tracked.chain is None:
             return 0, False
-        tracked.local = local
         if self._waits_for_same(tracked, tracked.chain.keys(local, local + 1).digests[0]):
             return None, False
         return hit * self._block_tokens - local_tokens, self._load_async
+
+    def _audited(self, tracked: Tracked) -> bool:
+        """Whether this request's hit is computed anew, to be compared when it is saved. Drawn once."""
+        if tracked.audit is None:
+            tracked.audit = self._writes and self._draw() < self._settings.audit_share
+            self.counters["audit_requests"] += tracked.audit
+            tracked.missed = misses.AUDIT if tracked.audit else tracked.missed
+        return tracked.audit
 
     def _shares(self, tracked: Tracked, local: int) -> bool:
         """Whether some of the first `local` blocks are being loaded for another request; True if that is unknown."""
@@ -128,16 +146,22 @@ class SchedulerSide:
             return self._not_yet(tracked, now) if wait else None
         self._identified(tracked)
         if tracked.chain is None:
+            tracked.missed = misses.UNIDENTIFIED
             return 0
         answer = tracked.answer or self._ask(tracked, tracked.chain)
         if not self._done(answer, wait=wait):
             return self._not_yet(tracked, now) if wait else None
-        return answer.result[0] if answer.result is not None else 0
+        if answer.result is None:
+            tracked.missed = misses.NO_ANSWER
+            return 0
+        if not tracked.audit:
+            tracked.missed = answer.result.missed
+        return answer.result.hit
 
     def _not_yet(self, tracked: Tracked, now: float) -> int | None:
         if now - tracked.asked_s < self._settings.lookup_s:
             return None
-        tracked.off = True
+        tracked.off, tracked.missed = True, misses.TOO_SLOW
         self.counters["lookup_timeouts"] += 1
         return 0
 
@@ -150,13 +174,19 @@ class SchedulerSide:
             self.counters["requests_not_cacheable"] += tracked.chain is None
         return tracked.identified is None
 
-    def _ask(self, tracked: Tracked, chain: Chain) -> Ticket[Any]:
+    def _ask(self, tracked: Tracked, chain: Chain) -> Ticket[Answer]:
         chain.extend(tracked.request.all_token_ids)
         # The engine must compute at least one token.
         count = min(chain.limit_blocks, (tracked.request.num_tokens - 1) // self._block_tokens)
         keys, client, parts, block_tokens = chain.keys(0, count), self._client, self._parts, self._block_tokens
+        request = tracked.request
+
+        def look_up() -> Answer:
+            hit, pinned = query(client, parts, keys, block_tokens)
+            return Answer(hit, pinned, self._misses.explain(request, keys, hit))
+
         self.counters["lookups"] += 1
-        tracked.answer = self._lookup.submit(lambda: query(client, parts, keys, block_tokens))
+        tracked.answer = self._lookup.submit(look_up)
         return tracked.answer
 
     def _done(self, ticket: Ticket[Any] | None, *, wait: bool = True) -> bool:
@@ -174,6 +204,7 @@ class SchedulerSide:
         tracked = self._tracked.get(request.request_id)
         try:
             if tracked is not None:
+                tracked.admitted = tracked.admitted or (tracked.local * self._block_tokens, external_tokens)
                 if external_tokens > 0:
                     self._loads.append(self._load(tracked, block_ids, external_tokens))
                 else:
@@ -232,37 +263,43 @@ class SchedulerSide:
                 continue
             try:
                 before = tracked.saved
-                if job := self._save(tracked, computed, left, block_ids_of):
-                    saves.append(job)
-                    left -= tracked.saved - before
+                saves += self._save(tracked, computed, left, block_ids_of)
+                left -= tracked.saved - before
             except Exception:
                 log.exception("mmcache: the blocks of a request could not be named; nothing more is stored of it")
                 tracked.chain = tracked.identified = None
         return saves
 
-    def _save(self, tracked: Tracked, computed: int, most: int, block_ids_of: BlockIds) -> Job | None:
+    def _save(self, tracked: Tracked, computed: int, most: int, block_ids_of: BlockIds) -> list[Job]:
         if not self._identified(tracked) or (chain := tracked.chain) is None:
-            return None
+            return []
         request = tracked.request
         prompt = None if self._settings.save_decode_blocks else request.num_prompt_tokens
         stop = savable_blocks(computed, request.num_tokens, prompt, chain.limit_blocks, self._block_tokens)
         if stop <= tracked.saved:
-            return None
+            return []
         if request.lora_request is not None:
             if not self._done(tracked.adapter_kept):
-                return None  # in the next step
+                return []  # in the next step
             if tracked.adapter_kept is None or not tracked.adapter_kept.result:
                 chain.limit_blocks = 0
         chain.limit_blocks = min(chain.limit_blocks, self._identifier.limit_blocks(request))
         stop = min(stop, chain.limit_blocks, tracked.saved + most)
         if stop <= tracked.saved:
-            return None
+            return []
         if stop > len(chain):
             chain.extend(request.all_token_ids)
         block_ids = block_ids_of(request.request_id)
-        blocks = blocks_to_save(self._parts.groups, chain.keys, block_ids, tracked.saved, stop)
+        border = min(max(tracked.saved, tracked.audit_stop), stop)
+        runs = [(tracked.saved, border, True), (border, stop, False)]
+        groups = self._parts.groups
+        jobs = [
+            Job(request.request_id, blocks_to_save(groups, chain.keys, block_ids, first, end), audit=audit)
+            for first, end, audit in runs
+            if first < end
+        ]
         tracked.saved = stop
-        return Job(request.request_id, blocks) if blocks else None
+        return [job for job in jobs if job.blocks]
 
     # ------------------------------------------------------------------ what became of it
     def worker_output(
@@ -287,10 +324,14 @@ class SchedulerSide:
         for request_id, tracked in self._tracked.items():
             if not tracked.off and (request_id in failed or (tracked.loading_ids & invalid)):
                 tracked.off, tracked.saved = True, 0
+                tracked.missed = misses.LOAD_FAILED
+                if tracked.admitted is not None:
+                    tracked.admitted = (tracked.admitted[0], 0)
                 lost.update(tracked.loading)
                 self.counters["loads_failed"] += 1
         for tracked in self._tracked.values():
-            tracked.off |= tracked.waiting_for in lost
+            if tracked.waiting_for in lost:
+                tracked.off, tracked.missed = True, misses.LOAD_FAILED
 
     def _evict_spoilt(self, invalid: set[int], block_ids_of: BlockIds) -> None:
         """The engine knows blocks by their hash from when it made room for them, filled or not, and other requests
@@ -306,9 +347,12 @@ class SchedulerSide:
     def _end_load(self, request_id: str) -> None:
         tracked = self._tracked.get(request_id)
         if tracked is not None:
-            self._forget_load(tracked)
+            self._forget_load(tracked, arrived=not tracked.off)
 
-    def _forget_load(self, tracked: Tracked) -> None:
+    def _forget_load(self, tracked: Tracked, *, arrived: bool) -> None:
+        if arrived and tracked.loading:
+            path = "shared_memory" if self._client.maps_memory else "network"
+            self.counters[f"hit_tokens_{path}"] += len(tracked.loading) * self._block_tokens
         for digest in tracked.loading:
             if self._loading.get(digest) == tracked.request.request_id:
                 del self._loading[digest]
@@ -320,13 +364,20 @@ class SchedulerSide:
         answer, tracked.answer = tracked.answer, None
         if answer is not None:
             limit_s = self._settings.lookup_s
-            self._release.submit(lambda: answer.wait(limit_s) and answer.result and answer.result[1].release())
+            self._release.submit(lambda: answer.wait(limit_s) and answer.result and answer.result.pinned.release())
 
-    def finished(self, request_id: str) -> None:
-        """The request ended. A load under way goes on in the worker, which reports it; its memory is held till then."""
+    def finished(self, request_id: str) -> dict[str, Any] | None:
+        """The request ended. A load under way goes on in the worker, which reports it; its memory is held till then.
+        Returns what the response says of the cache: see `transfer_params`."""
         tracked = self._tracked.pop(request_id, None)
-        if tracked is not None:
-            self._forget_load(tracked)
+        if tracked is None:
+            return None
+        self._forget_load(tracked, arrived=not self._load_async and not tracked.off)
+        if tracked.admitted is None:
+            return None
+        local, cached = tracked.admitted
+        reusable = (tracked.request.num_prompt_tokens - 1) // self._block_tokens * self._block_tokens
+        return transfer_params(cached, reusable - local - cached, tracked.missed)
 
     def reset(self) -> None:
         """The weights changed: nothing stored before is looked up again, nothing under way is saved."""
@@ -336,5 +387,5 @@ class SchedulerSide:
 
     def close(self, timeout_s: float) -> None:
         """Wait a moment for questions under way."""
-        for background in (self._identify, self._lookup, self._release):
+        for background in (self._identify, self._lookup, self._release, self._misses):
             background.flush(timeout_s)

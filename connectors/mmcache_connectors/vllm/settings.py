@@ -42,6 +42,13 @@ class CacheSettings:
             "features, so a forged uuid cannot reach what another item left"
         },
     )
+    audit_share: float = field(
+        default=0.0,
+        metadata={
+            "help": "the share of hits, 0 to 1, that are computed all the same, to compare what is stored with what "
+            "was computed; entries that differ are dropped and counted"
+        },
+    )
     model_identity: str = field(
         default="",
         metadata={"help": "names the weights; empty: a digest of the model directory, or repository@commit"},
@@ -60,6 +67,8 @@ class CacheSettings:
             raise ConfigError(f"lookup_wait_ms is {self.lookup_wait_ms}; use milliseconds from 0 to 100")
         if not 1 <= self.save_buffer_mib <= MAX_BUFFER_MIB:
             raise ConfigError(f"save_buffer_mib is {self.save_buffer_mib}; use MiB from 1 to {MAX_BUFFER_MIB}")
+        if not 0 <= self.audit_share <= 1:
+            raise ConfigError(f"audit_share is {self.audit_share}; use a share from 0 to 1")
         for name, value in self.extra_facts.items():
             if not isinstance(name, str) or not isinstance(value, str):
                 raise ConfigError(f"extra_facts: {name!r} is not text; write names and values as strings")
@@ -85,6 +94,16 @@ class Settings(CacheSettings):
     )
     save_decode_blocks: bool = field(
         default=True, metadata={"help": "also store blocks that hold generated tokens, for the next turn of a chat"}
+    )
+    explain_misses: bool = field(
+        default=True, metadata={"help": "have responses say why blocks were missing, which asks the server, later"}
+    )
+    record_misses: str = field(
+        default="",
+        metadata={
+            "help": "a folder for the last requests that missed, for `mmcache explain --request`; their prompts are in "
+            "it. Empty: none"
+        },
     )
 
     def __post_init__(self) -> None:
@@ -113,17 +132,11 @@ class EncoderSettings(CacheSettings):
         default=256,
         metadata={"help": "host memory for fetched embeddings that are not used yet; what finds no room is a miss"},
     )
-    audit_share: float = field(
-        default=0.0,
-        metadata={"help": "the share, 0 to 1, of known items that are encoded all the same and compared"},
-    )
 
     def __post_init__(self) -> None:
         CacheSettings.__post_init__(self)
         if not 1 <= self.load_buffer_mib <= MAX_BUFFER_MIB:
             raise ConfigError(f"load_buffer_mib is {self.load_buffer_mib}; use MiB from 1 to {MAX_BUFFER_MIB}")
-        if not 0 <= self.audit_share <= 1:
-            raise ConfigError(f"audit_share is {self.audit_share}; use a share from 0 to 1")
 
 
 def parse_settings(extra: Mapping[str, Any], kind: type[S]) -> S:

@@ -12,7 +12,7 @@ import contextlib
 import logging
 import threading
 import time
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Final
@@ -27,6 +27,7 @@ from mmcache_connectors.buffers import BufferPool
 from mmcache_connectors.device import Copy
 from mmcache_connectors.fill import Filler, LayerGate, as_blocks, leading
 from mmcache_connectors.paged import PagedGroup
+from mmcache_connectors.vllm.auditor import Auditor
 from mmcache_connectors.vllm.background import Background
 from mmcache_connectors.vllm.plan import Blocks, Job
 from mmcache_connectors.vllm.settings import Settings
@@ -39,6 +40,7 @@ SAVE_BUFFER_NBYTES: Final = 4 << 20
 DEVICE_SAVE_NBYTES: Final = 16 << 20  # a launch and a copy for each
 IDLE_WAIT_S: Final = 0.005
 ROOM_AGAIN: Final = 0.5  # of the save buffers free
+MOST_TIMES: Final = 4096  # kept until they are asked for
 LEAST_LOAD_RATE: Final = 200e6  # bytes a second: a cache slower than this is not waited for
 
 
@@ -62,6 +64,7 @@ class _Load:
     after: list[Any]  # by group: what the engine had started on its device by then
     gate: LayerGate | None = None
     loaded: int = 0
+    nbytes: int = 0
     invalid: set[int] = field(default_factory=set)  # blocks that hold nothing valid
 
 
@@ -81,7 +84,7 @@ class WorkerSide:
         save_count = max(1, (settings.save_buffer_mib << 20) // save_nbytes)
         self._save_buffers = BufferPool(save_nbytes, save_count, "must" if groups[0].paged.pins else "no")
         self._loader = Background("mmcache-load", LOAD_THREADS)
-        self._saver = Background("mmcache-save", 1)
+        self._saver, self._auditor = Background("mmcache-save", 1), Auditor(client)
         self._lock = threading.Lock()
         self._one_ended = threading.Condition(self._lock)
         self._open_loads = 0
@@ -91,6 +94,7 @@ class WorkerSide:
         self._dropped: dict[str, int] = {}
         self._dropping = self._corrupt = self._gather_failed = False
         self.counters: Counter[str] = Counter()
+        self.took: dict[str, deque[float]] = {name: deque(maxlen=MOST_TIMES) for name in ("load", "save")}  # seconds
 
     # ------------------------------------------------------------------ loading
     def start_loads(self, jobs: Iterable[Job], *, asynchronous: bool) -> None:
@@ -172,6 +176,7 @@ class WorkerSide:
     def _piece_done(self, load: _Load, blocks: Blocks, done: int) -> None:
         with self._lock:
             load.loaded += done
+            load.nbytes += done * self._groups[blocks.group].paged.spec().nbytes
             load.invalid |= set(blocks.block_ids[done:])
             load.open_pieces -= 1
             last = not load.open_pieces
@@ -179,8 +184,9 @@ class WorkerSide:
             self._end(load)
 
     def _end(self, load: _Load) -> None:
-        took_us = int((time.monotonic() - load.started_s) * 1e6)
-        self._count(blocks_loaded=load.loaded, load_failures=int(bool(load.invalid)), load_us=took_us)
+        self.took["load"].append(time.monotonic() - load.started_s)
+        self._count(blocks_loaded=load.loaded, load_failures=int(bool(load.invalid)))
+        self._count_bytes("load", load.nbytes)
         with self._one_ended:
             self._open_loads -= 1
             self._ended.append((load.request_id, load.invalid))
@@ -251,23 +257,23 @@ class WorkerSide:
         What finds no room is dropped and reported by `take_dropped`, so that it can be tried again while it is there.
         Where a load of this step failed, or the cache does not answer, nothing is copied.
         """
-        per_group: dict[int, list[tuple[str, Blocks]]] = {}
+        per_group: dict[tuple[int, bool], list[tuple[str, Blocks]]] = {}
         for job in jobs:
             for blocks in job.blocks:
                 if self._groups[blocks.group].stores:
-                    per_group.setdefault(blocks.group, []).append((job.request_id, blocks))
+                    per_group.setdefault((blocks.group, job.audit), []).append((job.request_id, blocks))
         if self._spoilt or not self._client.answering:
             for several in per_group.values():
                 self._count(saves_dropped=sum(len(blocks.keys) for _, blocks in several))
                 if self._spoilt:
                     self._note_dropped(several, 0)  # what is sound of them is tried again
             return
-        for index, several in per_group.items():
+        for (index, audit), several in per_group.items():
             keys = several[0][1].keys
             if len(several) > 1:
                 keys = Keys.of([key for _, blocks in several for key in blocks.keys])
             ids = [one for _, blocks in several for one in blocks.block_ids]
-            stored = self._save_group(self._groups[index], keys, ids)
+            stored = self._save_group(self._groups[index], keys, ids, audit=audit)
             self._note_dropped(several, stored)
 
     def _note_dropped(self, several: Iterable[tuple[str, Blocks]], stored: int) -> None:
@@ -283,8 +289,8 @@ class WorkerSide:
         dropped, self._dropped = self._dropped, {}
         return dropped
 
-    def _save_group(self, group: GroupMemory, keys: Keys, block_ids: Sequence[int]) -> int:
-        """How many of these blocks, from the first on, are on their way."""
+    def _save_group(self, group: GroupMemory, keys: Keys, block_ids: Sequence[int], *, audit: bool) -> int:
+        """How many of these blocks, from the first on, are on their way, with `audit` to be compared first."""
         size = max(1, self._save_buffers.nbytes // group.paged.spec().nbytes)
         for start in range(0, len(keys), size):
             buffer = self._save_buffers.take()
@@ -299,7 +305,7 @@ class WorkerSide:
                 self._save_buffers.give_back(buffer)
                 self._count(saves_dropped=len(keys) - start)
                 return start
-            store = self._storing(group, keys[start : start + size], staged, buffer, copy)
+            store = self._storing(group, keys[start : start + size], staged, buffer, copy, audit=audit)
             try:
                 self._saver.submit(store)
             except RuntimeError:  # no more threads
@@ -321,16 +327,22 @@ class WorkerSide:
             return None
 
     def _storing(
-        self, group: GroupMemory, keys: Any, staged: torch.Tensor, buffer: torch.Tensor, copy: Copy
+        self, group: GroupMemory, keys: Keys, staged: torch.Tensor, buffer: torch.Tensor, copy: Copy, *, audit: bool
     ) -> Callable[[], None]:
         def store() -> None:
             try:
                 copy.synchronize()
-                results = self._client.put(keys.for_part(group.part), group.paged.rows(staged))
+                parts = keys.for_part(group.part)
+                if audit:
+                    self._count(**self._auditor.check(group.paged, parts, staged))
+                started_s = time.monotonic()
+                results = self._client.put(parts, group.paged.rows(staged))
+                self.took["save"].append(time.monotonic() - started_s)
                 outcomes = Counter(result.outcome for result in results)
                 stored = outcomes[Outcome.STORED]
                 present = outcomes[Outcome.PRESENT]
                 self._count(blocks_saved=stored, blocks_present=present, saves_refused=len(results) - stored - present)
+                self._count_bytes("save", stored * group.paged.spec().nbytes)
             finally:
                 self._save_buffers.give_back(buffer)
 
@@ -358,6 +370,14 @@ class WorkerSide:
         with self._lock:
             for name, amount in amounts.items():
                 self.counters[name] += amount
+
+    def _count_bytes(self, direction: str, nbytes: int) -> None:
+        path = "shared_memory" if self._client.maps_memory else "network"
+        self._count(**{f"{direction}_bytes_{path}": nbytes})
+
+    def take_times(self) -> dict[str, list[float]]:
+        """Seconds that each load (one a request) and each batch of saves took, of those not asked for yet."""
+        return {f"{name}_seconds": [took.popleft() for _ in range(len(took))] for name, took in self.took.items()}
 
     def snapshot(self) -> Mapping[str, int]:
         """A copy of the counters."""

@@ -78,19 +78,28 @@ class Encoding:
         return self.engine.counters()["encoder"]
 
 
+def value(cache: Cache, digest: bytes) -> NDArray[np.float32]:
+    """What is stored under a key."""
+    with mmcache.connect(cache.url) as client:
+        (stored,) = parse_header(client.inspect(digest).header, limit_nbytes=1 << 30).tensors
+        found: NDArray[np.float32] = np.empty(stored.spec.shape, np.float32)
+        assert client.get_into(_keys(client, digest), [found])[0]
+        return found
+
+
+def _keys(client: Any, digest: bytes) -> Keys:
+    known = client.inspect(digest)
+    namespace = parse_header(known.header, limit_nbytes=1 << 30).meta.namespace
+    return Keys.of(Key(digest, digest, digest, NamespaceId(namespace, known.kind, dict(known.facts))))
+
+
 def replace(cache: Cache, digests: Sequence[bytes], change: Callable[[NDArray[np.float32]], NDArray[Any]]) -> None:
     """Under these keys, put what `change` makes of the value."""
     with mmcache.connect(cache.url) as client:
         for digest in digests:
-            known = client.inspect(digest)
-            header = parse_header(known.header, limit_nbytes=1 << 30)
-            (stored,) = header.tensors
-            namespace = NamespaceId(header.meta.namespace, known.kind, dict(known.facts))
-            keys = Keys.of(Key(digest, digest, digest, namespace))
-            value: NDArray[np.float32] = np.empty(stored.spec.shape, np.float32)
-            assert client.get_into(keys, [value])[0]
+            keys, changed = _keys(client, digest), change(value(cache, digest))
             client.delete(keys)
-            assert client.put(keys, [change(value)])[0].outcome == "stored"
+            assert client.put(keys, [changed])[0].outcome == "stored"
 
 
 def reshape(cache: Cache, digests: Sequence[bytes]) -> None:

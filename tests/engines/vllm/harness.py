@@ -158,12 +158,20 @@ class EngineDied(AssertionError):
 
 
 class Engine:
-    """One engine in one process. Use as a context manager; leaving it ends the process."""
+    """One engine in one process. Use as a context manager; leaving it ends the process.
+
+    `worker` is the module it runs: tests.engines.vllm.worker, or one that serves a Worker with more operations.
+    """
 
     def __init__(
-        self, settings: Settings, cache: dict[str, Any] | None, environment: dict[str, str] | None = None
+        self,
+        settings: Settings,
+        cache: dict[str, Any] | None,
+        environment: dict[str, str] | None = None,
+        worker: str = "tests.engines.vllm.worker",
     ) -> None:
         self.cache = cache or {}
+        self._worker = worker
         self._settings = settings.resolved(cache)
         self._environment = os.environ | ENVIRONMENT | (environment or {})
         self._log: IO[bytes]  # a file, as a pipe nobody reads would stop a talkative engine
@@ -172,7 +180,7 @@ class Engine:
 
     def __enter__(self) -> Self:
         self._log = tempfile.TemporaryFile()
-        command = [sys.executable, "-m", "tests.engines.vllm.worker", json.dumps(self._settings)]
+        command = [sys.executable, "-m", self._worker, json.dumps(self._settings)]
         self.process = subprocess.Popen(
             command,
             cwd=ROOT,

@@ -11,6 +11,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 import shutil
 import sys
 import tempfile
@@ -90,6 +91,15 @@ def _weights(folder: Path, model_class: Any, config: Any, seed: int) -> None:
             elif "bias" in name:
                 weight.normal_(0, 0.2)
     model.save_pretrained(folder)
+
+
+def _rename(folder: Path, before: str, after: str) -> None:
+    """Give the weights whose names begin with `before` names that begin with `after`."""
+    from safetensors.torch import load_file, save_file  # type: ignore[import-not-found,unused-ignore]
+
+    path = folder / "model.safetensors"
+    weights = {re.sub(f"^{re.escape(before)}", after, name): weight for name, weight in load_file(path).items()}
+    save_file(weights, path, {"format": "pt"})
 
 
 def _text(folder: Path, seed: int = 0) -> None:
@@ -176,6 +186,7 @@ def _audio(folder: Path) -> None:
         dtype="float32",
     )
     _weights(folder, Qwen2AudioForConditionalGeneration, config, 0)
+    _rename(folder, "language_model.model.model.", "language_model.model.")  # transformers 5 writes one too many
 
 
 def _timing(folder: Path) -> None:

@@ -207,11 +207,11 @@ def _chosen(completion: Any) -> Any:
     return zip(completion.token_ids, completion.logprobs or [], strict=True)
 
 
-def main() -> None:
+def serve(make: type[Worker]) -> None:
     """Build the engine, say so, and serve until stdin ends."""
     with os.fdopen(os.dup(1), "w", buffering=1) as answers:
         os.dup2(2, 1)
-        worker = Worker(json.loads(sys.argv[1]))
+        worker = make(json.loads(sys.argv[1]))
         answers.write(json.dumps("ready") + "\n")
         for line in sys.stdin:
             call = json.loads(line)
@@ -219,4 +219,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    serve(Worker)

@@ -1,0 +1,107 @@
+"""The engine process of bench_vllm.py: the suite's worker, with clocks on the connector's calls and on decode steps.
+
+`python -m benchmarks.vllm_worker SETTINGS`, spoken to as `tests.engines.vllm.worker`.
+"""
+
+from __future__ import annotations
+
+import functools
+import threading
+import time
+from collections import defaultdict
+from collections.abc import Callable
+from typing import Any, Final
+
+from tests.engines.vllm.worker import Worker, serve
+
+SCHEDULER_CALLS: Final = (
+    "on_new_request",
+    "get_num_new_matched_tokens",
+    "update_state_after_alloc",
+    "build_connector_meta",
+    "update_connector_output",
+    "request_finished_all_groups",
+)
+WORKER_CALLS: Final = (
+    "start_load_kv",
+    "wait_for_layer_load",
+    "save_kv_layer",
+    "wait_for_save",
+    "get_transfer_results",
+    "build_connector_worker_meta",
+    "get_block_ids_with_load_errors",
+    "get_kv_connector_stats",
+)
+
+
+class BenchWorker(Worker):
+    """One engine, whose connector's calls are timed from the start."""
+
+    def __init__(self, settings: dict[str, Any]) -> None:
+        super().__init__(settings)
+        self._wall_s: dict[str, list[float]] = defaultdict(list)
+        self._cpu_s = 0.0  # of connector calls, on the engine's thread
+        self._connector = self.core.scheduler.connector
+        if self._connector is not None:
+            from vllm.distributed.kv_transfer import get_kv_transfer_group
+
+            for owner, names in ((self._connector, SCHEDULER_CALLS), (get_kv_transfer_group(), WORKER_CALLS)):
+                for name in filter(functools.partial(hasattr, owner), names):
+                    setattr(owner, name, self._timed(name, getattr(owner, name)))
+
+    def _timed(self, name: str, call: Callable[..., Any]) -> Callable[..., Any]:
+        times = self._wall_s[name]
+
+        @functools.wraps(call)
+        def timed(*args: Any, **kwargs: Any) -> Any:
+            wall_s, cpu_s = time.perf_counter(), time.thread_time()
+            try:
+                return call(*args, **kwargs)
+            finally:
+                self._cpu_s += time.thread_time() - cpu_s
+                times.append(time.perf_counter() - wall_s)
+
+        return timed
+
+    def scheduler_calls(self) -> list[float]:
+        """Seconds of every call from vLLM's scheduler to its connector since this was asked last."""
+        found = [seconds for name in SCHEDULER_CALLS for seconds in self._wall_s.get(name, ())]
+        for times in self._wall_s.values():
+            times.clear()
+        return found
+
+    def decode(self, prompts: list[list[int]], steps: int) -> dict[str, float]:
+        """Prefill the prompts, then run decode steps of all of them together. Seconds a step: `wall_s`; `cpu_s`, of all
+        threads of this process; `own_s`, of those the connector's calls and threads."""
+        for number, tokens in enumerate(prompts):
+            params = self._params({"max_tokens": steps + len(prompts) + 8})
+            self.engine.add_request(f"decode-{number}", {"prompt_token_ids": tokens}, params)
+        begun: set[str] = set()
+        while len(begun) < len(prompts):
+            begun |= {output.request_id for output in self.engine.step() if output.outputs[0].token_ids}
+        self.engine.step()
+        wall_s, cpu_s, own_s = time.perf_counter(), time.process_time(), self._own_s()
+        for _ in range(steps):
+            self.engine.step()
+        found = {
+            "wall_s": (time.perf_counter() - wall_s) / steps,
+            "cpu_s": (time.process_time() - cpu_s) / steps,
+            "own_s": (self._own_s() - own_s) / steps,
+        }
+        self.engine.abort_request([f"decode-{number}" for number in range(len(prompts))])
+        while self.engine.has_unfinished_requests():
+            self.engine.step()
+        return found
+
+    def _own_s(self) -> float:
+        """CPU seconds so far of the connector: its calls on the engine's thread, and its threads."""
+        clocks = [
+            time.pthread_getcpuclockid(thread.ident)
+            for thread in threading.enumerate()
+            if thread.name.startswith("mmcache") and thread.ident is not None
+        ]
+        return self._cpu_s + sum(time.clock_gettime(clock) for clock in clocks)
+
+
+if __name__ == "__main__":
+    serve(BenchWorker)
