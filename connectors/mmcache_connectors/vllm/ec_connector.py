@@ -116,7 +116,7 @@ class MMCacheECConnector(ECConnectorBase):  # type: ignore[misc]
     @never_raises(StepItems)
     def build_connector_meta(self, scheduler_output: Any) -> StepItems:
         """This step's loads and saves."""
-        return StepItems() if self._scheduler is None else self._scheduler.take_step()
+        return StepItems() if self._scheduler is None else StepItems(*self._scheduler.take_step())
 
     @never_raises(lambda: None)
     def update_connector_output(self, connector_output: Any) -> None:

@@ -48,6 +48,32 @@ class Named:
     media: Media | None
 
 
+@dataclass(frozen=True, slots=True)
+class Place:
+    """Where another process of this machine and user finds the memory: an open file of a process, and its size."""
+
+    pid: int
+    fd: int
+    nbytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class Load:
+    """An embedding to be put into the engine's encoder cache."""
+
+    identifier: str
+    place: Place
+    form: Form
+
+
+@dataclass(frozen=True, slots=True)
+class Save:
+    """An embedding to be stored, or, for an audit, to be compared with what is stored."""
+
+    name: Named
+    audit: bool = False
+
+
 def passes_through(feature: Any) -> bool:
     """Whether the item is an embedding already: its tensor came with the request, and no encoder runs for it."""
     embeds = (feature.data or {}).get(f"{feature.modality}_embeds")

@@ -8,9 +8,8 @@ from typing import Any, Final
 from vllm.distributed.ec_transfer.ec_connector.base import ECConnectorMetadata, ECConnectorWorkerMetadata
 from vllm.distributed.ec_transfer.ec_connector.metrics import ECConnectorPromMetrics, ECConnectorStats
 
-from mmcache_connectors.vllm.ec_items import Form, Named
+from mmcache_connectors.vllm.ec_items import Load, Save
 from mmcache_connectors.vllm.metrics import CacheStats
-from mmcache_connectors.vllm.shelf import Place
 
 METRICS: Final = {  # counter of either side -> (name in vLLM's metrics, what it counts)
     "items_hit": ("hits", "Media items whose embedding came from the cache."),
@@ -28,23 +27,6 @@ METRICS: Final = {  # counter of either side -> (name in vLLM's metrics, what it
     "audits": ("audits", "Known items that were encoded all the same and compared."),
     "audit_differences": ("audit_differences", "Audited items whose stored embedding was another one."),
 }
-
-
-@dataclass(frozen=True, slots=True)
-class Load:
-    """An embedding to be put into the engine's encoder cache."""
-
-    identifier: str
-    place: Place
-    form: Form
-
-
-@dataclass(frozen=True, slots=True)
-class Save:
-    """An embedding to be stored, or, for an audit, to be compared with what is stored."""
-
-    name: Named
-    audit: bool = False
 
 
 @dataclass

@@ -19,8 +19,7 @@ from typing import Any, Final
 
 from mmcache.client.blocking import Client
 from mmcache_connectors.vllm.background import Background, Ticket
-from mmcache_connectors.vllm.ec_items import Named, is_bare, passes_through
-from mmcache_connectors.vllm.ec_messages import Load, Save, StepItems
+from mmcache_connectors.vllm.ec_items import Load, Named, Save, is_bare, passes_through
 from mmcache_connectors.vllm.ec_names import Namer
 from mmcache_connectors.vllm.settings import EncoderSettings
 from mmcache_connectors.vllm.shelf import Fetched, Shelf
@@ -73,7 +72,9 @@ class EncoderScheduler:
         self._background = Background("mmcache-encoder-lookup", THREADS)
         self._asked: dict[str, _Asked] = {}
         self._current: _Asked | None = None  # vLLM asks `has` about the request it asked `available` about last
-        self._next = StepItems()
+        self._step = 0  # that is being planned
+        self._loads: list[Load] = []
+        self._saves: dict[str, Save] = {}
         self._hopeless: set[str] = set()  # requests that lack an embedding which only the cache could have had
         self._loading: list[tuple[int, Fetched]] = []  # in which step a worker maps it
         self._waited_s = 0.0
@@ -189,21 +190,22 @@ class EncoderScheduler:
         self.counters["items_hit" if item.loads else "items_missed"] += 1
         fetched = item.fetched
         if item.loads and fetched is not None and fetched.memory is not None:
-            self._next.loads.append(Load(identifier, fetched.memory.place, item.name.form))
-            self._loading.append((self._next.step, fetched))
+            self._loads.append(Load(identifier, fetched.memory.place, item.name.form))
+            self._loading.append((self._step, fetched))
         elif fetched is not None:
             self._shelf.give_back([fetched])
         wanted = item.audit or (self._writes and not item.stored)
         if wanted and self._namer.adapter_kept(request):
-            self._next.saves[identifier] = Save(item.name, item.audit)
+            self._saves[identifier] = Save(item.name, item.audit)
 
-    def take_step(self) -> StepItems:
-        """What the step that is being planned loads and stores."""
+    def take_step(self) -> tuple[int, list[Load], dict[str, Save]]:
+        """(the number of the step that is being planned, what it loads, what it stores by identifier)."""
         self._waited_s = 0.0
         self._current = None
-        this, self._next = self._next, StepItems(self._next.step + 1)
-        self._mapped(this.step - self._steps_in_flight - 1)
-        return this
+        step, loads, saves = self._step, self._loads, self._saves
+        self._step, self._loads, self._saves = step + 1, [], {}
+        self._mapped(step - self._steps_in_flight - 1)
+        return step, loads, saves
 
     def step_done(self, step: int, counts: dict[str, int]) -> None:
         """The workers have run this step, and mapped what it loads."""

@@ -21,7 +21,7 @@ from mmcache.errors import MMCacheError
 from mmcache.transport.base import Outcome
 from mmcache_connectors.audit import Likeness, compare
 from mmcache_connectors.vllm.background import Background
-from mmcache_connectors.vllm.ec_messages import Load, Save
+from mmcache_connectors.vllm.ec_items import Load, Save
 from mmcache_connectors.vllm.settings import EncoderSettings
 from mmcache_connectors.vllm.shelf import mapped
 

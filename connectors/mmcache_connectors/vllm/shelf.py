@@ -22,18 +22,9 @@ import torch
 from mmcache.client.blocking import Client
 from mmcache.errors import MMCacheError
 from mmcache.transport.base import Outcome, Result
-from mmcache_connectors.vllm.ec_items import Form, Named
+from mmcache_connectors.vllm.ec_items import Form, Named, Place
 
 log = logging.getLogger("mmcache.vllm")
-
-
-@dataclass(frozen=True, slots=True)
-class Place:
-    """Where another process of this machine and user finds the memory: an open file of a process, and its size."""
-
-    pid: int
-    fd: int
-    nbytes: int
 
 
 class Memory:

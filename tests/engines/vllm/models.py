@@ -159,7 +159,7 @@ def _vision(folder: Path, seed: int = 0) -> None:
 
 
 def _audio(folder: Path) -> None:
-    """Sounds of at most two seconds; one token for 40 ms."""
+    """Sounds of at most 30 seconds; one token for 40 ms."""
     from transformers import (
         AutoTokenizer,
         Qwen2AudioConfig,
@@ -169,7 +169,7 @@ def _audio(folder: Path) -> None:
     )
 
     ids = _tokenizer(folder, SOUND_WORDS)
-    extractor = WhisperFeatureExtractor(feature_size=80, chunk_length=2)
+    extractor = WhisperFeatureExtractor(feature_size=80)
     Qwen2AudioProcessor(extractor, AutoTokenizer.from_pretrained(folder), CHAT).save_pretrained(folder)
     tower = {
         "d_model": 128,
@@ -177,7 +177,7 @@ def _audio(folder: Path) -> None:
         "encoder_attention_heads": 4,
         "encoder_ffn_dim": 256,
         "num_mel_bins": 80,
-        "max_source_positions": 100,
+        "max_source_positions": 1500,
     }
     config = Qwen2AudioConfig(
         audio_config=tower | {"model_type": "qwen2_audio_encoder"},

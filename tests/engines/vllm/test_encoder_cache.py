@@ -157,7 +157,8 @@ def test_a_name_reaches_only_what_it_shows(filled: Cache) -> None:
         assert engine.right(KNOWN["uuid"]) == 0
         assert engine.right(MISSES["another picture under its name"]) == 1
         filled.settle()
-        assert engine.right(KNOWN["uuid"], MISSES["another picture under its name"]) == 0
+        assert engine.right(KNOWN["uuid"]) == 0
+        assert engine.right(MISSES["another picture under its name"]) == 0
 
 
 @full
@@ -170,13 +171,13 @@ def test_an_audit_finds_a_wrong_value_and_mends_it() -> None:
         right = value(cache, digest)
         assert engine.right(PLAIN) == 1
         engine.right(GIVEN)  # counts of what is done between steps come with the next one
-        assert (engine.counters()["audits"], engine.counters()["audit_differences"]) == (1, 0)
+        assert (engine.counters()["audits"], engine.counters().get("audit_differences", 0)) == (1, 0)
         revalue(cache, [digest])
         assert value(cache, digest).tobytes() != right.tobytes()
         assert engine.right(PLAIN) == 1
         cache.settle()
         engine.right(GIVEN)
-        assert (engine.counters()["audits"], engine.counters()["audit_differences"]) == (2, 1)
+        assert (engine.counters()["audits"], engine.counters().get("audit_differences", 0)) == (2, 1)
         assert value(cache, digest).tobytes() == right.tobytes()
 
 
