@@ -158,6 +158,43 @@ def _vision(folder: Path, seed: int = 0) -> None:
         (folder / file).write_text(json.dumps(settings | {"processor_class": "Qwen2VLProcessor"}))
 
 
+def _levels(folder: Path) -> None:
+    """Images whose embeddings carry a level of DeepStack in further columns; one token for 32 x 32 pixels."""
+    from transformers import Qwen3VLConfig, Qwen3VLForConditionalGeneration
+
+    words = {f"{what}_token": f"<|{what}|>" for what in ("vision_start", "vision_end")}
+    words |= {f"{what}_token": f"<|{what}_pad|>" for what in ("image", "video")}
+    ids = _tokenizer(folder, processor_class="Qwen3VLProcessor", **words)
+    tower = {
+        "depth": 2,
+        "hidden_size": 128,
+        "intermediate_size": 256,
+        "num_heads": 4,
+        "out_hidden_size": SIZES["hidden_size"],
+        "deepstack_visual_indexes": [0],
+    }
+    rope = {"rope_type": "default", "rope_theta": 1e6, "mrope_section": [6, 5, 5], "mrope_interleaved": True}
+    text = SIZES | {"head_dim": 32, "rope_parameters": rope, "eos_token_id": ids["<|im_end|>"]}
+    config = Qwen3VLConfig(
+        text_config=text | {"model_type": "qwen3_vl_text"},
+        vision_config=tower,
+        image_token_id=ids["<|image_pad|>"],
+        video_token_id=ids["<|video_pad|>"],
+        vision_start_token_id=ids["<|vision_start|>"],
+        vision_end_token_id=ids["<|vision_end|>"],
+        tie_word_embeddings=True,
+        dtype="float32",
+    )
+    _weights(folder, Qwen3VLForConditionalGeneration, config, 0)
+    pixels = {"shortest_edge": 32 * 32 * 4, "longest_edge": 32 * 32 * 64}
+    shared = {"patch_size": 16, "merge_size": 2, "temporal_patch_size": 2, "size": pixels}
+    for file, processor in (
+        ("preprocessor_config.json", {"image_processor_type": "Qwen2VLImageProcessorFast"}),
+        ("video_preprocessor_config.json", {"video_processor_type": "Qwen3VLVideoProcessor"}),
+    ):
+        (folder / file).write_text(json.dumps(shared | processor | {"processor_class": "Qwen3VLProcessor"}))
+
+
 def _audio(folder: Path) -> None:
     """Sounds of at most 30 seconds; one token for 40 ms."""
     from transformers import (
@@ -232,6 +269,7 @@ MODELS: dict[str, Callable[[Path], None]] = {
     "vision": _vision,
     "vision-retrained": lambda folder: _vision(folder, seed=1),
     "audio": _audio,
+    "levels": _levels,
     "timing": _timing,
     "adapter": lambda folder: _adapter(folder, _VISION_LAYERS, seed=0),
     "adapter-retrained": lambda folder: _adapter(folder, _VISION_LAYERS, seed=1),

@@ -56,6 +56,9 @@ HEARD = [
     ask(SOUND + words(652, 30) + SOUND, sounds=[{"seed": 2, "seconds": 0.5}, {"seed": 3, "seconds": 2.0}]),
 ]
 Expected.plan(HEARING, *HEARD)
+LEVELS = Settings("levels", ALONE | {"limit_mm_per_prompt": {"image": 2, "video": 0}})
+SEEN = [ask(words(670, 40) + IMAGE + words(671, 30), 41), ask(IMAGE + words(672, 20), 42)]
+Expected.plan(LEVELS, *SEEN)
 full = pytest.mark.full
 
 
@@ -209,11 +212,18 @@ def test_an_encoder_instance_fills_what_a_prefill_instance_reads() -> None:
 
 
 @full
-def test_sounds_are_encoded_once() -> None:
-    Expected.plan(HEARING).prepare()
+@pytest.mark.parametrize(
+    ("settings", "asks", "count", "width"),
+    [(HEARING, HEARD, 3, 128), (LEVELS, SEEN, 2, 256)],
+    ids=["sounds", "images in levels"],
+)
+def test_other_encoders(settings: Settings, asks: list[Ask], count: int, width: int) -> None:
+    """The last engine only reads: it has not measured how wide an embedding is."""
+    Expected.plan(settings).prepare()
     with Cache() as cache:
-        for passes in (3, 0):
-            with Encoding(HEARING, sharing(HEARING, cache.url)) as engine:
-                assert engine.right(*HEARD) == passes
+        for role, passes in (("ec_both", count), ("ec_consumer", 0)):
+            with Encoding(settings, sharing(settings, cache.url, role)) as engine:
+                assert engine.right(*asks) == passes
                 cache.settle()
-        assert cache.counters()["stored"] == 3
+        assert cache.counters()["stored"] == count
+        assert {value(cache, digest).shape[1] for digest in cache.digests()} == {width}
