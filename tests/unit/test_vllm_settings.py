@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from mmcache.errors import ConfigError
-from mmcache_connectors.vllm.settings import Settings, parse_settings
+from mmcache_connectors.vllm.settings import EncoderSettings, Settings, parse_settings
 
 URL = "mmcache://127.0.0.1:7600"
 
@@ -61,3 +61,17 @@ def test_what_is_wrong_is_named_with_the_remedy(extra: dict[str, Any], why: str)
 
 def test_every_setting_says_what_it_does() -> None:
     assert all(one.metadata.get("help") for one in fields(Settings))
+
+
+def test_the_encoder_caches_settings_are_its_own() -> None:
+    given: dict[str, Any] = {"url": URL, "load_buffer_mib": 8, "audit_share": 0.5, "trust_media_uuids": True}
+    settings = parse_settings(given, EncoderSettings)
+    assert {name: getattr(settings, name) for name in given} == given
+    assert all(one.metadata.get("help") for one in fields(EncoderSettings))
+    for extra, why in (
+        ({"load_mode": "sync"}, "ec_connector_extra_config has no setting 'load_mode'"),
+        ({"load_buffer_mib": 0}, "from 1 to"),
+        ({"audit_share": 2}, "from 0 to 1"),
+    ):
+        with pytest.raises(ConfigError, match=why):
+            parse_settings({"url": URL} | extra, EncoderSettings)

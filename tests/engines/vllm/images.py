@@ -35,8 +35,9 @@ def sound(seed: int, seconds: float) -> NDArray[np.float32]:
     """float32 samples at 16 kHz: a few tones, and noise."""
     rng = np.random.default_rng(seed)
     times = np.arange(int(16000 * seconds)) / 16000
-    tones = sum(np.sin(2 * np.pi * pitch * times) for pitch in rng.uniform(100, 4000, 5))
-    return (0.1 * tones + 0.05 * rng.standard_normal(len(times))).astype(np.float32)
+    tones = np.sin(2 * np.pi * rng.uniform(100, 4000, (5, 1)) * times).sum(axis=0)
+    samples: NDArray[np.float32] = (0.1 * tones + 0.05 * rng.standard_normal(len(times))).astype(np.float32)
+    return samples
 
 
 def media(spec: dict[str, Any]) -> NDArray[np.uint8]:

@@ -58,7 +58,7 @@ SAME: dict[str, dict[str, Any]] = {
 }
 
 
-def facts(case: dict[str, Any], **settings: Any) -> dict[str, object]:
+def facts(case: dict[str, Any], **settings: Any) -> dict[str, Any]:
     given = EncoderSettings(url=URL, model_identity="named", **settings)
     found = EncoderFacts(build(BASE | case), given).get()
     assert found is not None
@@ -66,23 +66,23 @@ def facts(case: dict[str, Any], **settings: Any) -> dict[str, object]:
 
 
 @pytest.fixture(scope="module")
-def base() -> dict[str, object]:
+def base() -> dict[str, Any]:
     return facts({})
 
 
 @pytest.mark.parametrize("name", OTHER)
-def test_what_changes_an_embedding_changes_the_facts(base: dict[str, object], name: str) -> None:
+def test_what_changes_an_embedding_changes_the_facts(base: dict[str, Any], name: str) -> None:
     assert facts(OTHER[name]) != base
 
 
 @pytest.mark.parametrize("name", SAME)
-def test_what_does_not_change_an_embedding_changes_nothing(base: dict[str, object], name: str) -> None:
+def test_what_does_not_change_an_embedding_changes_nothing(base: dict[str, Any], name: str) -> None:
     found = facts(SAME[name])
     assert {fact: text for fact, text in found.items() if base.get(fact) != text} == {}
     assert found == base
 
 
-def test_facts_fit_a_namespace_and_name_no_place(base: dict[str, object]) -> None:
+def test_facts_fit_a_namespace_and_name_no_place(base: dict[str, Any]) -> None:
     Namespace(kind="embedding", **base)
     assert str(ROOT) not in json.dumps(base)
     assert {"device", "vllm_version", "torch_version", "model"} <= base.keys()
