@@ -48,7 +48,7 @@ class EncoderWorker:
             if self._device.type == "cuda":
                 encoder_cache[one.identifier] = found.pin_memory().to(self._device, non_blocking=True)
             else:
-                encoder_cache[one.identifier] = found.to(self._device, copy=True)
+                encoder_cache[one.identifier] = found.to(self._device)  # on a CPU the mapped memory itself
 
     def save(self, save: Save, output: torch.Tensor) -> None:
         """Copy what the encoder computed for one item, to be stored in the background."""

@@ -213,17 +213,17 @@ def test_an_encoder_instance_fills_what_a_prefill_instance_reads() -> None:
 
 @full
 @pytest.mark.parametrize(
-    ("settings", "asks", "count", "width"),
+    ("settings", "asks", "items", "width"),
     [(HEARING, HEARD, 3, 128), (LEVELS, SEEN, 2, 256)],
     ids=["sounds", "images in levels"],
 )
-def test_other_encoders(settings: Settings, asks: list[Ask], count: int, width: int) -> None:
+def test_other_encoders(settings: Settings, asks: list[Ask], items: int, width: int) -> None:
     """The last engine only reads: it has not measured how wide an embedding is."""
     Expected.plan(settings).prepare()
     with Cache() as cache:
-        for role, passes in (("ec_both", count), ("ec_consumer", 0)):
+        for role, passes in (("ec_both", len(asks)), ("ec_consumer", 0)):
             with Encoding(settings, sharing(settings, cache.url, role)) as engine:
                 assert engine.right(*asks) == passes
                 cache.settle()
-        assert cache.counters()["stored"] == count
+        assert cache.counters()["stored"] == items
         assert {value(cache, digest).shape[1] for digest in cache.digests()} == {width}
