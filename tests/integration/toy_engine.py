@@ -17,7 +17,8 @@ import numpy as np
 
 import mmcache
 from mmcache_connectors.vllm.groups import Group, all_parts, rank_part
-from mmcache_connectors.vllm.lookup import Namespaces
+from mmcache_connectors.vllm.identities import Identities
+from mmcache_connectors.vllm.lookup import STORED_LAYOUT, Namespaces
 from mmcache_connectors.vllm.scheduler import SchedulerSide
 from mmcache_connectors.vllm.settings import Settings
 from mmcache_connectors.vllm.worker import GroupMemory, WorkerSide
@@ -54,9 +55,9 @@ class ToyEngine:
         self.weights = self.epoch = 0
         self.epoch_weights = {0: 0}  # which weights an epoch's blocks were computed with
         self.loras: dict[int, bytes] = {}  # the adapters' weights, as they were when each was first run
-        self.namespaces = Namespaces(self.facts, BLOCK)
+        self.namespaces = Namespaces(self.facts, kind="kv", layout=STORED_LAYOUT, block_size=BLOCK)
         self.scheduler = SchedulerSide(
-            self.settings, self.parts, self.namespaces, self.lookup_client, block_tokens=BLOCK,
+            self.settings, self.parts, self.namespaces, Identities(self), self.lookup_client, block_tokens=BLOCK,
             reads=True, writes=True, load_async=load_async, save_blocks_per_step=save_blocks_per_step,
             evict=self.pools[0].evict, draw=draw,
         )  # fmt: skip

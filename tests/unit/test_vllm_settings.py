@@ -8,13 +8,13 @@ from typing import Any
 import pytest
 
 from mmcache.errors import ConfigError
-from mmcache_connectors.vllm.settings import Settings, parse_settings
+from mmcache_connectors.vllm.settings import EncoderSettings, Settings, parse_settings
 
 URL = "mmcache://127.0.0.1:7600"
 
 
 def test_the_url_is_enough() -> None:
-    settings = parse_settings({"url": URL})
+    settings = parse_settings({"url": URL}, Settings)
     assert (settings.load_mode, settings.trust_media_uuids, settings.save_decode_blocks) == ("async", False, True)
     assert settings.lookup_s + settings.load_s == pytest.approx(settings.deadline_s)
 
@@ -27,7 +27,7 @@ def test_every_setting_can_be_given() -> None:
         "extra_facts": {"cluster": "a"},
     }  # fmt: skip
     assert given.keys() == {one.name for one in fields(Settings)}
-    settings = parse_settings(given)
+    settings = parse_settings(given, Settings)
     assert {name: getattr(settings, name) for name in given} == given
 
 
@@ -36,7 +36,7 @@ def test_every_setting_can_be_given() -> None:
     [
         ({}, 'needs "url"'),
         ({"url": ""}, 'needs "url"'),
-        ({"url": URL, "deadline": 1}, "no setting 'deadline'; it takes url, load_mode"),
+        ({"url": URL, "deadline": 1}, "no setting 'deadline'; it takes url, deadline_s"),
         ({"url": "redis://127.0.0.1"}, "scheme 'redis'"),
         ({"url": "embedded://?memory=1GiB"}, "scheduler and workers would each hold a cache of their own"),
         ({"url": URL + "?speed=1"}, "unknown option 'speed'"),
@@ -56,8 +56,22 @@ def test_every_setting_can_be_given() -> None:
 )
 def test_what_is_wrong_is_named_with_the_remedy(extra: dict[str, Any], why: str) -> None:
     with pytest.raises(ConfigError, match=why):
-        parse_settings(extra)
+        parse_settings(extra, Settings)
 
 
 def test_every_setting_says_what_it_does() -> None:
     assert all(one.metadata.get("help") for one in fields(Settings))
+
+
+def test_the_encoder_caches_settings_are_its_own() -> None:
+    given: dict[str, Any] = {"url": URL, "load_buffer_mib": 8, "audit_share": 0.5, "trust_media_uuids": True}
+    settings = parse_settings(given, EncoderSettings)
+    assert {name: getattr(settings, name) for name in given} == given
+    assert all(one.metadata.get("help") for one in fields(EncoderSettings))
+    for extra, why in (
+        ({"load_mode": "sync"}, "ec_connector_extra_config has no setting 'load_mode'"),
+        ({"load_buffer_mib": 0}, "from 1 to"),
+        ({"audit_share": 2}, "from 0 to 1"),
+    ):
+        with pytest.raises(ConfigError, match=why):
+            parse_settings({"url": URL} | extra, EncoderSettings)

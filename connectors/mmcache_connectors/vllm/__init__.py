@@ -1,13 +1,14 @@
-"""vLLM: the KV connector. `--kv-transfer-config` names this module and MMCacheKVConnector; docs/vllm.md has the flag.
+"""vLLM: the KV connector and the encoder-cache connector. `--kv-transfer-config` and `--ec-transfer-config` name this
+module and MMCacheKVConnector or MMCacheECConnector; docs/vllm.md has the flags.
 
-The class is imported when it is asked for, so that the parts which need no vLLM can be used, and tested, without it.
+The classes are imported when they are asked for, so that the parts which need no vLLM can be used, and tested, without.
 """
 
 from __future__ import annotations
 
 from typing import Any
 
-__all__ = ["MMCacheKVConnector"]
+__all__ = ["MMCacheECConnector", "MMCacheKVConnector"]
 
 
 def __getattr__(name: str) -> Any:
@@ -15,4 +16,8 @@ def __getattr__(name: str) -> Any:
         from mmcache_connectors.vllm.connector import MMCacheKVConnector
 
         return MMCacheKVConnector
+    if name == "MMCacheECConnector":
+        from mmcache_connectors.vllm.ec_connector import MMCacheECConnector
+
+        return MMCacheECConnector
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

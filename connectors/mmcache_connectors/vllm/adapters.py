@@ -12,7 +12,7 @@ import os
 import threading
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
 from mmcache.errors import KeyInputError
 from mmcache.identity import directory_digest
@@ -74,6 +74,14 @@ class AdapterIdentities:
             self._refuse(lora_int_id, name, path, f"its files cannot be read ({error})")
             return None
         return self._admit(lora_int_id, _Seen(name, path, signature, digest), digest)
+
+    def of_request(self, request: Any) -> str | None:
+        """The namespace's fact for a vLLM request: '' without an adapter; None: do not cache it."""
+        lora = request.lora_request
+        if lora is None:
+            return ""
+        identity = self.identity(lora.lora_int_id, lora.lora_name, lora.lora_path)
+        return None if identity is None else identity + (" 3d" if lora.is_3d_lora_weight else "")
 
     def unchanged(self, lora_int_id: int) -> bool:
         """Whether `identity`, which was given for this id before, still holds. One stat a file, and no waiting."""

@@ -26,7 +26,8 @@ from mmcache_connectors.paged import PagedGroup
 from mmcache_connectors.vllm.engine import Engine, EngineFacts
 from mmcache_connectors.vllm.facts import worker_facts
 from mmcache_connectors.vllm.guard import log_as_vllm_does, never_raises, with_one_copy_thread
-from mmcache_connectors.vllm.lookup import Namespaces
+from mmcache_connectors.vllm.identities import shared_identities
+from mmcache_connectors.vllm.lookup import STORED_LAYOUT, Namespaces
 from mmcache_connectors.vllm.messages import Dropped, StepJobs, WorkerFacts
 from mmcache_connectors.vllm.metrics import CacheProm, CacheStats, StatsReporter
 from mmcache_connectors.vllm.plan import Job
@@ -47,7 +48,7 @@ class MMCacheKVConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc]
     def __init__(self, vllm_config: Any, role: KVConnectorRole, kv_cache_config: Any) -> None:
         super().__init__(vllm_config, role, kv_cache_config)
         log_as_vllm_does()
-        settings = parse_settings(self._kv_transfer_config.kv_connector_extra_config)
+        settings = parse_settings(self._kv_transfer_config.kv_connector_extra_config, Settings)
         self._engine = Engine(vllm_config, kv_cache_config)
         self._load_async = _load_async(settings, self._engine)
         self._settings = settings
@@ -73,7 +74,8 @@ class MMCacheKVConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc]
         self._scheduler = SchedulerSide(
             self._settings,
             self._engine.parts(),
-            Namespaces(self._facts.get, self._engine.block_tokens),
+            Namespaces(self._facts.get, kind="kv", layout=STORED_LAYOUT, block_size=self._engine.block_tokens),
+            shared_identities(vllm_config),
             self._client,
             block_tokens=self._engine.block_tokens,
             reads=config.is_kv_consumer,

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import os
 from collections.abc import Mapping
 from typing import Any, Final
 
@@ -13,8 +12,8 @@ from mmcache.errors import ConfigError
 from mmcache.keyset import Part
 from mmcache_connectors.vllm.facts import config_facts
 from mmcache_connectors.vllm.groups import Group, Parts, all_parts, groups_fact, rank_part, read_groups
+from mmcache_connectors.vllm.identities import shared_identities
 from mmcache_connectors.vllm.settings import Settings
-from mmcache_connectors.vllm.weights import WeightsIdentity
 
 log = logging.getLogger("mmcache.vllm")
 START_WAIT_S: Final = 2.0  # for the weights' digest; a larger model's is ready later, and nothing is cached until then
@@ -79,7 +78,8 @@ class EngineFacts:
         self._named_epoch = bool(settings.weights_epoch)
         self._worker: Mapping[str, str] | None = None
         self._said_why = self._suspended = False
-        self._weights = WeightsIdentity(vllm_config, settings.model_identity or None)
+        self._shared = shared_identities(vllm_config)
+        self._weights = self._shared.weights(settings.model_identity)
         self._weights.ready(START_WAIT_S)
 
     def set_worker_facts(self, reports: list[Mapping[str, str]]) -> None:
@@ -95,7 +95,7 @@ class EngineFacts:
         """The weights were updated in place; an epoch that the operator named stays as it is. Unless the engine is
         `clean` of blocks of the old weights, nothing is cached until it was reset when it was."""
         if not self._named_epoch:
-            self._epoch = os.urandom(16).hex()
+            self._epoch = self._shared.new_epoch()
         self._suspended = not clean
         if self._suspended:
             log.warning(

@@ -24,7 +24,9 @@ _PREFIX: Final = "VLLM_"
 _SERVICE: Final = re.compile(r"VLLM\w*_(SERVICE_(HOST|PORT\w*)|PORT(_\d+_(TCP|UDP|SCTP)(_\w+)?)?)")
 
 
-def config_facts(vllm_config: Any, environment: Mapping[str, str] = os.environ) -> dict[str, str]:
+def config_facts(
+    vllm_config: Any, environment: Mapping[str, str] = os.environ, table: Table | None = None
+) -> dict[str, str]:
     """Every IN field of the engine's configuration and every VLLM_ variable set, as "place.field" -> text.
 
     The same in every start of the same engine, whatever process, hash seed or host name; about 140 facts. Fields the
@@ -32,7 +34,7 @@ def config_facts(vllm_config: Any, environment: Mapping[str, str] = os.environ) 
     path) becomes a random text, other at every call, with one warning: such an engine shares nothing with others, so
     call this in one process of it and tell the others. Raises nothing for any value.
     """
-    table = read_table()
+    table = read_table() if table is None else table
     strangers: list[str] = []
     unknowns: list[str] = []
     unknown = _random_text(unknowns)
@@ -40,13 +42,13 @@ def config_facts(vllm_config: Any, environment: Mapping[str, str] = os.environ) 
     facts |= _environment_facts(environment, table, unknown)
     if strangers:
         log.warning(
-            "mmcache does not know these fields of vLLM's configuration: %s. They count as part of what a KV block "
-            "is, so engines that differ in them share nothing; use the release of mmcache for this vLLM",
+            "mmcache does not know these fields of vLLM's configuration: %s. They count as part of what a stored "
+            "value is, so engines that differ in them share nothing; use the release of mmcache for this vLLM",
             ", ".join(sorted(set(strangers))),
         )
     if unknowns:
         log.warning(
-            "mmcache cannot tell what these settings are: %s. This engine shares KV blocks with no other one, nor "
+            "mmcache cannot tell what these settings are: %s. This engine shares nothing with another one, nor "
             "with itself after a restart; set them to plain values",
             "; ".join(unknowns),
         )
@@ -92,7 +94,7 @@ def worker_facts(vllm_config: Any, layer_names: Iterable[str]) -> dict[str, str]
         kind, text = _layer_fact(vllm_config, name, layers.get(name), unknown)
         kinds.setdefault(kind, set()).add(text)
     facts = {f"attention.{kind}": "; ".join(sorted(texts)) for kind, texts in kinds.items()}
-    facts["device"] = text_or(unknown, _device(), "device")
+    facts["device"] = text_or(unknown, device_fact(), "device")
     facts["vllm_version"] = canonical_text(str(vllm.__version__))
     facts["torch_version"] = ".".join(torch.__version__.split(".")[:2])
     if unknowns:
@@ -131,7 +133,7 @@ def _cpu_isa(vllm_config: Any, layer: Any) -> str:
     return str(_get_attn_isa(dtype, spec.block_size, spec.head_size, vllm_config.cache_config.cache_dtype))
 
 
-def _device() -> str:
+def device_fact() -> str:
     """ "cpu x86_64", "cuda 9.0": never one machine's or one card's own name."""
     from vllm.platforms import current_platform
 

@@ -46,6 +46,15 @@ def read_table() -> dict[str, dict[str, str]]:
     return table
 
 
+def read_encoder_table() -> dict[str, dict[str, str]]:
+    """The same for an encoder's output: what encoder_fields.toml names is out as well."""
+    table = read_table()
+    for name, fields in tomllib.loads(files(__package__).joinpath("encoder_fields.toml").read_text("utf-8")).items():
+        for field, why in fields.items():
+            table.setdefault(name, {})[field] = f"out: {why}"
+    return table
+
+
 def config_texts(
     config: object, table: Table, *, unlisted: Callable[[str], None], unknown: Callable[[str, str], str]
 ) -> dict[str, str]:

@@ -74,6 +74,20 @@ class ItemIdentities:
             places.append((int(position.offset), int(position.length), item))
         return _joined(places)
 
+    def shown(self, feature: Any) -> bytes | None:
+        """The item's digest by what an encoder is shown of it, whatever it is called; None if that is not here.
+
+        An encoder's output depends on nothing else. With `trust_uuids` it goes by the identifier. Never raises.
+        """
+        try:
+            if self._trust_uuids:
+                return item_digest(_named(feature.modality, feature.identifier))
+            digest = self._features_digest(feature.data)
+            return None if digest is None else item_digest(_named(feature.modality, digest))
+        except Exception as error:
+            self._warn(f"{feature.modality} items like this one are not cached, as they have no identity: {error}")
+            return None
+
     def distrust(self, features: Sequence[Any]) -> None:
         """A request is about to run: what `spans` has not identified in it makes its identifier unknown; until it has,
         if the features are here, for good if not.

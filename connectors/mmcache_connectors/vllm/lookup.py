@@ -29,8 +29,9 @@ class Namespaces:
     `facts` gives the engine's facts, or None while the weights or the workers are not known yet.
     """
 
-    def __init__(self, facts: Callable[[], Mapping[str, object] | None], block_tokens: int) -> None:
-        self._facts, self._block_tokens = facts, block_tokens
+    def __init__(self, facts: Callable[[], Mapping[str, object] | None], **fixed: Any) -> None:
+        """`fixed`: what every namespace has besides the facts: its kind, and what that kind wants."""
+        self._facts, self._fixed = facts, fixed
         self._made: OrderedDict[tuple[str, str], Namespace] = OrderedDict()
         self._lock = threading.Lock()
         self._generation = 0
@@ -47,7 +48,7 @@ class Namespaces:
         if facts is None:
             return None
         narrow = {name: text for name, text in (("adapter", adapter), ("cache_salt", salt)) if text}
-        made = Namespace(kind="kv", layout=STORED_LAYOUT, block_size=self._block_tokens, **{**facts, **narrow})
+        made = Namespace(**{**self._fixed, **facts, **narrow})
         with self._lock:
             if generation != self._generation:
                 return None
@@ -66,10 +67,11 @@ class Namespaces:
 class Identifier:
     """From a vLLM request to its Chain."""
 
-    def __init__(self, namespaces: Namespaces, block_tokens: int, trust_media_uuids: bool) -> None:
+    def __init__(
+        self, namespaces: Namespaces, block_tokens: int, items: ItemIdentities, adapters: AdapterIdentities
+    ) -> None:
         self._namespaces, self._block_tokens = namespaces, block_tokens
-        self._items = ItemIdentities(trust_uuids=trust_media_uuids)
-        self._adapters = AdapterIdentities()
+        self._items, self._adapters = items, adapters
 
     def chain(self, request: Any) -> Chain | None:
         """The chain over the tokens the request has now; None if it must not be cached."""
@@ -101,13 +103,9 @@ class Identifier:
     def _content(self, request: Any) -> tuple[Namespace, list[PlaceholderSpan], int | None] | None:
         """(namespace, spans, the leading tokens that may be cached); None if it must not be."""
         spans, limit_tokens = self._items.spans(request.mm_features)
-        adapter = ""
-        if request.lora_request is not None:
-            lora = request.lora_request
-            identity = self._adapters.identity(lora.lora_int_id, lora.lora_name, lora.lora_path)
-            if identity is None:
-                return None
-            adapter = identity + (" 3d" if lora.is_3d_lora_weight else "")
+        adapter = self._adapters.of_request(request)
+        if adapter is None:
+            return None
         namespace = self._namespaces.get(adapter, request.cache_salt or "")
         if namespace is None:
             return None

@@ -19,6 +19,7 @@ from mmcache.client.blocking import Client
 from mmcache_connectors.vllm import misses
 from mmcache_connectors.vllm.background import Background, Ticket
 from mmcache_connectors.vllm.groups import Parts
+from mmcache_connectors.vllm.identities import Identities
 from mmcache_connectors.vllm.lookup import Identifier, Namespaces, query
 from mmcache_connectors.vllm.misses import Misses, transfer_params
 from mmcache_connectors.vllm.plan import Job, blocks_to_load, blocks_to_save, savable_blocks
@@ -39,8 +40,8 @@ class SchedulerSide:
     """
 
     def __init__(
-        self, settings: Settings, parts: Parts, namespaces: Namespaces, client: Client, *, block_tokens: int,
-        reads: bool, writes: bool, load_async: bool, save_blocks_per_step: int,
+        self, settings: Settings, parts: Parts, namespaces: Namespaces, identities: Identities, client: Client, *,
+        block_tokens: int, reads: bool, writes: bool, load_async: bool, save_blocks_per_step: int,
         evict: Callable[[set[int]], object], draw: Callable[[], float] = random.random,
     ) -> None:  # fmt: skip
         self._draw = draw
@@ -48,7 +49,8 @@ class SchedulerSide:
         self._reads, self._writes, self._load_async = reads, writes, load_async
         self._save_blocks_per_step, self._evict = save_blocks_per_step, evict
         self._namespaces = namespaces
-        self._identifier = Identifier(namespaces, block_tokens, settings.trust_media_uuids)
+        items = identities.items(trust_uuids=settings.trust_media_uuids)
+        self._identifier = Identifier(namespaces, block_tokens, items, identities.adapters)
         # Apart, so that neither a slow cache nor a large adapter keeps pictures from being identified.
         self._identify = Background("mmcache-identify", THREADS)
         self._lookup = Background("mmcache-lookup", THREADS)

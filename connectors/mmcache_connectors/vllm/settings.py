@@ -1,32 +1,29 @@
-"""The connector's settings: one table, one parser of vLLM's `kv_connector_extra_config`. docs/vllm.md explains them.
+"""The connectors' settings: a table each, one parser of vLLM's extra configs. docs/vllm.md explains them.
 
-A dict in, a frozen Settings out, or a ConfigError that names the setting and the remedy.
+A dict in, a frozen Settings or EncoderSettings out, or a ConfigError that names the setting and the remedy.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
-from typing import Any, Final
+from typing import Any, ClassVar, Final, TypeVar
 
 from mmcache.config import parse_url
 from mmcache.errors import ConfigError
 
+S = TypeVar("S", bound="CacheSettings")
+MAX_BUFFER_MIB: Final = 1 << 20
 LOOKUP_SHARE: Final = 0.25  # of deadline_s, for finding out what is stored; the rest is for loading it
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Settings:
-    """What `kv_connector_extra_config` may hold. Times in seconds, unless the name says otherwise."""
+class CacheSettings:
+    """What both connectors take. Times in seconds, unless the name says otherwise."""
+
+    PLACE: ClassVar[str]  # what vLLM calls the object these come in
 
     url: str = field(metadata={"help": "the cache: mmcache://HOST:PORT or mmcache+unix:///PATH, with client options"})
-    load_mode: str = field(
-        default="async",
-        metadata={
-            "help": "async: the engine runs on while blocks load. sync: the step waits for them; for one worker, one "
-            "KV group and no asynchronous scheduling, elsewhere loads are async all the same"
-        },
-    )
     deadline_s: float = field(
         default=1.0,
         metadata={"help": "the most that a cache which does not answer may delay a request; then it is computed"},
@@ -35,34 +32,21 @@ class Settings:
         default=0.5,
         metadata={"help": "the most the scheduler waits for lookups in one step, before it asks again next step"},
     )
-    save_decode_blocks: bool = field(
-        default=True, metadata={"help": "also store blocks that hold generated tokens, for the next turn of a chat"}
-    )
     save_buffer_mib: int = field(
-        default=256, metadata={"help": "host memory a worker may fill with blocks on their way out; more are dropped"}
+        default=256, metadata={"help": "host memory a worker may fill with what is on its way out; more is dropped"}
     )
     trust_media_uuids: bool = field(
         default=False,
         metadata={
             "help": "true: a media item is what its uuid (or vLLM's hash) says. false: also a digest of its processed "
-            "features, so a forged uuid cannot reach another item's blocks"
+            "features, so a forged uuid cannot reach what another item left"
         },
     )
     audit_share: float = field(
         default=0.0,
         metadata={
-            "help": "the share of requests with a hit, 0 to 1, that are computed all the same, to compare what is "
-            "stored with what was computed; entries that differ are dropped and counted"
-        },
-    )
-    explain_misses: bool = field(
-        default=True, metadata={"help": "have responses say why blocks were missing, which asks the server, later"}
-    )
-    record_misses: str = field(
-        default="",
-        metadata={
-            "help": "a folder for the last requests that missed, for `mmcache explain --request`; their prompts are in "
-            "it. Empty: none"
+            "help": "the share of hits, 0 to 1, that are computed all the same, to compare what is stored with what "
+            "was computed; entries that differ are dropped and counted"
         },
     )
     model_identity: str = field(
@@ -77,14 +61,12 @@ class Settings:
     )
 
     def __post_init__(self) -> None:
-        if self.load_mode not in ("async", "sync"):
-            raise ConfigError(f"load_mode is {self.load_mode!r}; use async or sync")
         if not 0.01 <= self.deadline_s <= 600:
             raise ConfigError(f"deadline_s is {self.deadline_s}; use seconds from 0.01 to 600")
         if not 0 <= self.lookup_wait_ms <= 100:
             raise ConfigError(f"lookup_wait_ms is {self.lookup_wait_ms}; use milliseconds from 0 to 100")
-        if not 1 <= self.save_buffer_mib <= 1 << 20:
-            raise ConfigError(f"save_buffer_mib is {self.save_buffer_mib}; use MiB from 1 to {1 << 20}")
+        if not 1 <= self.save_buffer_mib <= MAX_BUFFER_MIB:
+            raise ConfigError(f"save_buffer_mib is {self.save_buffer_mib}; use MiB from 1 to {MAX_BUFFER_MIB}")
         if not 0 <= self.audit_share <= 1:
             raise ConfigError(f"audit_share is {self.audit_share}; use a share from 0 to 1")
         for name, value in self.extra_facts.items():
@@ -95,6 +77,39 @@ class Settings:
                 f"url is {self.url!r}: vLLM's scheduler and workers would each hold a cache of their own and never "
                 "find each other's blocks; start `mmcache serve` and use its mmcache:// URL"
             )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Settings(CacheSettings):
+    """What `kv_connector_extra_config` may hold."""
+
+    PLACE: ClassVar[str] = "kv_connector_extra_config"
+
+    load_mode: str = field(
+        default="async",
+        metadata={
+            "help": "async: the engine runs on while blocks load. sync: the step waits for them; for one worker, one "
+            "KV group and no asynchronous scheduling, elsewhere loads are async all the same"
+        },
+    )
+    save_decode_blocks: bool = field(
+        default=True, metadata={"help": "also store blocks that hold generated tokens, for the next turn of a chat"}
+    )
+    explain_misses: bool = field(
+        default=True, metadata={"help": "have responses say why blocks were missing, which asks the server, later"}
+    )
+    record_misses: str = field(
+        default="",
+        metadata={
+            "help": "a folder for the last requests that missed, for `mmcache explain --request`; their prompts are in "
+            "it. Empty: none"
+        },
+    )
+
+    def __post_init__(self) -> None:
+        CacheSettings.__post_init__(self)
+        if self.load_mode not in ("async", "sync"):
+            raise ConfigError(f"load_mode is {self.load_mode!r}; use async or sync")
 
     @property
     def lookup_s(self) -> float:
@@ -107,17 +122,32 @@ class Settings:
         return self.deadline_s * (1 - LOOKUP_SHARE)
 
 
-def parse_settings(extra: Mapping[str, Any]) -> Settings:
-    """Settings from `kv_connector_extra_config`. Raises ConfigError for an unknown name, a wrong type or no url."""
-    known = {one.name: one for one in fields(Settings)}
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EncoderSettings(CacheSettings):
+    """What `ec_connector_extra_config` may hold."""
+
+    PLACE: ClassVar[str] = "ec_connector_extra_config"
+
+    load_buffer_mib: int = field(
+        default=256,
+        metadata={"help": "host memory for fetched embeddings that are not used yet; what finds no room is a miss"},
+    )
+
+    def __post_init__(self) -> None:
+        CacheSettings.__post_init__(self)
+        if not 1 <= self.load_buffer_mib <= MAX_BUFFER_MIB:
+            raise ConfigError(f"load_buffer_mib is {self.load_buffer_mib}; use MiB from 1 to {MAX_BUFFER_MIB}")
+
+
+def parse_settings(extra: Mapping[str, Any], kind: type[S]) -> S:
+    """Settings from an extra config. Raises ConfigError for an unknown name, a wrong type or no url."""
+    known = {one.name: one for one in fields(kind)}
     unknown = sorted(set(extra) - set(known))
     if unknown:
-        raise ConfigError(
-            f"kv_connector_extra_config has no setting {', '.join(map(repr, unknown))}; it takes {', '.join(known)}"
-        )
+        raise ConfigError(f"{kind.PLACE} has no setting {', '.join(map(repr, unknown))}; it takes {', '.join(known)}")
     if not extra.get("url"):
-        raise ConfigError('kv_connector_extra_config needs "url", for example "mmcache://127.0.0.1:7600"')
-    return Settings(**{name: _typed(name, str(known[name].type), value) for name, value in extra.items()})
+        raise ConfigError(f'{kind.PLACE} needs "url", for example "mmcache://127.0.0.1:7600"')
+    return kind(**{name: _typed(name, str(known[name].type), value) for name, value in extra.items()})
 
 
 def _typed(name: str, kind: str, value: Any) -> Any:

@@ -31,6 +31,15 @@ def strip(seed: int, tiles: int, upright: bool) -> NDArray[np.uint8]:
     return np.concatenate(list(blocks), axis=0 if upright else 1)
 
 
+def sound(seed: int, seconds: float) -> NDArray[np.float32]:
+    """float32 samples at 16 kHz: a few tones, and noise."""
+    rng = np.random.default_rng(seed)
+    times = np.arange(int(16000 * seconds)) / 16000
+    tones = np.sin(2 * np.pi * rng.uniform(100, 4000, (5, 1)) * times).sum(axis=0)
+    samples: NDArray[np.float32] = (0.1 * tones + 0.05 * rng.standard_normal(len(times))).astype(np.float32)
+    return samples
+
+
 def media(spec: dict[str, Any]) -> NDArray[np.uint8]:
     """What a JSON object names: {"kind": "picture" | "frames" | "strip", and that function's arguments}."""
     arguments = {name: value for name, value in spec.items() if name != "kind"}

@@ -11,10 +11,11 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 import shutil
 import sys
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,8 @@ FOLDER = ROOT / ".engines" / "models" / hashlib.sha256(Path(__file__).read_bytes
 VOCABULARY = 512
 SPECIALS = ["<|endoftext|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>", "<|image_pad|>", "<|video_pad|>"]
 IMAGE = "<|vision_start|><|image_pad|><|vision_end|>"
+SOUND_WORDS = ["<|audio_bos|>", "<|AUDIO|>", "<|audio_eos|>"]
+SOUND = "".join(SOUND_WORDS)
 VIDEO = "<|vision_start|><|video_pad|><|vision_end|>"
 CHAT = (
     "{% for m in messages %}{% if m['content'] is string %}{{ m['content'] }}{% else %}{% for c in m['content'] %}"
@@ -60,7 +63,7 @@ def model_path(name: str) -> Path:
     return path
 
 
-def _tokenizer(folder: Path, **settings: str) -> dict[str, int]:
+def _tokenizer(folder: Path, more: Sequence[str] = (), **settings: str) -> dict[str, int]:
     """Save a byte-level tokenizer without merges; the ids of the special tokens, which follow the 256 bytes."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers  # type: ignore[import-not-found,unused-ignore]
     from transformers import PreTrainedTokenizerFast
@@ -73,13 +76,13 @@ def _tokenizer(folder: Path, **settings: str) -> dict[str, int]:
         tokenizer_object=bare,
         eos_token="<|im_end|>",
         pad_token="<|endoftext|>",
-        additional_special_tokens=SPECIALS,
+        additional_special_tokens=[*SPECIALS, *more],
         chat_template=CHAT,
     )
     tokenizer.save_pretrained(folder)
     path = folder / "tokenizer_config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | settings))
-    return {word: tokenizer.convert_tokens_to_ids(word) for word in SPECIALS}
+    return {word: tokenizer.convert_tokens_to_ids(word) for word in [*SPECIALS, *more]}
 
 
 def _weights(folder: Path, model_class: Any, config: Any, seed: int) -> None:
@@ -95,6 +98,15 @@ def _weights(folder: Path, model_class: Any, config: Any, seed: int) -> None:
             elif "bias" in name:
                 weight.normal_(0, 0.2)
     model.save_pretrained(folder)
+
+
+def _rename(folder: Path, before: str, after: str) -> None:
+    """Give the weights whose names begin with `before` names that begin with `after`."""
+    from safetensors.torch import load_file, save_file  # type: ignore[import-not-found,unused-ignore]
+
+    path = folder / "model.safetensors"
+    weights = {re.sub(f"^{re.escape(before)}", after, name): weight for name, weight in load_file(path).items()}
+    save_file(weights, path, {"format": "pt"})
 
 
 def _text(folder: Path, seed: int = 0) -> None:
@@ -125,13 +137,13 @@ def _hybrid(folder: Path) -> None:
     _weights(folder, Gemma3ForCausalLM, config, 0)
 
 
-def _vision(folder: Path) -> None:
+def _vision(folder: Path, seed: int = 0) -> None:
     """Images and videos; patches of 14, merged 2 by 2: one token for 28 x 28 pixels."""
     from transformers import Qwen2VLForConditionalGeneration
 
     tower = {"depth": 2, "embed_dim": 128, "num_heads": 4, "hidden_size": 128, "mlp_ratio": 2}
     config = _qwen2_vl(folder, SIZES, tower, mrope=[4, 6, 6], most_tokens=64, dtype="float32")
-    _weights(folder, Qwen2VLForConditionalGeneration, config, 0)
+    _weights(folder, Qwen2VLForConditionalGeneration, config, seed)
 
 
 def _qwen2_vl(
@@ -160,6 +172,74 @@ def _qwen2_vl(
         tie_word_embeddings=True,
         dtype=dtype,
     )
+
+
+def _levels(folder: Path) -> None:
+    """Images whose embeddings carry a level of DeepStack in further columns; one token for 32 x 32 pixels."""
+    from transformers import Qwen3VLConfig, Qwen3VLForConditionalGeneration
+
+    words = {f"{what}_token": f"<|{what}|>" for what in ("vision_start", "vision_end")}
+    words |= {f"{what}_token": f"<|{what}_pad|>" for what in ("image", "video")}
+    ids = _tokenizer(folder, processor_class="Qwen3VLProcessor", **words)
+    tower = {
+        "depth": 2,
+        "hidden_size": 128,
+        "intermediate_size": 256,
+        "num_heads": 4,
+        "out_hidden_size": SIZES["hidden_size"],
+        "deepstack_visual_indexes": [0],
+    }
+    rope = {"rope_type": "default", "rope_theta": 1e6, "mrope_section": [6, 5, 5], "mrope_interleaved": True}
+    text = SIZES | {"head_dim": 32, "rope_parameters": rope, "eos_token_id": ids["<|im_end|>"]}
+    config = Qwen3VLConfig(
+        text_config=text | {"model_type": "qwen3_vl_text"},
+        vision_config=tower,
+        image_token_id=ids["<|image_pad|>"],
+        video_token_id=ids["<|video_pad|>"],
+        vision_start_token_id=ids["<|vision_start|>"],
+        vision_end_token_id=ids["<|vision_end|>"],
+        tie_word_embeddings=True,
+        dtype="float32",
+    )
+    _weights(folder, Qwen3VLForConditionalGeneration, config, 0)
+    pixels = {"shortest_edge": 32 * 32 * 4, "longest_edge": 32 * 32 * 64}
+    shared = {"patch_size": 16, "merge_size": 2, "temporal_patch_size": 2, "size": pixels}
+    for file, processor in (
+        ("preprocessor_config.json", {"image_processor_type": "Qwen2VLImageProcessorFast"}),
+        ("video_preprocessor_config.json", {"video_processor_type": "Qwen3VLVideoProcessor"}),
+    ):
+        (folder / file).write_text(json.dumps(shared | processor | {"processor_class": "Qwen3VLProcessor"}))
+
+
+def _audio(folder: Path) -> None:
+    """Sounds of at most 30 seconds; one token for 40 ms."""
+    from transformers import (
+        AutoTokenizer,
+        Qwen2AudioConfig,
+        Qwen2AudioForConditionalGeneration,
+        Qwen2AudioProcessor,
+        WhisperFeatureExtractor,
+    )
+
+    ids = _tokenizer(folder, SOUND_WORDS)
+    extractor = WhisperFeatureExtractor(feature_size=80)
+    Qwen2AudioProcessor(extractor, AutoTokenizer.from_pretrained(folder), CHAT).save_pretrained(folder)
+    tower = {
+        "d_model": 128,
+        "encoder_layers": 2,
+        "encoder_attention_heads": 4,
+        "encoder_ffn_dim": 256,
+        "num_mel_bins": 80,
+        "max_source_positions": 1500,
+    }
+    config = Qwen2AudioConfig(
+        audio_config=tower | {"model_type": "qwen2_audio_encoder"},
+        text_config=SIZES | {"model_type": "qwen2", "eos_token_id": ids["<|im_end|>"]},
+        audio_token_index=ids["<|AUDIO|>"],
+        dtype="float32",
+    )
+    _weights(folder, Qwen2AudioForConditionalGeneration, config, 0)
+    _rename(folder, "language_model.model.model.", "language_model.model.")  # transformers 5 writes one too many
 
 
 def _timing(folder: Path) -> None:
@@ -203,6 +283,9 @@ MODELS: dict[str, Callable[[Path], None]] = {
     "text-retrained": lambda folder: _text(folder, seed=1),
     "hybrid": _hybrid,
     "vision": _vision,
+    "vision-retrained": lambda folder: _vision(folder, seed=1),
+    "audio": _audio,
+    "levels": _levels,
     "timing": _timing,
     "timing-vision": _timing_vision,
     "adapter": lambda folder: _adapter(folder, _VISION_LAYERS, seed=0),

@@ -14,10 +14,11 @@ import sys
 import time
 from typing import Any
 
-from tests.engines.vllm.images import media
+from tests.engines.vllm.images import media, sound
 from tests.engines.vllm.models import MODELS, model_path
 
 TRUNCATED_PNG = bytes.fromhex("89504e470d0a1a0a0000000d49484452000000380000003808020000") + bytes(7)
+TOWERS = ("visual", "vision_tower", "audio_tower")
 IDLE_S = 60.0  # how long the engine may take to finish what nobody waits for any more
 
 
@@ -32,6 +33,8 @@ class Worker:
         self.llm = LLM(model=str(model_path(name)) if name in MODELS else name, **settings["llm"])
         self.engine = self.llm.llm_engine
         self.core = self.engine.engine_core.engine_core
+        self._passes = 0
+        self._count_passes()
 
     # ---------------------------------------------------------------------------------------------- operations
     def generate(self, asks: list[dict[str, Any]], together: bool = False) -> list[dict[str, Any]]:
@@ -58,11 +61,23 @@ class Worker:
             self.engine.step()
         return bool(self.llm.reset_prefix_cache())
 
+    def reset_encoder_cache(self) -> None:
+        """Forget vLLM's own encoder outputs."""
+        self.engine.reset_encoder_cache()
+
+    def encoder_passes(self) -> int:
+        """How often the model's vision or audio tower has run since the start."""
+        return self._passes
+
     def counters(self) -> dict[str, dict[str, int]]:
-        """Of the connector's two halves; the worker's only where it runs in this process."""
+        """Of the connectors' halves; the worker's only where it runs in this process."""
         from vllm.distributed.kv_transfer import get_kv_transfer_group, has_kv_transfer_group
 
-        found = {"scheduler": dict(self.core.scheduler.connector.counters())}
+        found = {}
+        if self.core.scheduler.connector is not None:
+            found["scheduler"] = dict(self.core.scheduler.connector.counters())
+        if self.core.scheduler.ec_connector is not None:
+            found["encoder"] = dict(self.core.scheduler.ec_connector.counters())
         if has_kv_transfer_group():
             found["worker"] = dict(get_kv_transfer_group().counters())
         return found
@@ -90,6 +105,19 @@ class Worker:
         return [output.kv_transfer_params for output in self.llm.generate(prompts, params, use_tqdm=False)]
 
     # --------------------------------------------------------------------------------------------------- parts
+    def _count_passes(self) -> None:
+        """Have the model's towers, where they run in this process, count their calls."""
+        runner = getattr(getattr(self.core.model_executor, "driver_worker", None), "worker", None)
+        if runner is None:
+            return
+
+        def count(*_: Any) -> None:
+            self._passes += 1
+
+        for name, module in runner.model_runner.model.named_children():
+            if name in TOWERS:
+                module.register_forward_pre_hook(count)
+
     def _conversation(self, ask: dict[str, Any]) -> dict[str, Any]:
         """One ask; its `then` texts follow, each after the whole conversation so far. The last answer, all tokens."""
         answer = self._batch([ask])[0]
@@ -140,6 +168,10 @@ class Worker:
                 Image.open(io.BytesIO(TRUNCATED_PNG)) if spec["kind"] == "broken" else Image.fromarray(media(spec))
                 for spec in ask["images"]
             ]
+        if "image_embeds" in ask:
+            data["image"] = self._image_embeds(**ask["image_embeds"])
+        if "sounds" in ask:
+            data["audio"] = [(sound(**spec), 16000) for spec in ask["sounds"]]
         if "videos" in ask:
             data["video"] = [media(spec) for spec in ask["videos"]]
         if data:
@@ -160,6 +192,13 @@ class Worker:
 
         generator = torch.Generator().manual_seed(seed)
         return torch.stack([torch.randn(self.hidden_size, generator=generator) for _ in range(count)])
+
+    def _image_embeds(self, seed: int, grid: list[int], bare: bool) -> Any:
+        """An image as its embedding, for a grid (t, h, w) of patches that are merged 2 by 2; `bare`: the grid alone."""
+        import torch
+
+        rows = {} if bare else {"image_embeds": self._embeds(seed, grid[0] * grid[1] * grid[2] // 4)}
+        return {**rows, "image_grid_thw": torch.tensor([grid])}
 
     def _params(self, ask: dict[str, Any]) -> Any:
         from vllm import SamplingParams
