@@ -35,6 +35,12 @@ ENVIRONMENT: dict[str, dict[str, str]] = {"vision": {}, "timing": ALL_CORES, "ti
 ASKED = {"vision": (2, 300, (168, 112)), "timing": (0, 2048, (448, 336)), "timing-vision": (2, 256, (448, 336))}
 
 
+def show(done: int, total: int) -> None:
+    """Progress, also in a log."""
+    if not done % 8 or done == total:
+        print(f"{done} of {total} answers", file=sys.stderr)
+
+
 def main() -> int:
     """Start, fill, restart, measure, print."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -63,11 +69,13 @@ def main() -> int:
 
     with ServerProcess("3GiB") as cache:
         with engine(cache.url) as first:
-            run(ServeOptions(urls=[first.url], **asked))
+            run(ServeOptions(urls=[first.url], **asked), show)
             stored_everything(cache.url)
         with engine("") as plain, engine(cache.url) as again:
             load = os.getloadavg()[0]
-            report = run(ServeOptions(urls=[plain.url, again.url], names=["without", "mmcache, restarted"], **asked))
+            report = run(
+                ServeOptions(urls=[plain.url, again.url], names=["without", "mmcache, restarted"], **asked), show
+            )
     report.print(Console())
     print(f"load before: {load:.1f}; {time.strftime('%Y-%m-%d')}")
     found = report.to_dict()

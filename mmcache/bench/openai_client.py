@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, Final, Self
 from urllib.parse import urlsplit
 
 from mmcache.bench import extras
-from mmcache.bench.stream import MAX_ANSWER_NBYTES, Events, Reading, first_model, words_of
+from mmcache.bench.stream import Events, Reading, first_model, words_of
 from mmcache.errors import ConfigError, MMCacheError, ProtocolError, TransportError
 
 if TYPE_CHECKING:
@@ -75,7 +75,7 @@ class OpenAIServer:
         url = f"{self.url}/models"
         try:
             async with (
-                asyncio.timeout(min(self._timeout_s, 30.0)),
+                asyncio.timeout(self._timeout_s),
                 self._session.get(url, allow_redirects=False) as response,
             ):
                 body = await _body(response)
@@ -84,7 +84,8 @@ class OpenAIServer:
                 return first_model(body)
         except Exception as error:
             raise TransportError(
-                f"GET {url}: {reason_of(error, 30.0)}; is an OpenAI-compatible server there? --model NAME skips this"
+                f"GET {url}: {reason_of(error, self._timeout_s)}; is an OpenAI-compatible server there? "
+                "--model NAME skips this"
             ) from None
 
     async def ask(self, body: bytes) -> tuple[Reading, str]:
@@ -99,7 +100,7 @@ class OpenAIServer:
         except Exception as error:
             return reading, reason_of(error, self._timeout_s)
         if not reading.finished:
-            return reading, "the answer ended before its end"
+            return reading, "the answer ended before its end" if reading.chunks else "no event came; does it stream?"
         return reading, ""
 
     async def _read(self, body: bytes, reading: Reading) -> None:
@@ -118,7 +119,8 @@ class OpenAIServer:
                     break
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(DRAIN_S):
-                    await response.content.read(MAX_ANSWER_NBYTES)
+                    async for _ in response.content.iter_any():
+                        pass
 
 
 async def _body(response: aiohttp.ClientResponse) -> bytes:

@@ -32,6 +32,7 @@ class Talk:
         self.asked: list[dict[str, Any]] = []
         self.headers: list[dict[str, str]] = []
         self.moments_s: list[float] = []
+        self.connections: set[object] = set()
 
     def __enter__(self) -> Self:
         ready = threading.Event()
@@ -62,6 +63,7 @@ class Talk:
 
     async def _chat(self, request: web.Request) -> web.StreamResponse:
         self.headers.append(dict(request.headers))
+        self.connections.add(request.transport)
         body = await request.json()
         self.asked.append(body)
         self.moments_s.append(time.perf_counter())
@@ -142,6 +144,18 @@ async def packed(request: web.Request, talk: Talk) -> web.StreamResponse:
     return response
 
 
+async def does_not_stream(request: web.Request, talk: Talk) -> web.StreamResponse:
+    return web.json_response({"choices": [{"message": {"content": "abc"}, "finish_reason": "stop"}]})
+
+
+async def never_ends(request: web.Request, talk: Talk) -> web.StreamResponse:
+    """Says all, and goes on with comments."""
+    response = await say(request)
+    while True:
+        await response.write(b": more\n\n")
+        await asyncio.sleep(0.01)
+
+
 FAULTS: dict[str, tuple[Answer, str]] = {
     "breaks off": (breaks_off, "the answer ended before its end"),
     "is cut": (is_cut, "ClientPayloadError"),
@@ -152,7 +166,8 @@ FAULTS: dict[str, tuple[Answer, str]] = {
     "hangs": (hangs, "no whole answer within 1 s (--timeout-s)"),
     "a long line": (long_line, "a line of the answer is longer than 1 MiB"),
     "a long refusal": (long_refusal, "it sent more than 1 MiB"),
-    "packed": (packed, "the answer ended before its end"),
+    "packed": (packed, "no event came; does it stream?"),
+    "does not stream": (does_not_stream, "no event came; does it stream?"),
 }
 
 
@@ -174,6 +189,13 @@ def test_a_fault_is_an_error_with_its_reason_and_the_exit_status(fault: str) -> 
     assert "NOT as it must be" in ended.stderr
     assert "Traceback" not in ended.stderr
     assert len(talk.asked) == 2 + 4  # two probes; a redirect was not followed
+
+
+def test_an_answer_that_goes_on_after_its_end_is_left() -> None:
+    with Talk(never_ends) as talk:
+        ended, found = serve("--url", talk.url, "--requests", "2")
+    assert (ended.returncode, found["servers"][0]["answered"]) == (0, 2)
+    assert found["servers"][0]["total_s"]["most"] < 1.0 < found["wall_s"]
 
 
 def test_the_warm_up_says_at_once_what_does_not_work() -> None:
@@ -213,6 +235,7 @@ def test_two_servers_take_turns_at_the_same_requests(tmp_path: Path) -> None:
     assert ended.returncode == 0
     assert [server["model"] for server in found["servers"]] == ["tiny", "tiny"]
     assert one.asked[2:] == other.asked
+    assert (len(one.connections), len(other.connections)) == (1, 1)  # no time to connect is in the figures
     assert all((body["top_k"], body["temperature"], body["stream"]) == (1, 0, True) for body in one.asked)
     order = [first < second for first, second in zip(one.moments_s[2:], other.moments_s, strict=True)]
     assert order == [True, False] * 4
