@@ -148,7 +148,7 @@ def _refused(server: ApiServer, parts: list[dict[str, Any]]) -> int:
 def _check_metrics(server: ApiServer, loaded: int) -> None:
     """All that is documented is there; what this run shows is right. `loaded`: tokens."""
     shown = server.metrics()
-    rows = re.findall(r"^\| `(vllm:mmcache_\w+)` \| (.*?) \|", (ROOT / "docs" / "vllm.md").read_text(), re.MULTILINE)
+    rows = re.findall(r"^\| `(vllm:mmcache_\w+)` \|([^|]*)\|", (ROOT / "docs" / "vllm.md").read_text(), re.MULTILINE)
     documented = {name: set(re.findall(r"`(\w+)`", labels)) for name, labels in rows}
     found = {name: set(re.findall(r'(\w+)="', labels)) for name, labels in map(_parts, shown)}
     totals = {name.removesuffix("_sum"): labels for name, labels in found.items() if name.endswith(("_total", "_sum"))}
