@@ -38,7 +38,7 @@ class ApiServer:
             "kv_connector": "MMCacheKVConnector",
             "kv_connector_module_path": "mmcache_connectors.vllm",
             "kv_role": "kv_both",
-            "kv_connector_extra_config": {"url": url},
+            "kv_connector_extra_config": {"url": url, "deadline_s": 4.0},  # a busy machine's
         }
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
@@ -196,7 +196,7 @@ def test_the_server_over_http() -> None:
             for name, parts in CHATS.items():
                 said, logprobs, length, cached = server.chat(*parts)
                 assert (said, logprobs, length) == truths[name], name
-                assert cached >= 0.95 * ((length - 1) // BLOCK * BLOCK), name
+                assert cached >= 0.95 * ((length - 1) // BLOCK * BLOCK), (name, server.told)
                 assert server.told["mmcache"] == {"cached_tokens": cached}
                 loaded += cached
             for name in ("other", "forged"):
