@@ -7,12 +7,14 @@ and the answer is the one of an empty cache. What is wrong with the settings or 
 from __future__ import annotations
 
 import atexit
+import contextlib
 import logging
 import weakref
 from collections.abc import Sequence
 from typing import Any, Final
 
 import torch
+from vllm.distributed.kv_transfer.kv_connector.factory import KVConnectorFactory
 from vllm.distributed.kv_transfer.kv_connector.v1.base import (
     KVConnectorBase_V1,
     KVConnectorRole,
@@ -285,6 +287,11 @@ class MMCacheKVConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc]
         if self._scheduler is not None:
             self._scheduler.close(self._settings.lookup_s)
         self._client.close()
+
+
+# vLLM's MultiConnector looks the classes of its connectors' counts up by name, and the engine ends if it finds none.
+with contextlib.suppress(ValueError):  # registered before
+    KVConnectorFactory.register_connector("MMCacheKVConnector", "mmcache_connectors.vllm", "MMCacheKVConnector")
 
 
 def _load_async(settings: Settings, engine: Engine) -> bool:

@@ -31,7 +31,7 @@ class ApiServer:
             "kv_connector": "MMCacheKVConnector",
             "kv_connector_module_path": "mmcache_connectors.vllm",
             "kv_role": "kv_both",
-            "kv_connector_extra_config": {"url": url},
+            "kv_connector_extra_config": {"url": url, "deadline_s": 4.0},  # a busy machine's
         }
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))

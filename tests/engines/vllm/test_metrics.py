@@ -112,3 +112,32 @@ def test_an_engine_shows_what_it_did(mode: str) -> None:
         "cached_tokens": 192,
         "missed": {"tokens": 96, "reason": "never stored, or so long ago that it is forgotten"},
     }
+
+
+@pytest.mark.full
+def test_two_caches_under_vllms_multi_connector() -> None:
+    """Their counts add up, and only one of the two answers for a request: vLLM ends where both do."""
+    with Cache() as one, Cache() as other:
+        connectors = [
+            {
+                "kv_connector": "MMCacheKVConnector",
+                "kv_connector_module_path": "mmcache_connectors.vllm",
+                "kv_role": "kv_both",
+                "kv_connector_extra_config": {"url": cache.url},
+            }
+            for cache in (one, other)
+        ]
+        both = {
+            "kv_connector": "MultiConnector",
+            "kv_role": "kv_both",
+            "kv_connector_extra_config": {"connectors": connectors},
+        }
+        with Engine(Settings("text", TEXT.llm | {"kv_transfer_config": both}), {}) as engine:
+            engine.generate(WARM)
+            stored = [one.settle(), other.settle()]
+            told = engine.call("transfer_params", asks=[WARM])
+            shown = engine.call("metrics", prefix="vllm:mmcache_")
+    assert stored == [307 // BLOCK] * 2
+    assert told == [{"mmcache": {"cached_tokens": 288}}]
+    assert shown["vllm:mmcache_saves{outcome=stored}"] == sum(stored)
+    assert shown["vllm:mmcache_bytes{direction=load,transport=shared_memory}"] == 288 * KV_NBYTES
