@@ -208,8 +208,7 @@ def test_the_check_of_the_compose_file_can_fail(part: str, other: str, said: str
 # ---------------------------------------------------------------------------------------------------------- offline
 @pytest.mark.full
 def test_the_offline_example_runs(tmp_path: Path) -> None:
-    """Twice: in the second process mmcache has the prompts the first time."""
-    assert not list(tmp_path.iterdir())
+    """Twice: in the second process mmcache has all of the prompts the first time."""
     cached = []
     with Cache() as cache:
         for _ in range(2):
@@ -220,7 +219,6 @@ def test_the_offline_example_runs(tmp_path: Path) -> None:
             cached.append(
                 [int(line.split(": ")[1].split()[0]) for line in done.stdout.splitlines() if "cached" in line]
             )
-    assert cached[0][0] == 0
-    assert cached[0][1] > 0
-    assert cached[0][2] > 5000
-    assert cached[1][0] == cached[0][2]
+    shared = cached[0][0]  # the prompts begin alike: the second and third of the first round find the first's blocks
+    assert 0 < shared < cached[0][1]
+    assert cached == [[shared, *cached[0][1:2] * 2], cached[0][1:2] * 3]
