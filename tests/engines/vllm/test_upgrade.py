@@ -50,7 +50,6 @@ LEFT: dict[str, dict[str, str]] = {
         "has_pending_push_work": "nothing is pushed to another engine",
         "get_finished_count": "every worker reports its own part",
         "set_xfer_handshake_metadata": "the variant that knows pipeline stages is overridden",
-        "build_prom_metrics": "the counts are in the log's KV Transfer metrics",
     },
     "ECConnectorBase": {
         "role": "set at construction",
