@@ -15,7 +15,7 @@ from mmcache.errors import UsageError
 from mmcache.store.answers import Found
 from mmcache.store.rows import RECORD
 from mmcache.store.shard import Shard
-from mmcache.store.table import tenant_prefix
+from mmcache.store.table import NO_ROW, tenant_prefix
 
 _TENANT = 0
 
@@ -44,13 +44,18 @@ def flip_bit(shard: Shard, digest: bytes, bit: int) -> None:
 
 
 def swap_entries(shard: Shard, first: bytes, second: bytes) -> None:
-    """Make the index hold each of two keys at the other's place: valid frames, wrong keys."""
+    """Make the index hold each of two keys at the other's place: valid frames, wrong keys.
+
+    Raises UsageError if one of them is not stored, or is leased: its lease would then free the other's place.
+    """
     locate(shard, first)
     locate(shard, second)
     with shard.lock:
         rows = shard.index.rows
         prefix = tenant_prefix(_TENANT)
         one, other = rows.table.find(prefix, first), rows.table.find(prefix, second)
+        if NO_ROW in (one, other) or any(shard.index._pins[rows.node[row]] for row in (one, other)):
+            raise UsageError("one of the two was evicted meanwhile, or is leased, so no fault can be planted in it")
         rows.node[one], rows.node[other] = rows.node[other], rows.node[one]
         here, there = (RECORD.unpack_from(rows.records, row * RECORD.size) for row in (one, other))
         RECORD.pack_into(rows.records, one * RECORD.size, *there)

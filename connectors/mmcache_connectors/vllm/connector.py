@@ -59,6 +59,7 @@ class MMCacheKVConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc]
         self._worker: WorkerSide | None = None
         self._worker_facts: dict[str, str] | None = None
         self._idle_step = False
+        self._media: dict[str, Any] = {}  # by request: the features its workers are to have, see _send_media
         self._layer_numbers: dict[str, int] = {}
         deadline_s = settings.lookup_s if role == KVConnectorRole.SCHEDULER else settings.load_s
         self._client = mmcache.connect(with_one_copy_thread(settings.url), deadline_s=deadline_s, lazy=True)
@@ -139,13 +140,29 @@ class MMCacheKVConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc]
     def update_state_after_alloc(self, request: Any, blocks: Any, num_external_tokens: int) -> None:
         """Plan the load for which the engine has made room."""
         assert self._scheduler is not None
+        if request.mm_features and (num_external_tokens or self._engine.workers == 1):
+            self._media[request.request_id] = request.mm_features
         self._scheduler.allocated(request, blocks.get_block_ids(), num_external_tokens)
 
     def build_connector_meta(self, scheduler_output: Any) -> StepJobs:
         """This step's loads, and saves of the blocks it completes."""
         assert self._scheduler is not None
         loads = self._scheduler.take_loads()  # promised: they must reach the workers, whatever else fails
+        self._send_media(scheduler_output.scheduled_new_reqs)
         return StepJobs(loads, self._plan_saves(scheduler_output))
+
+    @never_raises(lambda: None)
+    def _send_media(self, new_requests: Sequence[Any]) -> None:
+        """Have workers get what they must encode once blocks are gone that held it: a synchronous load failed, or the
+        request was preempted and neither the engine nor the cache has them any more.
+
+        vLLM leaves out what a hit covers, once and for all, and ends when it is needed after all (0.32:
+        multimodal/utils.py, strip_covered_mm_data). It costs a copy to each worker, but for a single one, so with
+        several it is done only where the hit was ours.
+        """
+        for new in new_requests:
+            if whole := self._media.pop(new.req_id, None):
+                new.mm_features = list(whole)
 
     @never_raises(list)
     def _plan_saves(self, scheduler_output: Any) -> list[Job]:
@@ -184,6 +201,7 @@ class MMCacheKVConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc]
 
     def _finished(self, request: Any) -> dict[str, Any] | None:
         assert self._scheduler is not None
+        self._media.pop(request.request_id, None)
         told = self._scheduler.finished(request.request_id)
         if request in _TOLD:
             return None

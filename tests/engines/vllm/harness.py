@@ -114,6 +114,8 @@ class Answer:
     finish: str = ""
     logprobs: list[float] = field(default_factory=list)
     error: str = ""
+    margins: list[float] = field(default_factory=list)  # by how much each token's logprob was the best
+    external: int = 0  # of `cached`, and again after a preemption, what came through the connector, where it is counted
 
     @property
     def reusable(self) -> int:
@@ -332,8 +334,8 @@ def made(name: str) -> Path:
 class Cache:
     """A cache server in this process, so that its store can be looked at and damaged. Use as a context manager."""
 
-    def __init__(self, memory_nbytes: int = 256 << 20, pinned_share: float = 0.5) -> None:
-        config = ServerConfig(listen="127.0.0.1:0", memory_nbytes=memory_nbytes, pinned_share=pinned_share)
+    def __init__(self, memory_nbytes: int = 256 << 20, pinned_share: float = 0.5, listen: str = "127.0.0.1:0") -> None:
+        config = ServerConfig(listen=listen, memory_nbytes=memory_nbytes, pinned_share=pinned_share)
         self.server = Server(config)
 
     def __enter__(self) -> Self:

@@ -15,7 +15,7 @@ import mmcache
 from mmcache.frame import parse_header
 from mmcache.keyset import Key, Keys, NamespaceId
 from mmcache.testing.process import ServerProcess
-from tests.engines.vllm.harness import VISION, Ask, Cache, Engine, Expected, ask, words
+from tests.engines.vllm.harness import VISION, Answer, Ask, Cache, Engine, Expected, ask, words
 from tests.engines.vllm.models import IMAGE
 from tests.integration.support import suspend
 
@@ -25,7 +25,8 @@ PATIENCE_S = 30.0
 SOME = [ask(words(300, 330)), ask(words(301, 100) + IMAGE + words(302, 100), 1), ask(words(303, 700))]
 MANY = [ask(words(310 + i, 200 + 9 * i), *([i] if i % 3 == 0 else []), max_tokens=24) for i in range(16)]
 OTHERS = [ask(words(330 + i, 400)) for i in range(6)]
-EXPECTED = Expected.plan(VISION, *SOME, *MANY, *OTHERS)
+PICTURE = ask(words(340, 100) + IMAGE + words(341, 60), 40, max_tokens=200)
+EXPECTED = Expected.plan(VISION, *SOME, *MANY, *OTHERS, PICTURE)
 Damage = Callable[[Cache], object]
 
 
@@ -90,6 +91,39 @@ def test_damaged_blocks_are_noticed_and_computed(small: tuple[Engine, Cache], da
     cache.settle()
     if damage is not reshape:  # damaged entries are dropped, and stored again; a valid one stays what it is
         assert _hit(engine, *SOME), "the damage was not repaired"
+
+
+def test_a_picture_whose_blocks_cannot_be_loaded_is_encoded(small: tuple[Engine, Cache]) -> None:
+    """vLLM does not send a worker the features of a picture that a hit covers, and this one was never encoded here."""
+    engine, cache = small
+    cache.forget(cache.digests())
+    _right(engine, PICTURE)
+    cache.settle()
+    engine.reset()
+    assert engine.call("step", what="reborn")
+    flip_payloads(cache)
+    before = engine.counters()["worker"].get("load_failures", 0)
+    _right(engine, PICTURE)
+    assert engine.counters()["worker"]["load_failures"] == before + 1
+
+
+def test_a_picture_whose_blocks_are_gone_when_its_request_resumes_is_encoded(small: tuple[Engine, Cache]) -> None:
+    engine, cache = small
+    cache.forget(cache.digests())
+    _right(engine, PICTURE)
+    cache.settle()
+    engine.reset()
+    assert engine.call("step", what="reborn")
+    asks, loaded = {"resumed": PICTURE}, engine.counters()["worker"]["blocks_loaded"]
+    while engine.counters()["worker"]["blocks_loaded"] == loaded:
+        assert not engine.call("step", what="advance", asks=asks, steps=10, aborts=[]), "it ended without a load"
+        asks = {}
+    cache.forget(cache.digests())
+    engine.call("step", what="advance", asks={}, steps=10, aborts=[])
+    assert engine.call("step", what="forget") == 1, "it did not run"
+    answer = Answer(**engine.call("step", what="drain")["resumed"])
+    assert answer.same(EXPECTED.of(PICTURE)[0])
+    assert answer.external >= 160
 
 
 def test_blocks_damaged_while_many_requests_run(small: tuple[Engine, Cache]) -> None:

@@ -10,12 +10,15 @@ from __future__ import annotations
 import io
 import json
 import os
+import re
 import sys
 import time
+from functools import cached_property
 from typing import Any
 
 from tests.engines.vllm.images import media, sound
 from tests.engines.vllm.models import MODELS, model_path
+from tests.engines.vllm.stepping import Stepping
 
 TRUNCATED_PNG = bytes.fromhex("89504e470d0a1a0a0000000d49484452000000380000003808020000") + bytes(7)
 TOWERS = ("visual", "vision_tower", "audio_tower")
@@ -82,6 +85,15 @@ class Worker:
             found["worker"] = dict(get_kv_transfer_group().counters())
         return found
 
+    @cached_property
+    def stepping(self) -> Stepping:
+        """Requests that come and go while the engine steps."""
+        return Stepping(self.llm, self)
+
+    def step(self, what: str, **arguments: Any) -> Any:
+        """One of the operations of `Stepping`."""
+        return getattr(self.stepping, what)(**arguments)
+
     def metric(self, name: str) -> float:
         """One of vLLM's own counters, of those the settings have it keep."""
         return float(sum(one.value for one in self.llm.get_metrics() if one.name == name))
@@ -138,19 +150,30 @@ class Worker:
                 lora_request=[self._lora(ask) for ask in asks],
             )
         except Exception as error:  # what the engine says to a request it cannot serve
-            return [{"error": f"{type(error).__name__}: {error}", "tokens": [], "prompt": [], "cached": 0}] * len(asks)
+            return [self.refusal(error)] * len(asks)
         seconds = time.perf_counter() - began
-        return [
-            {
-                "tokens": list(output.outputs[0].token_ids),
-                "finish": output.outputs[0].finish_reason,
-                "prompt": list(output.prompt_token_ids or [0] * ask["embeds"][1]),
-                "cached": output.num_cached_tokens or 0,
-                "seconds": seconds,
-                "logprobs": [chosen[token].logprob for token, chosen in _chosen(output.outputs[0])],
-            }
-            for output, ask in zip(outputs, asks, strict=True)
-        ]
+        return [self.answer(output, ask) | {"seconds": seconds} for output, ask in zip(outputs, asks, strict=True)]
+
+    def arguments(self, ask: dict[str, Any]) -> tuple[Any, Any, Any]:
+        """The prompt, the sampling parameters and the adapter of a request to vLLM."""
+        return self._prompt(ask), self._params(ask), self._lora(ask)
+
+    def refusal(self, error: Exception) -> dict[str, Any]:
+        """The answer to an ask that the engine would not take."""
+        said = re.sub(r" at 0x[0-9a-f]+", "", f"{type(error).__name__}: {error}")
+        return {"error": said, "tokens": [], "prompt": [], "cached": 0}
+
+    def answer(self, output: Any, ask: dict[str, Any]) -> dict[str, Any]:
+        """What a request has said so far."""
+        chosen = list(_chosen(output.outputs[0]))
+        return {
+            "tokens": list(output.outputs[0].token_ids),
+            "finish": output.outputs[0].finish_reason,
+            "prompt": list(output.prompt_token_ids or [0] * ask["embeds"][1]),
+            "cached": output.num_cached_tokens or 0,
+            "logprobs": [likely[token].logprob for token, likely in chosen],
+            "margins": [likely[token].logprob - _second(likely, token) for token, likely in chosen],
+        }
 
     def _prompt(self, ask: dict[str, Any]) -> Any:
         if "embeds" in ask:
@@ -208,7 +231,7 @@ class Worker:
             max_tokens=ask.get("max_tokens", 8),
             ignore_eos=True,
             detokenize=False,
-            logprobs=0,
+            logprobs=2,
             skip_reading_prefix_cache=ask.get("skip_reading"),
         )
 
@@ -223,6 +246,11 @@ class Worker:
 
 def _chosen(completion: Any) -> Any:
     return zip(completion.token_ids, completion.logprobs or [], strict=True)
+
+
+def _second(likely: dict[int, Any], token: int) -> float:
+    """The logprob of the token that would have been chosen instead."""
+    return max((float(other.logprob) for one, other in likely.items() if one != token), default=float("-inf"))
 
 
 def serve(make: type[Worker]) -> None:

@@ -1,0 +1,302 @@
+"""Hundreds of mixed requests, while the cache is killed, stopped, damaged and too small: every answer is the plain
+engine's, none is an error, every block comes back. And the comparison that says so sees wrong blocks.
+
+`mix.py` has the requests and the troubles. What really happened is counted: `pytest -s` prints it.
+"""
+
+from __future__ import annotations
+
+import random
+import socket
+import time
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import replace
+from typing import Any, NamedTuple
+
+import pytest
+
+from tests.engines.vllm.damage import CacheProcess
+from tests.engines.vllm.harness import CLOSE, VISION, Answer, Ask, Engine, Expected, Settings
+from tests.engines.vllm.mix import FAULTS, LORAS, STATES, Beat, Case, beats, working_set
+
+DEADLINE_S = 0.4
+MEMORY_NBYTES = 6 << 20  # some 180 blocks, of a working set of over a thousand
+ENGINE_BLOCKS = 44  # for five requests or so, of the 16 that may run
+PATIENCE_S = 30.0
+SURE = 2 * CLOSE  # two logprobs so far apart do not change places by rounding
+RACE_S = 0.03  # into some steps, so that requests are looking up and loading
+PLANTED = 24  # prompts for which wrong blocks are planted: mix.py begins with texts
+KINDS = (
+    "text", "block border", "several chunks", "decode", "adapter", "salt", "chat", "next turn", "image", "one pixel",
+    "images", "video", "uuid", "forged uuid", "image and adapter",
+)  # fmt: skip
+OFTEN = ("preemptions", "preempted by resets", "evictions", "loads_failed", "verify_failures", "saves_refused")
+MIXED: dict[str, Any] = VISION.llm | {
+    "num_gpu_blocks_override": ENGINE_BLOCKS,
+    "max_num_seqs": 16,
+    # On CPU, vLLM 0.32 has a request without an adapter use the weights in the last slot when others in its batch have
+    # one (lora_index -1 in lora/ops/torch_ops/lora_ops.py): so one slot more than there are adapters, which stays 0.
+    "max_loras": len(LORAS) + 1,
+}
+
+
+class Run(NamedTuple):
+    """How the engine loads, and which mix of at least how many requests."""
+
+    load_mode: str
+    seed: int
+    requests: int
+
+
+full = pytest.mark.full
+QUICK = Run("async", 0, 700)
+RUNS = [
+    pytest.param(QUICK, id="async"),
+    pytest.param(Run("sync", 0, 700), id="sync", marks=full),
+    pytest.param(Run("async", 1, 4000), id="async, long", marks=full),
+    pytest.param(Run("sync", 2, 4000), id="sync, long", marks=full),
+]
+EXPECTED = Expected.plan(VISION, *(case.ask for case in working_set(QUICK.seed)))
+
+
+class Bed:
+    """One engine before one cache, which is replaced when it is killed, and all that was asked and answered."""
+
+    def __init__(self, load_mode: str) -> None:
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            self.address = f"127.0.0.1:{probe.getsockname()[1]}"
+        self.cache = CacheProcess(self.address, MEMORY_NBYTES)
+        connector = {"url": f"mmcache://{self.address}", "load_mode": load_mode, "deadline_s": DEADLINE_S}
+        self.engine = Engine(Settings(VISION.model, MIXED), connector)
+
+    def __enter__(self) -> Bed:
+        self.engine.__enter__()
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.engine.close()
+        self.cache.kill()
+
+
+class Mix:
+    """One run of a mix: asks, troubles the cache, and compares. `counts` is what happened."""
+
+    def __init__(self, bed: Bed, seed: int) -> None:
+        self.bed, self.engine = bed, bed.engine
+        self.cases = working_set(seed)
+        truths = EXPECTED.of(*(case.ask for case in self.cases))
+        self.truths = [_resolved(case.ask, truth) for case, truth in zip(self.cases, truths, strict=True)]
+        self.chance = random.Random(seed)
+        self.open: dict[str, int] = {}  # requests by name -> their case
+        self.counts: Counter[str] = Counter()
+        self.wrong: list[tuple[Case, Answer, Answer]] = []  # what was answered, and what should have been
+
+    # ------------------------------------------------------------------ the requests
+    def run(self, plan: list[Beat]) -> None:
+        """All of it, to the end of the last request."""
+        began, before = time.monotonic(), self._connector()
+        for beat in plan:
+            self._beat(beat)
+        self._drain()
+        self._stored()
+        self.counts.update({name: count - before.get(name, 0) for name, count in self._connector().items()})
+        self.counts["preemptions"] = self.engine.call("step", what="preempted")
+        self.counts["seconds"] = round(time.monotonic() - began)
+
+    def ask(self, arrivals: tuple[int, ...]) -> None:
+        """These cases, at once, to the end."""
+        self._advance(Beat(arrivals, steps=0))
+        self._drain()
+
+    def _beat(self, beat: Beat) -> None:
+        if beat.reborn:
+            self._drain()
+            assert self.engine.call("step", what="reborn")
+        if beat.forget:
+            self.counts["resets"] += 1
+            self.counts["preempted by resets"] += self.engine.call("step", what="forget")
+        if beat.fault:
+            self.counts[beat.fault] += 1
+            getattr(self, f"_{beat.fault}")(beat)
+        else:
+            self._advance(beat)
+
+    def _advance(self, beat: Beat) -> None:
+        self._begin(beat)
+        self._finish()
+
+    def _begin(self, beat: Beat) -> None:
+        asks = {}
+        for place in beat.arrivals:
+            wanted, truth = self.truths[place]
+            if truth.tokens or truth.error:
+                self.counts["requests"] += 1
+                name = f"{self.counts['requests']}"
+                asks[name], self.open[name] = wanted, place
+        self.engine.begin("step", what="advance", asks=asks, steps=beat.steps, aborts=beat.aborts)
+
+    def _finish(self) -> None:
+        self._compare(self.engine.finish())
+
+    def _drain(self) -> None:
+        self._compare(self.engine.call("step", what="drain"))
+        assert not self.open, f"{len(self.open)} requests never ended"
+
+    def _compare(self, ended: dict[str, dict[str, Any]]) -> None:
+        for name, said in ended.items():
+            place = self.open.pop(name)
+            case, answer, truth = self.cases[place], Answer(**said), self.truths[place][1]
+            how, _, state = answer.finish.partition(" ")
+            self.counts["errors"] += how == "error"
+            self.counts["refused"] += bool(answer.error)
+            if how == "abort":
+                self.counts[f"aborted: {state}"] += 1
+                truth = _as_far(truth, answer)
+            self.counts["compared"] += bool(answer.tokens)
+            self.counts[f"hits: {case.kind}"] += answer.external > 0
+            if not answer.same(truth):
+                self.wrong.append((case, answer, truth))
+
+    def _connector(self) -> Counter[str]:
+        counters = self.engine.counters()
+        return Counter(counters["scheduler"]) + Counter(counters["worker"])
+
+    # ------------------------------------------------------------------ the troubles
+    def _killed(self, beat: Beat) -> None:
+        self._stored()
+        self._begin(beat)
+        time.sleep(self.chance.uniform(0, RACE_S))
+        self.bed.cache.kill()
+        self._finish()
+        self.bed.cache = CacheProcess(self.bed.address, MEMORY_NBYTES)
+        self._answers_again()
+
+    def _stopped(self, beat: Beat) -> None:
+        self._begin(beat)
+        time.sleep(self.chance.uniform(0, RACE_S))
+        self.bed.cache.suspend()
+        until = time.monotonic() + 2 * DEADLINE_S
+        self._finish()
+        while time.monotonic() < until:
+            self._advance(replace(beat, arrivals=self._some(1), aborts=()))
+        self.bed.cache.resume()
+        self._answers_again()
+
+    def _flipped(self, beat: Beat) -> None:
+        self._harmed("flip", 0.3, beat)
+
+    def _reshaped(self, beat: Beat) -> None:
+        self._harmed("reshape", 0.3, beat)
+
+    def _swapped(self, beat: Beat) -> None:
+        self._harmed("swap", 0.6, beat)
+
+    def _forgotten(self, beat: Beat) -> None:
+        self._harmed("forget", 0.5, beat)
+
+    def _harmed(self, how: str, share: float, beat: Beat) -> None:
+        """While requests look for what is harmed, or just before."""
+        self._begin(beat)
+        time.sleep(self.chance.choice([0.0, self.chance.uniform(0, RACE_S)]))
+        self.counts["entries harmed"] += self.bed.cache.call("harm", how=how, share=share, seed=self.chance.random())
+        self._finish()
+
+    def _refusing(self, beat: Beat) -> None:
+        self.bed.cache.call("hold")
+        self._advance(beat)
+        self._advance(replace(beat, arrivals=self._some(6)))
+        self.bed.cache.call("let_go")
+
+    def _stored(self) -> None:
+        """Note what the cache did, before it is gone."""
+        self.counts["evictions"] += self.bed.cache.call("counters")["evictions"]
+
+    def _answers_again(self) -> None:
+        """More requests until the engine stores, or finds, blocks again."""
+        until, before = time.monotonic() + PATIENCE_S, self._blocks_moved()
+        while self._blocks_moved() == before:
+            assert time.monotonic() < until, f"the cache is never asked again\n{self.engine.log()[-4000:]}"
+            self.engine.call("step", what="forget")
+            self._advance(Beat(self._some(1), steps=20))
+
+    def _blocks_moved(self) -> int:
+        counters = self._connector()
+        return counters["blocks_saved"] + counters["blocks_present"] + counters["blocks_loaded"]
+
+    def _some(self, count: int) -> tuple[int, ...]:
+        anywhere = [place for place, case in enumerate(self.cases) if case.life is None]
+        return tuple(self.chance.choices(anywhere, k=count))
+
+
+def _resolved(wanted: Ask, truth: Answer) -> tuple[Ask, Answer]:
+    """An ask as it is sent, with the plain engine's answer to it: a chat's next turn follows the plain engine's words,
+    and no answer goes on to a token that rounding alone might change."""
+    if "then" in wanted:
+        others = {name: value for name, value in wanted.items() if name not in ("text", "then")}
+        wanted = others | {"tokens": truth.prompt, "max_tokens": wanted["max_tokens"]}
+        truth = replace(truth, tokens=truth.tokens[-len(truth.logprobs) :])
+    if truth.error:
+        return wanted, truth
+    sure = next((place for place, margin in enumerate(truth.margins) if margin < SURE), len(truth.tokens))
+    return wanted | {"max_tokens": sure}, replace(truth, tokens=truth.tokens[:sure])
+
+
+def _as_far(truth: Answer, answer: Answer) -> Answer:
+    """The truth of an answer that was cut off."""
+    prompt = truth.prompt if answer.prompt else []
+    return replace(truth, tokens=truth.tokens[: len(answer.tokens)], prompt=prompt, finish=answer.finish)
+
+
+def _table(title: str, counts: Counter[str]) -> str:
+    rows = "".join(f"\n  {name:28}{count:8}" for name, count in sorted(counts.items()))
+    return f"{title}: {counts['compared']} answers of {counts['requests']} requests compared{rows}"
+
+
+@pytest.fixture(scope="module", params=RUNS)
+def started(request: pytest.FixtureRequest) -> Iterator[tuple[Bed, Run]]:
+    run: Run = request.param
+    Expected.plan(VISION, *(case.ask for case in working_set(run.seed))).prepare()
+    with Bed(run.load_mode) as bed:
+        yield bed, run
+
+
+def test_every_answer_is_the_plain_engines_whatever_happens(started: tuple[Bed, Run]) -> None:
+    bed, run = started
+    mix = Mix(bed, run.seed)
+    mix.run(beats(run.seed, mix.cases, run.requests))
+    counts = mix.counts
+    print(_table(str(run), counts))
+    assert not mix.wrong, (len(mix.wrong), mix.wrong[:3])
+    assert not counts["errors"]
+    assert counts["requests"] >= run.requests
+    bed.engine.reset()  # every block was given back
+    assert "Traceback" not in bed.engine.log(), bed.engine.log().partition("Traceback")[2][:4000]
+    for name in FAULTS:
+        assert counts[name] >= 2, name
+    for state in STATES:
+        assert counts[f"aborted: {state}"] or (state == "loading" and run.load_mode == "sync"), state
+    for kind in KINDS:
+        assert counts[f"hits: {kind}"], kind
+    for name in OFTEN:
+        assert counts[name] >= 10, name
+
+
+@pytest.mark.parametrize("share", [0.0, 1.0], ids=["two blocks", "all blocks"])
+def test_the_comparison_sees_blocks_that_changed_places(started: tuple[Bed, Run], share: float) -> None:
+    """Their checksums are right, so nothing else can."""
+    bed, run = started
+    mix = Mix(bed, run.seed)
+    bed.cache.call("harm", how="forget", share=1.0, seed=0)
+    bed.engine.reset()
+    mix.ask(tuple(range(PLANTED)))
+    assert not mix.wrong
+    bed.engine.reset()
+    assert bed.cache.call("settle") > PLANTED
+    assert bed.cache.call("harm", how="exchange", share=share, seed=0) >= 2
+    before = mix.counts["hits: text"]
+    mix.ask(tuple(range(PLANTED)))
+    hits = mix.counts["hits: text"] - before
+    assert hits >= PLANTED / 2
+    assert len(mix.wrong) >= (hits if share else 1)
