@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import subprocess
 import sys
 import threading
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -25,7 +27,7 @@ from mmcache_connectors.vllm.ec_scheduler import EncoderScheduler
 from mmcache_connectors.vllm.ec_worker import EncoderWorker
 from mmcache_connectors.vllm.items import ItemIdentities
 from mmcache_connectors.vllm.settings import EncoderSettings
-from mmcache_connectors.vllm.shelf import Shelf
+from mmcache_connectors.vllm.shelf import MAX_ITEMS, Shelf
 from tests.integration.support import suspend
 
 WIDTH = 64
@@ -339,3 +341,29 @@ def test_the_memory_is_one_that_another_process_maps(toys: Any) -> None:
     )
     said = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
     assert float(said) == pytest.approx(float(output(1).sum()))
+
+
+def test_a_worker_that_may_not_map_it_asks_the_cache_itself(toys: Any, caplog: pytest.LogCaptureFixture) -> None:
+    toy = toys()
+    toy.run(request("a", 1))
+    assert toy.worker.flush(5)
+    wanted = request("b", 1)
+    toy.wait(wanted)
+    toy.scheduler.allocated(wanted, 0)
+    _, (load,), _ = toy.scheduler.take_step()
+    nowhere = replace(load, place=replace(load.place, fd=1 << 20))
+    toy.worker.load([nowhere], toy.cache)
+    assert torch.equal(toy.cache["i1"], output(1))
+    assert "cannot map" in caplog.text
+
+
+def test_small_items_do_not_take_all_open_files(toys: Any) -> None:
+    first, second = toys(), toys()
+    for seed in range(MAX_ITEMS + 8):
+        first.run(request(f"a{seed}", seed))
+    assert first.worker.flush(10)
+    before = len(os.listdir("/proc/self/fd"))
+    for seed in range(MAX_ITEMS + 8):
+        second.run(request(f"b{seed}", seed))
+    assert second.encoded == 0
+    assert 2 * MAX_ITEMS <= len(os.listdir("/proc/self/fd")) - before <= 2 * MAX_ITEMS + 8

@@ -59,11 +59,10 @@ class Place:
 
 @dataclass(frozen=True, slots=True)
 class Load:
-    """An embedding to be put into the engine's encoder cache."""
+    """An embedding to be put into the engine's encoder cache, and where it lies by now."""
 
-    identifier: str
+    name: Named
     place: Place
-    form: Form
 
 
 @dataclass(frozen=True, slots=True)

@@ -190,7 +190,7 @@ class EncoderScheduler:
         self.counters["items_hit" if item.loads else "items_missed"] += 1
         fetched = item.fetched
         if item.loads and fetched is not None and fetched.memory is not None:
-            self._loads.append(Load(identifier, fetched.memory.place, item.name.form))
+            self._loads.append(Load(item.name, fetched.memory.place))
             self._loading.append((self._step, fetched))
         elif fetched is not None:
             self._shelf.give_back([fetched])

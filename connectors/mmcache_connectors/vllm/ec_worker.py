@@ -44,11 +44,24 @@ class EncoderWorker:
     def load(self, loads: list[Load], encoder_cache: dict[str, torch.Tensor]) -> None:
         """Put embeddings where the engine looks for its encoder's outputs."""
         for one in loads:
-            found = mapped(one.place, one.form)
+            found = self._fetched(one)
             if self._device.type == "cuda":
-                encoder_cache[one.identifier] = found.pin_memory().to(self._device, non_blocking=True)
+                encoder_cache[one.name.identifier] = found.pin_memory().to(self._device, non_blocking=True)
             else:
-                encoder_cache[one.identifier] = found.to(self._device)  # on a CPU the mapped memory itself
+                encoder_cache[one.name.identifier] = found.to(self._device, copy=True)
+
+    def _fetched(self, load: Load) -> torch.Tensor:
+        """What the scheduler's side fetched; should the system not let this process map it, what the cache has."""
+        try:
+            return mapped(load.place, load.name.form)
+        except (OSError, ValueError):
+            log.exception("mmcache: a worker cannot map what its scheduler fetched; it asks the cache itself")
+        form = load.name.form
+        own = torch.empty(form.shape, dtype=getattr(torch, form.dtype))
+        (result,) = self._client.get_into([load.name.key], [own])
+        if not result:
+            raise RuntimeError(f"an embedding that was promised cannot be had: {result.reason or result.outcome}")
+        return own
 
     def save(self, save: Save, output: torch.Tensor) -> None:
         """Copy what the encoder computed for one item, to be stored in the background."""

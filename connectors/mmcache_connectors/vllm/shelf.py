@@ -16,6 +16,7 @@ import time
 from collections import Counter, OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Final
 
 import torch
 
@@ -25,6 +26,7 @@ from mmcache.transport.base import Outcome, Result
 from mmcache_connectors.vllm.ec_items import Form, Named, Place
 
 log = logging.getLogger("mmcache.vllm")
+MAX_ITEMS: Final = 128  # each is two open files of the engine's process: mmap keeps one of its own
 
 
 class Memory:
@@ -52,7 +54,8 @@ class Memory:
 
 
 def mapped(place: Place, form: Form) -> torch.Tensor:
-    """The tensor at a place of this or another process, for reading; it keeps the memory. Raises OSError."""
+    """The tensor at a place of this or another process, for reading; it keeps the memory, and an open file of this
+    process: copy it. Raises OSError."""
     fd = os.open(f"/proc/{place.pid}/fd/{place.fd}", os.O_RDONLY | os.O_CLOEXEC)
     try:
         # Private and writable, as torch warns of memory that cannot be written; nobody writes.
@@ -73,7 +76,8 @@ class Fetched:
 
 
 class Shelf:
-    """At most `limit_nbytes` of fetched embeddings; those nobody uses any more stay until their room is needed.
+    """At most `limit_nbytes` of fetched embeddings, and MAX_ITEMS; those nobody uses any more stay until their room is
+    needed.
 
     Thread-safe. `counters` count since the start.
     """
@@ -130,10 +134,13 @@ class Shelf:
 
     def _make_room(self, nbytes: int) -> bool:
         for digest in [digest for digest, item in self._items.items() if not item.users]:
-            if self._nbytes + nbytes <= self._limit_nbytes:
+            if self._has_room(nbytes):
                 break
             self._drop(self._items.pop(digest))
-        return self._nbytes + nbytes <= self._limit_nbytes
+        return self._has_room(nbytes)
+
+    def _has_room(self, nbytes: int) -> bool:
+        return len(self._items) < MAX_ITEMS and self._nbytes + nbytes <= self._limit_nbytes
 
     def _drop(self, item: Fetched) -> None:
         memory, item.memory = item.memory, None
