@@ -155,16 +155,17 @@ class Shelf:
             buffers = [item.memory.tensor(item.name.form) for item in items if item.memory is not None]
             results = self._client.get_into([item.name.key for item in items], buffers)
             del buffers
-        finally:
-            with self._lock:
-                for item, result in zip(items, results, strict=True):
-                    if not result and self._items.get(item.name.key.digest) is item:
-                        del self._items[item.name.key.digest]
-                        self._drop(item)
-                    item.done.set()
-                nbytes = sum(item.name.form.nbytes for item in items if item.memory is not None)
-                took_us = int((time.monotonic() - began_s) * 1e6)
-                self.counters.update(fetch_us=took_us, fetched_nbytes=nbytes)
+        except Exception:  # those who wait for the items must hear of it
+            log.exception("mmcache: embeddings could not be fetched")
+        with self._lock:
+            for item, result in zip(items, results, strict=True):
+                if not result and self._items.get(item.name.key.digest) is item:
+                    del self._items[item.name.key.digest]
+                    self._drop(item)
+                item.done.set()
+            nbytes = sum(item.name.form.nbytes for item in items if item.memory is not None)
+            took_us = int((time.monotonic() - began_s) * 1e6)
+            self.counters.update(fetch_us=took_us, fetched_nbytes=nbytes)
         self._note_outcomes(
             [(one.name, result) for one, result in zip(items, results, strict=True) if result is not None]
         )
