@@ -42,10 +42,15 @@ def test_what_has_no_room_on_the_shelf_is_encoded(toys: Any) -> None:
     small.wait(held)
     small.run(request("c", 3))
     assert small.encoded == 1
-    assert small.shelf.snapshot()["no_room"] == 1
+    assert small.shelf.snapshot()["no_room"] == 2
+    waits = request("e", 3)
+    assert not small.scheduler.available(waits, 0)
+    small.scheduler._background.flush(5)
     small.scheduler.finished("b")
-    small.run(request("d", 3))
-    assert small.encoded == 1, "what nobody uses any more makes room"
+    small.run(waits)
+    assert small.encoded == 1, (
+        "what nobody uses any more makes room, for requests that found none when they came as well"
+    )
 
 
 def test_many_threads_fetch_one_item_once(toys: Any) -> None:
@@ -80,7 +85,7 @@ def test_what_comes_long_after_the_deadline_is_given_back_too(toys: Any, monkeyp
     assert first.worker.flush(5)
     names, go = second.scheduler._namer.names, threading.Event()
 
-    def late(*asked: Any) -> list[Named]:
+    def late(*asked: Any) -> Any:
         go.wait(10)  # as if a long clip's features were being hashed
         return names(*asked)
 

@@ -22,7 +22,7 @@ from mmcache_connectors.vllm.background import Background, Ticket
 from mmcache_connectors.vllm.ec_items import Load, Named, Save, is_bare, passes_through
 from mmcache_connectors.vllm.ec_names import Namer
 from mmcache_connectors.vllm.settings import EncoderSettings
-from mmcache_connectors.vllm.shelf import Fetched, Shelf
+from mmcache_connectors.vllm.shelf import Fetched, Lack, Shelf
 
 log = logging.getLogger("mmcache.vllm")
 THREADS: Final = 4
@@ -35,6 +35,7 @@ class Item:
     name: Named
     stored: bool
     fetched: Fetched | None = None
+    no_room: bool = False
     audit: bool = False
 
     @property
@@ -55,6 +56,7 @@ class _Asked:
     ticket: Ticket[list[Item]] | None = None
     waiting: set[str] = field(default_factory=set)  # identifiers the ticket is about
     items: dict[str, Item] = field(default_factory=dict)
+    retried: bool = False  # what found no room
 
 
 class EncoderScheduler:
@@ -98,6 +100,8 @@ class EncoderScheduler:
         looking = asked.ticket is not None or self._look_up(request, asked, computed_tokens)
         if looking and not self._ended(asked):
             return False
+        if self._may_retry(asked):
+            return self.available(request, computed_tokens)
         if any(self._lacks(asked, feature, computed_tokens) for feature in request.mm_features):
             self._hopeless.add(request.request_id)
             return False
@@ -115,6 +119,16 @@ class EncoderScheduler:
         elif asked.preemptions != request.num_preemptions:
             asked.preemptions, asked.settled = request.num_preemptions, None
         return asked
+
+    def _may_retry(self, asked: _Asked) -> bool:
+        """Once, for what found no room: it may be long ago, as vLLM asks again when it could run the request."""
+        full = [identifier for identifier, item in asked.items.items() if item.no_room]
+        if asked.retried or not full:
+            return False
+        asked.retried = True
+        for identifier in full:
+            del asked.items[identifier]
+        return True
 
     def _lacks(self, asked: _Asked, feature: Any, computed_tokens: int) -> bool:
         """Whether the item can neither be loaded nor encoded: to run it would end vLLM's engine."""
@@ -166,7 +180,10 @@ class EncoderScheduler:
             stored = self._client.contains([name.key for name in names]) if self._encodes_only else [False] * len(names)
             return [Item(name, known) for name, known in zip(names, stored, strict=True)]
         fetched = self._shelf.fetch(names, self._settings.deadline_s)
-        return [Item(name, one is not None, one) for name, one in zip(names, fetched, strict=True)]
+        return [
+            Item(name, True, one) if isinstance(one, Fetched) else Item(name, False, no_room=one is Lack.NO_ROOM)
+            for name, one in zip(names, fetched, strict=True)
+        ]
 
     def _ended(self, asked: _Asked) -> bool:
         """Whether the items under way are known by now, or it has taken too long. Waits a moment for it."""
