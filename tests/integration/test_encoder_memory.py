@@ -45,12 +45,10 @@ def test_what_has_no_room_on_the_shelf_is_encoded(toys: Any) -> None:
     assert small.shelf.snapshot()["no_room"] == 2
     waits = request("e", 3)
     assert not small.scheduler.available(waits, 0)
-    small.scheduler._background.flush(5)
+    assert small.scheduler._background.flush(5)
     small.scheduler.finished("b")
     small.run(waits)
-    assert small.encoded == 1, (
-        "what nobody uses any more makes room, for requests that found none when they came as well"
-    )
+    assert small.encoded == 1, "what nobody uses any more makes room, also for a request that found none at first"
 
 
 def test_many_threads_fetch_one_item_once(toys: Any) -> None:

@@ -147,6 +147,17 @@ def test_an_embedding_left_out_twice_is_there_both_times(toys: Any) -> None:
         toy.scheduler.freed(bare, index)
 
 
+def test_a_session_that_is_given_another_picture_has_it_looked_up(toys: Any) -> None:
+    toy = toys()
+    toy.run(request("a", 1, 2))
+    assert toy.worker.flush(5)
+    session = request("b", 1)
+    toy.wait(session)
+    session.mm_features.append(request("c", 1, 2).mm_features[1])
+    toy.wait(session)
+    assert toy.scheduler.has("i2")
+
+
 def test_new_weights_make_what_is_known_of_a_waiting_request_void(toys: Any) -> None:
     toy = toys()
     toy.run(request("a", 1))

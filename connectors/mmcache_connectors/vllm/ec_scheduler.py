@@ -46,11 +46,12 @@ class Item:
 
 @dataclass(slots=True)
 class _Asked:
-    """One request's items. `settled`: every item that ends after so many tokens has been looked up, or given up, since
-    the request began for the last time: preempted, it begins anew, and vLLM may have dropped what it had."""
+    """One request's items. `settled`: every item that ends after so many tokens has been looked up, or given up, in
+    this `run` of it: preempted, it begins anew, and vLLM may have dropped what it had; a session is given more items.
+    """
 
     epoch: str  # of the weights they were named in
-    preemptions: int
+    run: tuple[int, int]  # preemptions, items
     settled: int | None = None
     started_s: float = 0.0
     ticket: Ticket[list[Item]] | None = None
@@ -101,7 +102,7 @@ class EncoderScheduler:
         if looking and not self._ended(asked):
             return False
         if self._may_retry(asked):
-            return self.available(request, computed_tokens)
+            return False
         if any(self._lacks(asked, feature, computed_tokens) for feature in request.mm_features):
             self._hopeless.add(request.request_id)
             return False
@@ -114,14 +115,16 @@ class EncoderScheduler:
         if asked is not None and asked.epoch != epoch:
             self.finished(request.request_id)
             asked = None
+        run = (request.num_preemptions, len(request.mm_features))
         if asked is None:
-            asked = self._asked[request.request_id] = _Asked(epoch, request.num_preemptions)
-        elif asked.preemptions != request.num_preemptions:
-            asked.preemptions, asked.settled = request.num_preemptions, None
+            asked = self._asked[request.request_id] = _Asked(epoch, run)
+        elif asked.run != run:
+            asked.run, asked.settled = run, None
         return asked
 
     def _may_retry(self, asked: _Asked) -> bool:
-        """Once, for what found no room: it may be long ago, as vLLM asks again when it could run the request."""
+        """Once, for what found no room: steps have made some since, and it may be long ago, as vLLM asks again when it
+        could run the request."""
         full = [identifier for identifier, item in asked.items.items() if item.no_room]
         if asked.retried or not full:
             return False
