@@ -15,7 +15,7 @@ METRICS: Final = {  # counter of either side -> (name in vLLM's metrics, what it
     "items_hit": ("hits", "Media items whose embedding came from the cache."),
     "items_missed": ("misses", "Media items that were asked for and encoded."),
     "lookup_timeouts": ("lookup_timeouts", "Requests whose items were encoded because finding out took too long."),
-    "no_room": ("no_room", "Media items that were encoded because load_buffer_mib was full."),
+    "no_room": ("no_room", "Times an embedding was not fetched because load_buffer_mib was full."),
     "fetched_nbytes": ("loaded_bytes", "Bytes of embeddings fetched."),
     "fetch_us": ("load_seconds", "Seconds in which embeddings were being fetched."),
     "items_saved": ("saves", "Embeddings stored."),
