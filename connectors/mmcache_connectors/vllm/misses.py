@@ -42,6 +42,7 @@ NOT_ASKED: Final = "not asked"
 NOT_KNOWN_YET: Final = "not known yet"
 
 MAX_WAITING: Final = 8  # of further requests the server is not asked, and nothing is written down
+ASK_LATER_S: Final = 0.01  # by then the step that admits the request is planned, and nothing competes with that
 MAX_RECORDS: Final = 256  # files
 MAX_RECORD_TOKENS: Final = 1 << 18  # a longer request, some 2 MB of JSON, is not written down
 _RECORD: Final = re.compile(r"miss-\d{19}-[\w.-]*\.json")
@@ -95,7 +96,8 @@ class Misses:
             return NO_ANSWER
         if self._recorder is not None:
             self._recording.submit(lambda: self._record(request))
-        asked = self._asking.submit(lambda: self._ask(keys[hit : hit + 1])) if self._asks else None
+        due_s = time.monotonic() + ASK_LATER_S
+        asked = self._asking.submit(lambda: self._ask(keys[hit : hit + 1], due_s)) if self._asks else None
         return NOT_ASKED if asked is None else asked
 
     def _record(self, request: Any) -> None:
@@ -104,7 +106,8 @@ class Misses:
         if recorded is not None:
             self._recorder.write(request.request_id, recorded)
 
-    def _ask(self, block: Keys) -> Missed:
+    def _ask(self, block: Keys, due_s: float) -> Missed:
+        time.sleep(max(0.0, due_s - time.monotonic()))
         digests = [block.for_part(part).digests[0] for of_group in self._parts.of_group for part in of_group]
         try:
             reasons = Operations(self._client).explain(digests)
