@@ -34,6 +34,7 @@ AUDIT: Final = "audit: found, and computed anew all the same, to compare"
 ONLY_STORES: Final = "this engine only stores (kv_producer)"
 NOT_WANTED: Final = "the request asked not to read the cache"
 UNIDENTIFIED: Final = "not cacheable: its adapter, or the engine's weights, are not identified"
+NOT_TAKEN: Final = "stored, but the engine did not take it: another connector's tokens, say"
 UNKNOWN_ITEM: Final = "a media item of unknown identity ends what can be cached"
 TOO_SLOW: Final = "the lookup took too long"
 NO_ANSWER: Final = "the cache does not answer"
@@ -87,15 +88,25 @@ class Misses:
         self._asking: Few[Missed] = Few("mmcache-explain")
         self._recording: Few[None] = Few("mmcache-record")  # apart, as disks are slow
 
-    def explain(self, request: Any, keys: Keys, hit: int) -> Missed | Ticket[Missed]:
-        """Why the block after the first `hit` of `keys` is not there, or a ticket that will say so. Never raises."""
-        if hit == len(keys):
-            return UNKNOWN_ITEM
+    def explain(
+        self, request: Any, keys: Keys, hit: int, local: int, *, whole: bool
+    ) -> Missed | Ticket[Missed] | None:
+        """Why the first block is not there that is neither among the leading `hit` that are stored nor among the
+        `local` that the engine has, or a ticket that will say so; None if there is no such block.
+
+        `keys` are those of all blocks that could be loaded: all of the `whole` request, or those before an item of
+        unknown identity. Never raises.
+        """
+        first = max(hit, local)
+        if first >= len(keys):
+            return None if whole else UNKNOWN_ITEM
         if not self._client.answering:
             return NO_ANSWER
         if self._recorder is not None:
             self._recording.submit(lambda: self._record(request))
-        asked = self._asking.submit(lambda: self._ask(keys[hit : hit + 1])) if self._asks else None
+        # The one at `hit`, too: what is stored behind it is of no use without it.
+        two = keys[first : first + 1], keys[hit : hit + 1]
+        asked = self._asking.submit(lambda: self._ask(*two)) if self._asks else None
         return NOT_ASKED if asked is None else asked
 
     def _record(self, request: Any) -> None:
@@ -104,8 +115,9 @@ class Misses:
         if recorded is not None:
             self._recorder.write(request.request_id, recorded)
 
-    def _ask(self, block: Keys) -> Missed:
-        digests = [block.for_part(part).digests[0] for of_group in self._parts.of_group for part in of_group]
+    def _ask(self, *blocks: Keys) -> Missed:
+        parts = [part for of_group in self._parts.of_group for part in of_group]
+        digests = [block.for_part(part).digests[0] for block in blocks for part in parts]
         try:
             reasons = Operations(self._client).explain(digests)
         except (MMCacheError, OSError):
@@ -156,7 +168,7 @@ def transfer_params(cached_tokens: int, missed_tokens: int, missed: Missed | Tic
     if missed_tokens > 0:
         if isinstance(missed, Ticket):
             missed = (missed.result or NO_ANSWER) if missed.done() else NOT_KNOWN_YET
-        told["missed"] = {"tokens": missed_tokens, **_in_words(missed or NOT_KNOWN_YET)}
+        told["missed"] = {"tokens": missed_tokens, **_in_words(missed or NOT_TAKEN)}
     return {"mmcache": told}
 
 
