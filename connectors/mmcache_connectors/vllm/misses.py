@@ -88,9 +88,7 @@ class Misses:
         self._asking: Few[Missed] = Few("mmcache-explain")
         self._recording: Few[None] = Few("mmcache-record")  # apart, as disks are slow
 
-    def explain(
-        self, request: Any, keys: Keys, hit: int, local: int, *, whole: bool
-    ) -> Missed | Ticket[Missed] | None:
+    def explain(self, request: Any, keys: Keys, hit: int, local: int, *, whole: bool) -> Missed | Ticket[Missed] | None:
         """Why the first block is not there that is neither among the leading `hit` that are stored nor among the
         `local` that the engine has, or a ticket that will say so; None if there is no such block.
 
