@@ -183,6 +183,26 @@ def test_the_reason_is_that_of_a_block_the_engine_lacks_as_well(server: ServerPr
         assert request.told["mmcache"]["missed"]["reason"] == reason
 
 
+def test_what_is_stored_meanwhile_and_what_a_reset_kept_from_the_cache(
+    server: ServerProcess, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine = ToyEngine(server.url, ONE)
+    gate = Gate(engine.lookup_client.ask)
+    monkeypatch.setattr(engine.lookup_client, "ask", gate)
+    early = engine.add(Request("early", TOKENS))
+    answered(engine, early)
+    run_one(ToyEngine(server.url, ONE), "another engine's", TOKENS)
+    gate.open()
+    assert engine.scheduler._misses.flush(10)
+    finish(engine, early)
+    assert early.told == {"mmcache": missed(48, misses.STORED_SINCE)}
+    waiting = engine.add(Request("waiting", TOKENS))
+    answered(engine, waiting)
+    assert engine.reset()
+    finish(engine, waiting)
+    assert waiting.told == {"mmcache": missed(48, misses.RESET)}
+
+
 def test_a_hit_that_the_engine_did_not_take(server: ServerProcess) -> None:
     """As under vLLM's MultiConnector, where another connector's tokens may come first."""
     engine = ToyEngine(server.url, ONE)

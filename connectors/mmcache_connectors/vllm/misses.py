@@ -39,6 +39,8 @@ UNKNOWN_ITEM: Final = "a media item of unknown identity ends what can be cached"
 TOO_SLOW: Final = "the lookup took too long"
 NO_ANSWER: Final = "the cache does not answer"
 LOAD_FAILED: Final = "its load failed, or one it waited for"
+STORED_SINCE: Final = "stored since it was looked up"
+RESET: Final = "the cache was reset before it ran"
 NOT_ASKED: Final = "not asked"
 NOT_KNOWN_YET: Final = "not known yet"
 
@@ -120,7 +122,7 @@ class Misses:
             reasons = Operations(self._client).explain(digests)
         except (MMCacheError, OSError):
             return NO_ANSWER
-        return next((reason for reason in reasons if reason.why is not Why.HERE), reasons[0])
+        return next((reason for reason in reasons if reason.why is not Why.HERE), STORED_SINCE)
 
     def flush(self, timeout_s: float) -> bool:
         """Wait until everything asked is answered, and written down; False if one of the two took longer."""

@@ -385,7 +385,7 @@ class SchedulerSide:
         """The weights changed: nothing stored before is looked up again, nothing under way is saved."""
         self._namespaces.forget()
         for tracked in self._tracked.values():
-            tracked.off, tracked.chain, tracked.identified = True, None, None
+            tracked.off, tracked.chain, tracked.identified, tracked.missed = True, None, None, misses.RESET
 
     def close(self, timeout_s: float) -> None:
         """Wait a moment for questions under way."""
