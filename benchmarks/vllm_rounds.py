@@ -159,7 +159,8 @@ def stored_everything(url: str, patience_s: float = 30.0) -> None:
     """Wait until the server has stored nothing more for a while."""
     with mmcache.connect(url) as client:
         last, since = -1, time.monotonic()
-        while time.monotonic() - since < 0.3 and time.monotonic() < since + patience_s:
+        give_up_s = since + patience_s
+        while time.monotonic() < min(since + 0.3, give_up_s):
             now = client.stat()["counters"]["stored"]
             if now != last:
                 last, since = now, time.monotonic()
