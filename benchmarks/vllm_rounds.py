@@ -24,6 +24,8 @@ MORE: Final = 2  # tokens of the prompt, since an engine must compute one; of on
 CROWD: Final = 16  # requests at once
 TAIL: Final = 8  # tokens of each that the others do not have
 CROWD_LENGTH: Final = 2048
+MISSES: Final = 4  # further prompts that are only computed, each round: what a miss adds is small beside its noise
+MISS_LENGTH: Final = 2048
 DECODERS: Final = 8  # requests that decode together
 DECODE_PROMPT: Final = 60  # tokens; the first block is full, and stored, after four steps, the second after 36
 DECODE_STEPS: Final = 64
@@ -64,6 +66,7 @@ def measure(rounds: int, hits_each: int, dtype: str) -> Times:
             found = times if number else Times()
             for length in LENGTHS:
                 _hits(running, _prompt(random, length + MORE), length, hits_each, server.url, found)
+            _misses(running, random, server.url, found)
             _crowds(running, random, hits_each, server.url, found)
             _decodes(running, random, found)
             for name in OURS:
@@ -122,6 +125,18 @@ def _hits(running: dict[str, Engine], prompt: Prompt, length: int, hits_each: in
         assert all(one.tokens == truth for one in (miss, *hits[name])), f"{name}: not {truth}"
         found.miss[name, length].append(miss.seconds)
         found.hit[name, length] += [one.seconds for one in hits[name]]
+
+
+def _misses(running: dict[str, Engine], random: np.random.Generator, url: str, found: Times) -> None:
+    """New prompts, computed by engines with and without mmcache in turns."""
+    some = {name: engine for name, engine in running.items() if name != "example"}
+    for number in range(MISSES):
+        wanted = ask(tokens=_prompt(random, MISS_LENGTH + MORE), max_tokens=1)
+        for name, engine in _in_turns(some, number):
+            (answer,) = _first(engine, [wanted], fresh=True)
+            assert answer.cached == 0, f"{name}: {answer.cached} tokens of a new prompt were known"
+            found.miss[name, MISS_LENGTH].append(answer.seconds)
+            stored_everything(url)
 
 
 def _crowds(running: dict[str, Engine], random: np.random.Generator, crowds_each: int, url: str, found: Times) -> None:
