@@ -92,6 +92,12 @@ def test_what_is_no_config_ends_with_2_and_says_so(name: str, tmp_path: Path) ->
     assert ended.stdout == ""
 
 
+def test_a_models_name_is_no_folder_and_nothing_is_downloaded() -> None:
+    ended = run_cli("size", "Qwen/Qwen2.5-VL-7B-Instruct")
+    assert ended.returncode == 2
+    assert "nothing is downloaded" in " ".join(ended.stderr.split())
+
+
 BAD_OPTIONS = {
     "--tp=3": "cannot be cut over 3 ranks",
     "--tp=0": "ranks",
