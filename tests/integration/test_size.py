@@ -35,6 +35,11 @@ def test_a_file_and_its_folder_say_the_same(tmp_path: Path) -> None:
     assert [row["tp"] for row in found["tensor_parallel"]] == [1, 2, 4, 8]
     assert [row["memory_nbytes"] >> 30 for row in found["memory"]] == [16, 64, 256]
     assert found["notes"] == []
+    assert {name: sorted(found[name][0]) for name in ("tensor_parallel", "items", "memory")} == {
+        "tensor_parallel": ["parts", "stored_nbytes", "tp", "worker_nbytes"],
+        "items": ["nbytes", "stored_nbytes", "tokens", "what", "width"],
+        "memory": ["entries", "index_full", "index_nbytes", "items", "memory_nbytes", "prompts", "tokens"],
+    }
 
 
 def test_options_are_the_engines(tmp_path: Path) -> None:

@@ -101,6 +101,8 @@ def test_a_picture_is_scaled_to_the_processors_limits() -> None:
         assert tokens(processor, Picture(168, 112)) == 6 * 4
         assert tokens(processor, Picture(2800, 2800)) == 8 * 8
         assert tokens(processor, Picture(28, 28)) == 2 * 2
+    notes = [items_of(Fields(QWEN_VL), Fields(plain), Picture(side, side))[1] for side in (168, 2800)]
+    assert [["unscaled" in note for note in one] for one in notes] == [[], [True]]
     wide = items_of(Fields(CONFIGS["mistral-community/pixtral-12b"]), None, Picture(4096, 1024))[0][0]
     assert wide.tokens == 64 * 16
 
