@@ -186,7 +186,7 @@ def serve(*words: str) -> tuple[Ended, dict[str, Any]]:
 def test_a_fault_is_an_error_with_its_reason_and_the_exit_status(fault: str) -> None:
     answer, reason = FAULTS[fault]
     with Talk(answer) as talk:
-        ended, found = serve("--url", talk.url, "--timeout-s", "1")
+        ended, found = serve("--url", talk.url, "--timeout-s", "1" if fault == "hangs" else "20")
     assert ended.returncode == 1
     (server,) = found["servers"]
     assert server["answered"] == 0
