@@ -128,6 +128,8 @@ class ServeReport:
                 )
             if 2 * one.in_one_piece > len([sample for sample in one.samples if (sample.completion_tokens or 0) > 1]):
                 found.append(f"{one.name}: {count(one.in_one_piece, 'answer')} {ONE_PIECE}")
+        if len({one.url for one in self.served}) < len(self.served):
+            found.append("one server is asked everything twice: the second time it has cached the first")
         if len({one.model for one in self.served}) > 1:
             found.append("the servers answer with models of different names")
         if self.workload["rate"] is not None and len(self.served) > 1:

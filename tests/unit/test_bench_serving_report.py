@@ -70,6 +70,7 @@ def test_answers_in_one_piece_and_models_of_two_names_are_said() -> None:
     assert "20 answers of several tokens came in one piece" in note
     assert report([replace(whole, completion_tokens=1)] * 30).notes() == []
     one, other = report([ANSWER] * 30, [ANSWER] * 30).served
+    assert "asked everything twice" in replace(report([ANSWER] * 30), served=[one, one]).notes()[0]
     assert "different names" in replace(report([ANSWER] * 30), served=[one, replace(other, model="n")]).notes()[0]
 
 
