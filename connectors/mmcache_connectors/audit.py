@@ -67,9 +67,10 @@ def bound(dtype: torch.dtype) -> float:
 
     That is halfway, in orders of magnitude, between a single rounding (epsilon) and a tensor that has nothing in common
     with the other one (about 1): 3.5e-4 for float32, 0.031 for float16, 0.088 for bfloat16. Measured on a model of
-    16 random layers, in which errors grow faster than in a trained one: computed in other chunks, a layer of a block
-    was off by up to 2.3e-6 in float32 and 0.016 in bfloat16; by another attention kernel, which the namespace tells
-    apart, by 3.5e-6 and 0.070; two different blocks, in one layer at least, by 1.4 (tests/engines/vllm/test_audit.py).
+    16 random layers, in which errors grow faster than in a trained one: computed in other chunks, a layer's keys or
+    values were off by up to 2.3e-6 in float32 and 0.017 in bfloat16; by another attention kernel, which the namespace
+    tells apart, by 3.5e-6 and 0.072; two different blocks, in one layer at least, by 1.4
+    (tests/engines/vllm/test_audit.py).
     """
     return math.sqrt(torch.finfo(dtype).eps)
 

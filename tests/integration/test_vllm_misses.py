@@ -53,6 +53,7 @@ def server() -> Iterator[ServerProcess]:
 def told(engine: ToyEngine, name: str, tokens: list[int], **more: Any) -> dict[str, Any]:
     """What is said of a request that ends after everything about it is known."""
     assert engine.forget_local()
+    assert engine.scheduler._misses.flush(10)  # or what earlier requests ask leaves no room for its question
     request = engine.add(Request(name, tokens, **more))
     answered(engine, request)
     assert engine.scheduler._misses.flush(10)
