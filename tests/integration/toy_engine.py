@@ -57,7 +57,7 @@ class ToyEngine:
         self.loras: dict[int, bytes] = {}  # the adapters' weights, as they were when each was first run
         self.namespaces = Namespaces(self.facts, kind="kv", layout=STORED_LAYOUT, block_size=BLOCK)
         self.scheduler = SchedulerSide(
-            self.settings, self.parts, self.namespaces, Identities(self), self.lookup_client, block_tokens=BLOCK,
+            self.settings, self.parts, self.namespaces, Identities(), self.lookup_client, block_tokens=BLOCK,
             reads=True, writes=True, load_async=load_async, save_blocks_per_step=save_blocks_per_step,
             evict=self.pools[0].evict, draw=draw,
         )  # fmt: skip

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import os
 import threading
 from pathlib import Path
@@ -13,6 +14,7 @@ import pytest
 from mmcache.errors import KeyInputError
 from mmcache.identity import directory_digest, file_digest
 from mmcache_connectors.vllm import weights
+from mmcache_connectors.vllm.identities import shared_identities
 from mmcache_connectors.vllm.weights import ModelSource, WeightsIdentity, model_identity, model_sources, stat_signature
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
@@ -187,3 +189,16 @@ def test_a_signature_changes_with_any_file(tmp_path: Path) -> None:
     (model / "gone").symlink_to(tmp_path / "nowhere")
     with pytest.raises(KeyInputError, match="cannot look at"):
         stat_signature(model)
+
+
+class ModelConfig:
+    """An engine's."""
+
+
+def test_the_connectors_of_one_engine_hear_of_new_weights_together() -> None:
+    """One inside vLLM's MultiConnector was given a copy of the engine's configuration."""
+    config, other = SimpleNamespace(model_config=ModelConfig()), SimpleNamespace(model_config=ModelConfig())
+    inside, beside = shared_identities(copy.copy(config)), shared_identities(config)
+    inside.new_epoch()
+    assert beside.epoch == inside.epoch != ""
+    assert shared_identities(other).epoch == ""

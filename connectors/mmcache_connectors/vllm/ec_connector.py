@@ -65,6 +65,7 @@ class MMCacheECConnector(ECConnectorBase):  # type: ignore[misc]
             Shelf(self._client, self._settings.load_buffer_mib << 20),
             reads=self.is_consumer and _workers_here(vllm_config.parallel_config),
             writes=self.is_producer,
+            encodes_only=not self.is_consumer,
             steps_in_flight=vllm_config.max_concurrent_batches,
             placeholder_fields=PlaceholderMetadataResolver(vllm_config.model_config).fields_for,
         )
@@ -112,6 +113,12 @@ class MMCacheECConnector(ECConnectorBase):  # type: ignore[misc]
         """The engine has made room for the item: load it, or store it once it is encoded."""
         if self._scheduler is not None:
             self._scheduler.allocated(request, index)
+
+    @never_raises(lambda: None)
+    def update_state_after_free(self, request: Any, index: int) -> None:
+        """The engine is past the item: it may be dropped."""
+        if self._scheduler is not None:
+            self._scheduler.freed(request, index)
 
     @never_raises(StepItems)
     def build_connector_meta(self, scheduler_output: Any) -> StepItems:

@@ -32,7 +32,7 @@ class EncoderFacts:
         self._facts |= {f"user.{name}": text for name, text in settings.extra_facts.items()}
         self._named_epoch = settings.weights_epoch
         self._shared = shared_identities(vllm_config)
-        self._weights = self._shared.weights(settings.model_identity)
+        self._weights = self._shared.weights(vllm_config, settings.model_identity)
         self._weights.ready(START_WAIT_S)
         self._said_why = False
 

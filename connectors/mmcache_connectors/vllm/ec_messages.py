@@ -14,15 +14,14 @@ from mmcache_connectors.vllm.metrics import CacheStats
 METRICS: Final = {  # counter of either side -> (name in vLLM's metrics, what it counts)
     "items_hit": ("hits", "Media items whose embedding came from the cache."),
     "items_missed": ("misses", "Media items that were asked for and encoded."),
+    "lookup_timeouts": ("lookup_timeouts", "Requests whose items were encoded because finding out took too long."),
+    "no_room": ("no_room", "Media items that were encoded because load_buffer_mib was full."),
     "fetched_nbytes": ("loaded_bytes", "Bytes of embeddings fetched."),
     "fetch_us": ("load_seconds", "Seconds in which embeddings were being fetched."),
     "items_saved": ("saves", "Embeddings stored."),
     "saved_nbytes": ("saved_bytes", "Bytes of embeddings stored."),
     "save_us": ("save_seconds", "Seconds in which embeddings were being stored."),
-    "saves_dropped": (
-        "dropped_saves",
-        "embeddings dropped: save_buffer_mib was full, or the cache away",
-    ),
+    "saves_dropped": ("dropped_saves", "Embeddings dropped: save_buffer_mib was full, or the cache away."),
     "verify_failures": ("verify_failures", "Stored embeddings that failed their checks."),
     "audits": ("audits", "Known items that were encoded all the same and compared."),
     "audit_differences": ("audit_differences", "Audited items whose stored embedding was another one."),

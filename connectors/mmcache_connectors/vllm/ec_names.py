@@ -12,7 +12,7 @@ from mmcache.keys import embedding_key
 from mmcache.media import MODALITIES, Media
 from mmcache_connectors.vllm.adapters import AdapterIdentities
 from mmcache_connectors.vllm.ec_facts import EncoderFacts
-from mmcache_connectors.vllm.ec_items import Named, media_of
+from mmcache_connectors.vllm.ec_items import Named, media_of, passes_through
 from mmcache_connectors.vllm.items import ItemIdentities
 from mmcache_connectors.vllm.lookup import Namespaces
 
@@ -30,9 +30,10 @@ class Namer:
 
     def names(self, request: Any, indices: Iterable[int]) -> list[Named]:
         """Those of the request's items that have an identity and are worth a place in the cache, once each."""
-        if self._epoch != self._facts.epoch:
-            self._epoch = self._facts.epoch
+        epoch = self.epoch
+        if self._epoch != epoch:
             self._namespaces.forget()
+            self._epoch = epoch
         adapter = self._adapters.of_request(request) if self._facts.adapters_count else ""
         if adapter is None:
             return []
@@ -40,14 +41,27 @@ class Namer:
         if namespace is None:
             return []
         found: dict[str, Named] = {}
-        for index in indices:
-            feature = request.mm_features[index]
-            item = self._items.shown(feature) if feature.identifier not in found else None
+        for feature in [request.mm_features[index] for index in indices]:
+            item = self._item(request, feature) if feature.identifier not in found else None
             if item is not None:
                 form = self._facts.form(feature.modality, feature.mm_position.get_num_embeds())
                 key = embedding_key(namespace, item)
                 found[feature.identifier] = Named(feature.identifier, key, form, self._media(feature))
         return list(found.values())
+
+    @property
+    def epoch(self) -> str:
+        """Of the weights: what was named in another one is not to be used."""
+        return self._facts.epoch
+
+    def _item(self, request: Any, feature: Any) -> bytes | None:
+        """The item's digest; None if it has none, or if the request calls something else by the same name. vLLM has one
+        embedding for the name then, of the one or the other: an encoder's output of this, or a tensor of a client's."""
+        named = [one for one in request.mm_features if one.identifier == feature.identifier]
+        if any(passes_through(one) for one in named):
+            return None
+        digests = {self._items.shown(one) for one in named}
+        return digests.pop() if len(digests) == 1 else None
 
     def adapter_kept(self, request: Any) -> bool:
         """Whether the adapter the items were named for is still that one. Looks at the disk."""

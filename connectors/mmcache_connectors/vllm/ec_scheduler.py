@@ -22,7 +22,7 @@ from mmcache_connectors.vllm.background import Background, Ticket
 from mmcache_connectors.vllm.ec_items import Load, Named, Save, is_bare, passes_through
 from mmcache_connectors.vllm.ec_names import Namer
 from mmcache_connectors.vllm.settings import EncoderSettings
-from mmcache_connectors.vllm.shelf import Fetched, Shelf
+from mmcache_connectors.vllm.shelf import Fetched, Lack, Shelf
 
 log = logging.getLogger("mmcache.vllm")
 THREADS: Final = 4
@@ -35,6 +35,7 @@ class Item:
     name: Named
     stored: bool
     fetched: Fetched | None = None
+    no_room: bool = False
     audit: bool = False
 
     @property
@@ -45,29 +46,36 @@ class Item:
 
 @dataclass(slots=True)
 class _Asked:
-    """One request's items. `settled`: every item that ends after so many tokens has been looked up, or given up."""
+    """One request's items. `settled`: every item that ends after so many tokens has been looked up, or given up, in
+    this `run` of it: preempted, it begins anew, and vLLM may have dropped what it had; a session is given more items.
+    """
 
+    epoch: str  # of the weights they were named in
+    run: tuple[int, int]  # preemptions, items
     settled: int | None = None
     started_s: float = 0.0
     ticket: Ticket[list[Item]] | None = None
     waiting: set[str] = field(default_factory=set)  # identifiers the ticket is about
     items: dict[str, Item] = field(default_factory=dict)
+    retried: bool = False  # what found no room
 
 
 class EncoderScheduler:
     """Answers vLLM's scheduler. `counters` count since the start.
 
-    `reads`: embeddings are loaded. Without it the engine only encodes: then what is stored already need not be encoded
-    again. `steps_in_flight`: how many steps vLLM may plan before it has the first one's result. `placeholder_fields`:
-    of a modality, the features that tell the size of an item's place, and nothing of the item.
+    `reads`: embeddings are loaded. `encodes_only`: the engine runs no language model, so what is stored need not be
+    there at all. `steps_in_flight`: how many steps vLLM may plan before it has the first one's result.
+    `placeholder_fields`: of a modality, the features that tell the size of an item's place, and nothing of the item.
     """
 
     def __init__(
         self, settings: EncoderSettings, namer: Namer, client: Client, shelf: Shelf, *,
-        reads: bool, writes: bool, steps_in_flight: int, placeholder_fields: Callable[[str], Collection[str]],
+        reads: bool, writes: bool, encodes_only: bool, steps_in_flight: int,
+        placeholder_fields: Callable[[str], Collection[str]],
     ) -> None:  # fmt: skip
         self._settings, self._namer, self._client, self._shelf = settings, namer, client, shelf
-        self._reads, self._writes, self._steps_in_flight = reads, writes, steps_in_flight
+        self._reads, self._writes, self._encodes_only = reads, writes, encodes_only
+        self._steps_in_flight = steps_in_flight
         self._placeholder_fields = placeholder_fields
         self._background = Background("mmcache-encoder-lookup", THREADS)
         self._asked: dict[str, _Asked] = {}
@@ -77,22 +85,23 @@ class EncoderScheduler:
         self._saves: dict[str, Save] = {}
         self._hopeless: set[str] = set()  # requests that lack an embedding which only the cache could have had
         self._loading: list[tuple[int, Fetched]] = []  # in which step a worker maps it
+        self._unwanted: list[Ticket[list[Item]]] = []  # on their way to nobody
         self._waited_s = 0.0
         self.counters: Counter[str] = Counter()
 
     # ------------------------------------------------------------------ what is known
     def available(self, request: Any, computed_tokens: int) -> bool:
         """False: some items the request needs are still being looked for; ask again in the next step."""
-        asked = self._asked.get(request.request_id)
-        if asked is None:
-            asked = self._asked[request.request_id] = _Asked()
-        self._current = asked
+        asked = self._current = self._known(request)
         if asked.settled is not None and asked.settled <= computed_tokens:
+            asked.settled = computed_tokens
             if asked.items:
                 self._drop_passed(asked, request, computed_tokens)
             return True
         looking = asked.ticket is not None or self._look_up(request, asked, computed_tokens)
         if looking and not self._ended(asked):
+            return False
+        if self._may_retry(asked):
             return False
         if any(self._lacks(asked, feature, computed_tokens) for feature in request.mm_features):
             self._hopeless.add(request.request_id)
@@ -100,12 +109,36 @@ class EncoderScheduler:
         asked.settled = computed_tokens
         return True
 
+    def _known(self, request: Any) -> _Asked:
+        """What is known of the request's items, of this run of it and under these weights."""
+        asked, epoch = self._asked.get(request.request_id), self._namer.epoch
+        if asked is not None and asked.epoch != epoch:
+            self.finished(request.request_id)
+            asked = None
+        run = (request.num_preemptions, len(request.mm_features))
+        if asked is None:
+            asked = self._asked[request.request_id] = _Asked(epoch, run)
+        elif asked.run != run:
+            asked.run, asked.settled = run, None
+        return asked
+
+    def _may_retry(self, asked: _Asked) -> bool:
+        """Once, for what found no room: steps have made some since, and it may be long ago, as vLLM asks again when it
+        could run the request."""
+        full = [identifier for identifier, item in asked.items.items() if item.no_room]
+        if asked.retried or not full:
+            return False
+        asked.retried = True
+        for identifier in full:
+            del asked.items[identifier]
+        return True
+
     def _lacks(self, asked: _Asked, feature: Any, computed_tokens: int) -> bool:
         """Whether the item can neither be loaded nor encoded: to run it would end vLLM's engine."""
         if _ends(feature) <= computed_tokens:
             return False
         item = asked.items.get(feature.identifier)
-        if item is not None and item.stored and self._reads:
+        if item is not None and item.fetched is not None:
             item.audit = item.audit and not self._bare(feature)
             return False
         return self._bare(feature)
@@ -115,8 +148,8 @@ class EncoderScheduler:
 
     def _drop_passed(self, asked: _Asked, request: Any, computed_tokens: int) -> None:
         """The engine is past these items without having asked: it had their embeddings itself."""
-        passed = {feature.identifier for feature in request.mm_features if _ends(feature) <= computed_tokens}
-        gone = [asked.items.pop(identifier) for identifier in passed & asked.items.keys()]
+        ahead = {feature.identifier for feature in request.mm_features if _ends(feature) > computed_tokens}
+        gone = [asked.items.pop(identifier) for identifier in asked.items.keys() - ahead]
         self._shelf.give_back([item.fetched for item in gone if item.fetched is not None])
 
     def take_hopeless(self) -> set[str]:
@@ -134,7 +167,7 @@ class EncoderScheduler:
             and not passes_through(feature)
             and (self._settings.trust_media_uuids or not self._bare(feature))
         ]
-        if not wanted:
+        if not wanted or not (self._reads or self._writes):
             return False
         asked.started_s = time.monotonic()
         asked.waiting = {request.mm_features[index].identifier for index in wanted}
@@ -147,10 +180,13 @@ class EncoderScheduler:
         if not names:
             return []
         if not self._reads:
-            stored = self._client.contains([name.key for name in names])
+            stored = self._client.contains([name.key for name in names]) if self._encodes_only else [False] * len(names)
             return [Item(name, known) for name, known in zip(names, stored, strict=True)]
         fetched = self._shelf.fetch(names, self._settings.deadline_s)
-        return [Item(name, one is not None, one) for name, one in zip(names, fetched, strict=True)]
+        return [
+            Item(name, True, one) if isinstance(one, Fetched) else Item(name, False, no_room=one is Lack.NO_ROOM)
+            for name, one in zip(names, fetched, strict=True)
+        ]
 
     def _ended(self, asked: _Asked) -> bool:
         """Whether the items under way are known by now, or it has taken too long. Waits a moment for it."""
@@ -169,7 +205,7 @@ class EncoderScheduler:
                 asked.items[item.name.identifier] = item
         else:
             self.counters["lookup_timeouts"] += 1
-            self._give_back_later(ticket)
+            self._unwanted.append(ticket)
         self.counters["items_unnamed"] += len(asked.waiting - asked.items.keys())
         asked.waiting = set()
         return True
@@ -198,6 +234,14 @@ class EncoderScheduler:
         if wanted and self._namer.adapter_kept(request):
             self._saves[identifier] = Save(item.name, item.audit)
 
+    def freed(self, request: Any, index: int) -> None:
+        """The engine is past an item, and may drop its embedding. One that came without, and stands in the prompt once
+        more, is looked up again, as it could not be encoded."""
+        feature, asked = request.mm_features[index], self._asked.get(request.request_id)
+        again = any(one.identifier == feature.identifier for one in request.mm_features[index + 1 :])
+        if asked is not None and again and self._bare(feature):
+            asked.settled = None
+
     def take_step(self) -> tuple[int, list[Load], dict[str, Save]]:
         """(the number of the step that is being planned, what it loads, what it stores by identifier)."""
         self._waited_s = 0.0
@@ -205,12 +249,18 @@ class EncoderScheduler:
         step, loads, saves = self._step, self._loads, self._saves
         self._step, self._loads, self._saves = step + 1, [], {}
         self._mapped(step - self._steps_in_flight - 1)
+        if self._unwanted:
+            self._give_back_unwanted()
         return step, loads, saves
 
     def step_done(self, step: int, counts: dict[str, int]) -> None:
-        """The workers have run this step, and mapped what it loads."""
+        """The workers have run this step, and mapped what it loads. One that could not had to ask the cache, which may
+        fail: nothing more is promised to it."""
         self._mapped(step)
         self.counters.update(counts)
+        if self._reads and counts.get("loads_unmapped"):
+            self._reads = False
+            log.warning("mmcache: as a worker cannot map what is fetched for it, embeddings are encoded from now on")
 
     def _mapped(self, step: int) -> None:
         self._shelf.give_back([fetched for number, fetched in self._loading if number <= step])
@@ -223,17 +273,17 @@ class EncoderScheduler:
         if asked is None:
             return
         if asked.ticket is not None:
-            self._give_back_later(asked.ticket)
+            self._unwanted.append(asked.ticket)
         self._shelf.give_back([item.fetched for item in asked.items.values() if item.fetched is not None])
 
-    def _give_back_later(self, ticket: Ticket[list[Item]]) -> None:
-        """Nobody wants any more what is still on its way."""
-
-        def give_back() -> None:
-            if ticket.wait(2 * self._settings.deadline_s):
+    def _give_back_unwanted(self) -> None:
+        """Of what nobody wants any more, that which has come by now."""
+        unwanted, self._unwanted = self._unwanted, []
+        for ticket in unwanted:
+            if ticket.done():
                 self._shelf.give_back([item.fetched for item in ticket.result or () if item.fetched is not None])
-
-        self._background.submit(give_back)
+            else:
+                self._unwanted.append(ticket)
 
     def snapshot(self) -> dict[str, int]:
         """All counters."""

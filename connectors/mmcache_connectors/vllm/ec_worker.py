@@ -55,6 +55,7 @@ class EncoderWorker:
         try:
             return mapped(load.place, load.name.form)
         except (OSError, ValueError):
+            self._count(loads_unmapped=1)
             log.exception("mmcache: a worker cannot map what its scheduler fetched; it asks the cache itself")
         form = load.name.form
         own = torch.empty(form.shape, dtype=getattr(torch, form.dtype))

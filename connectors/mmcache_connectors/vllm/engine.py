@@ -79,7 +79,7 @@ class EngineFacts:
         self._worker: Mapping[str, str] | None = None
         self._said_why = self._suspended = False
         self._shared = shared_identities(vllm_config)
-        self._weights = self._shared.weights(settings.model_identity)
+        self._weights = self._shared.weights(vllm_config, settings.model_identity)
         self._weights.ready(START_WAIT_S)
 
     def set_worker_facts(self, reports: list[Mapping[str, str]]) -> None:

@@ -15,25 +15,24 @@ from mmcache_connectors.vllm.items import ItemIdentities
 from mmcache_connectors.vllm.weights import WeightsIdentity
 
 _LOCK = threading.Lock()
-_SHARED: dict[int, tuple[weakref.ref[Any], Identities]] = {}  # by the id of the engine's configuration
+_SHARED: dict[int, tuple[weakref.ref[Any], Identities]] = {}  # by the id of the engine's model_config
 
 
 class Identities:
     """One engine's. Thread-safe; what is asked for in two ways (by other settings) is kept for each."""
 
-    def __init__(self, vllm_config: Any) -> None:
-        self._config = weakref.ref(vllm_config)
+    def __init__(self) -> None:
         self._lock = threading.Lock()
         self._weights: dict[str, WeightsIdentity] = {}
         self._items: dict[bool, ItemIdentities] = {}
         self.adapters = AdapterIdentities()
         self.epoch = ""  # of the weights; '' until they were updated in place
 
-    def weights(self, name: str) -> WeightsIdentity:
+    def weights(self, vllm_config: Any, name: str) -> WeightsIdentity:
         """The weights' identity, being computed; `name` is the operator's own for them, '' for none."""
         with self._lock:
             if name not in self._weights:
-                self._weights[name] = WeightsIdentity(self._config(), name or None)
+                self._weights[name] = WeightsIdentity(vllm_config, name or None)
             return self._weights[name]
 
     def items(self, *, trust_uuids: bool) -> ItemIdentities:
@@ -48,11 +47,12 @@ class Identities:
 
 
 def shared_identities(vllm_config: Any) -> Identities:
-    """The one of the engine with this configuration, made when first asked for."""
+    """The one of the engine with this configuration, made when first asked for. Of the configuration itself a connector
+    inside vLLM's MultiConnector is given a copy; the model's, which is in it, is one object."""
+    model, place = vllm_config.model_config, id(vllm_config.model_config)
     with _LOCK:
-        known = _SHARED.get(id(vllm_config))
-        if known is None or known[0]() is not vllm_config:
-            place = id(vllm_config)
-            known = (weakref.ref(vllm_config, lambda gone: _SHARED.pop(place, None)), Identities(vllm_config))
+        known = _SHARED.get(place)
+        if known is None or known[0]() is not model:
+            known = (weakref.ref(model, lambda gone: _SHARED.pop(place, None)), Identities())
             _SHARED[place] = known
         return known[1]

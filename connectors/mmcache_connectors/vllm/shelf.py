@@ -8,6 +8,7 @@ engine lies here, whole and verified, so that nothing of the cache can fail afte
 from __future__ import annotations
 
 import contextlib
+import enum
 import logging
 import mmap
 import os
@@ -65,6 +66,13 @@ def mapped(place: Place, form: Form) -> torch.Tensor:
     return torch.frombuffer(memory, dtype=getattr(torch, form.dtype)).view(form.shape)
 
 
+class Lack(enum.Enum):
+    """Why an embedding was not fetched."""
+
+    MISS = "miss"  # or the cache did not give it in time
+    NO_ROOM = "no room"  # on the shelf
+
+
 @dataclass(slots=True)
 class Fetched:
     """One item's embedding, there once `done` is set and `memory` is not None."""
@@ -90,21 +98,24 @@ class Shelf:
         self._corrupt = False
         self.counters: Counter[str] = Counter()
 
-    def fetch(self, names: Sequence[Named], wait_s: float) -> list[Fetched | None]:
-        """The embeddings, each for one more user; None for a miss. Takes as long as the client, and `wait_s` at most
-        for what others are fetching already."""
+    def fetch(self, names: Sequence[Named], wait_s: float) -> list[Fetched | Lack]:
+        """The embeddings, each for one more user. Takes as long as the client, and `wait_s` at most for what others are
+        fetching already."""
         with self._lock:
             found = [self._take(name) for name in names]
             new = [item for item, is_new in found if item is not None and is_new]
         if new:
             self._fill(new)
         until = time.monotonic() + wait_s
-        kept: list[Fetched | None] = []
+        kept: list[Fetched | Lack] = []
         for item, _ in found:
-            good = item is not None and item.done.wait(max(0.0, until - time.monotonic())) and item.memory is not None
-            if item is not None and not good:
+            if item is None:
+                kept.append(Lack.NO_ROOM)
+            elif item.done.wait(max(0.0, until - time.monotonic())) and item.memory is not None:
+                kept.append(item)
+            else:
                 self.give_back([item])
-            kept.append(item if good else None)
+                kept.append(Lack.MISS)
         return kept
 
     def give_back(self, items: Sequence[Fetched]) -> None:
@@ -155,16 +166,17 @@ class Shelf:
             buffers = [item.memory.tensor(item.name.form) for item in items if item.memory is not None]
             results = self._client.get_into([item.name.key for item in items], buffers)
             del buffers
-        finally:
-            with self._lock:
-                for item, result in zip(items, results, strict=True):
-                    if not result and self._items.get(item.name.key.digest) is item:
-                        del self._items[item.name.key.digest]
-                        self._drop(item)
-                    item.done.set()
-                nbytes = sum(item.name.form.nbytes for item in items if item.memory is not None)
-                took_us = int((time.monotonic() - began_s) * 1e6)
-                self.counters.update(fetch_us=took_us, fetched_nbytes=nbytes)
+        except Exception:  # those who wait for the items must hear of it
+            log.exception("mmcache: embeddings could not be fetched")
+        with self._lock:
+            for item, result in zip(items, results, strict=True):
+                if not result and self._items.get(item.name.key.digest) is item:
+                    del self._items[item.name.key.digest]
+                    self._drop(item)
+                item.done.set()
+            nbytes = sum(item.name.form.nbytes for item in items if item.memory is not None)
+            took_us = int((time.monotonic() - began_s) * 1e6)
+            self.counters.update(fetch_us=took_us, fetched_nbytes=nbytes)
         self._note_outcomes(
             [(one.name, result) for one, result in zip(items, results, strict=True) if result is not None]
         )

@@ -34,6 +34,13 @@ MISSES = {
 }
 GIVEN = ask(words(613, 40) + IMAGE, image_embeds={"seed": 3, "grid": [1, 8, 12], "bare": False})
 GIVEN["text"] = words(613, 40) + IMAGE
+FORGED = {  # an embedding of a client's own, and somebody's clip under the same name; both are 48 rows
+    "text": words(614, 40) + IMAGE + words(615, 20) + VIDEO,
+    "image_embeds": {"seed": 3, "grid": [1, 8, 24], "bare": False},
+    "videos": [{"kind": "frames", "seed": 15}],
+    "uuids": {"image": ["one name"], "video": ["one name"]},
+}
+HONEST = ask(words(616, 50) + VIDEO, videos=FORGED["videos"])
 BARE: Ask = GIVEN | {"image_embeds": GIVEN["image_embeds"] | {"bare": True}}
 
 SMALL_PIXELS = {"mm_processor_kwargs": {"max_pixels": 28 * 28 * 6}}
@@ -48,7 +55,7 @@ DAMAGED = {
     "the shape": (ask(words(661, 40) + IMAGE, 22), reshape),
     "the dtype": (ask(words(662, 40) + IMAGE, 23), retype),
 }
-EXPECTED = Expected.plan(SIGHT, *KNOWN.values(), HALF, *CROWD, *MISSES.values(), GIVEN)
+EXPECTED = Expected.plan(SIGHT, *KNOWN.values(), HALF, *CROWD, *MISSES.values(), GIVEN, HONEST)
 Expected.plan(SIGHT, *[wanted for wanted, _ in DAMAGED.values()])
 HEARING = Settings("audio", ALONE | {"limit_mm_per_prompt": {"audio": 2}})
 HEARD = [
@@ -122,6 +129,16 @@ def test_an_embedding_that_came_with_the_request_passes_by(reader: Encoding, fil
         assert reader.right(GIVEN) == 0
     filled.settle()
     assert set(filled.digests()) == set(before)
+
+
+@pytest.mark.usefixtures("unchanged")
+def test_a_clients_own_embedding_is_not_stored_as_another_items(reader: Encoding, filled: Cache) -> None:
+    before = filled.digests()
+    (forged,), _ = reader.answers(FORGED)
+    assert forged.finish == "length", "vLLM accepts it: a consumer takes embeddings"
+    filled.settle()
+    assert set(filled.digests()) == set(before)
+    assert reader.right(HONEST) == 1
 
 
 def test_an_embedding_that_nobody_has_fails_its_request_and_no_other(reader: Encoding) -> None:

@@ -107,6 +107,18 @@ def test_both_connectors_share_one_engine() -> None:
             assert engine.engine.counters()["worker"]["blocks_loaded"] > 0
 
 
+def test_an_engine_whose_workers_may_be_elsewhere_only_stores() -> None:
+    """An executor this connector does not know: what it promised would be missing in the step, and vLLM would end."""
+    EXPECTED.prepare()
+    unknown = {"distributed_executor_backend": "vllm.v1.executor.uniproc_executor.UniProcExecutor"}
+    with Cache() as cache, Encoding(SIGHT, sharing(SIGHT, cache.url, llm=unknown)) as engine:
+        for _ in range(2):
+            assert engine.right(*FEW) == 3
+            cache.settle()
+        assert cache.counters()["stored"] == 3
+        assert "none is loaded" in engine.engine.log()
+
+
 def test_two_tensor_parallel_workers_load_what_one_stored() -> None:
     Expected.plan(PAIR).prepare()
     with Cache() as cache:
