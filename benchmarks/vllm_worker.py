@@ -22,6 +22,7 @@ SCHEDULER_CALLS: Final = (
     "update_connector_output",
     "request_finished_all_groups",
 )
+STEP_CALLS: Final = ("get_kv_connector_stats",)  # of the scheduler's side: of its thread's CPU, no part of scheduling
 WORKER_CALLS: Final = (
     "start_load_kv",
     "wait_for_layer_load",
@@ -45,7 +46,8 @@ class BenchWorker(Worker):
         if self._connector is not None:
             from vllm.distributed.kv_transfer import get_kv_transfer_group
 
-            for owner, names in ((self._connector, SCHEDULER_CALLS), (get_kv_transfer_group(), WORKER_CALLS)):
+            scheduler = self._connector, (*SCHEDULER_CALLS, *STEP_CALLS)
+            for owner, names in (scheduler, (get_kv_transfer_group(), WORKER_CALLS)):
                 for name in filter(functools.partial(hasattr, owner), names):
                     setattr(owner, name, self._timed(name, getattr(owner, name)))
 

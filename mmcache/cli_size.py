@@ -154,7 +154,10 @@ def _json(path: Path) -> Fields:
             raise UsageError(f"{path} is over {MAX_CONFIG_NBYTES >> 20} MiB; a model's config is a small JSON object")
         values = json.loads(data)
     except OSError as error:
-        raise UsageError(f"cannot read {path}: {error.strerror}") from None
+        raise UsageError(
+            f"cannot read {path}: {error.strerror}; give a model's folder or config.json that is on this machine: "
+            "nothing is downloaded"
+        ) from None
     except (ValueError, RecursionError) as error:
         if isinstance(error, UsageError):
             raise

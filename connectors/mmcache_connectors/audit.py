@@ -35,10 +35,12 @@ class Comparison(NamedTuple):
     error: float
 
 
-def compare(stored: torch.Tensor, computed: torch.Tensor) -> Comparison:
+def compare(stored: torch.Tensor, computed: torch.Tensor, *, halves: bool = False) -> Comparison:
     """Compare host tensors of one dtype and shape, row by row of their first dimension: a block's layers, say, each on
     its own, as their magnitudes differ. What belongs together as a whole is passed as one row, `[1, ...]`.
 
+    With `halves` a row is two, by the halves of the last dimension, if that is even: keys and values. Some models' keys
+    are hundreds of times their values (Qwen2's have large biases): beside them wrong values would pass for rounding.
     A row's error is the relative L2 error, |a - b| / max(|a|, |b|), and it is close up to `bound`. Of a dtype that is
     no floating point type (fp8 kept as bytes, say) it is the share of bytes that differ, up to OPAQUE_BOUND.
     Raises ValueError for tensors of two forms.
@@ -51,6 +53,8 @@ def compare(stored: torch.Tensor, computed: torch.Tensor) -> Comparison:
     mine, other = _rows(stored), _rows(computed)
     if np.array_equal(mine, other):
         return Comparison(Likeness.EQUAL, 0.0)
+    if halves and stored.shape[-1] % 2 == 0:
+        mine, other = _halves(mine, stored.shape[-1]), _halves(other, stored.shape[-1])
     if stored.dtype.is_floating_point:
         limit, error = bound(stored.dtype), _relative_l2(_numbers(mine, stored.dtype), _numbers(other, stored.dtype))
     else:
@@ -63,9 +67,10 @@ def bound(dtype: torch.dtype) -> float:
 
     That is halfway, in orders of magnitude, between a single rounding (epsilon) and a tensor that has nothing in common
     with the other one (about 1): 3.5e-4 for float32, 0.031 for float16, 0.088 for bfloat16. Measured on a model of
-    16 random layers, in which errors grow faster than in a trained one: computed in other chunks, a layer of a block
-    was off by up to 2.3e-6 in float32 and 0.016 in bfloat16; by another attention kernel, which the namespace tells
-    apart, by 3.5e-6 and 0.070; two different blocks, in one layer at least, by 1.4 (tests/engines/vllm/test_audit.py).
+    16 random layers, in which errors grow faster than in a trained one: computed in other chunks, a layer's keys or
+    values were off by up to 2.3e-6 in float32 and 0.017 in bfloat16; by another attention kernel, which the namespace
+    tells apart, by 3.5e-6 and 0.072; two different blocks, in one layer at least, by 1.4
+    (tests/engines/vllm/test_audit.py).
     """
     return math.sqrt(torch.finfo(dtype).eps)
 
@@ -75,6 +80,12 @@ def _rows(tensor: torch.Tensor) -> NDArray[Any]:
     words = tensor.detach().contiguous().view(_WORDS[tensor.element_size()]).numpy()
     rows: NDArray[Any] = words.reshape(len(words), -1)
     return rows
+
+
+def _halves(rows: NDArray[Any], width: int) -> NDArray[Any]:
+    """Two rows for each: the first halves of every `width` words, and the second ones."""
+    pairs: NDArray[Any] = rows.reshape(len(rows), -1, 2, width // 2).swapaxes(1, 2)
+    return pairs.reshape(2 * len(rows), -1)
 
 
 def _numbers(words: NDArray[Any], dtype: torch.dtype) -> NDArray[Any]:

@@ -27,6 +27,8 @@ def main() -> int:
     parser.add_argument("--image", type=Path, action="append", default=[], metavar="FILE", help="may be given again")
     parser.add_argument("--max-tokens", type=int, default=64, metavar="N")
     asked = parser.parse_args()
+    if missing := [path for path in asked.image if not path.is_file()]:
+        parser.error(f"there is no picture {missing[0]}")
     parts: list[dict[str, Any]] = [{"type": "image_url", "image_url": {"url": _data_url(path)}} for path in asked.image]
     parts.append({"type": "text", "text": asked.question})
     try:
@@ -39,9 +41,11 @@ def main() -> int:
         print(f"{asked.server}: {error} {detail}", file=sys.stderr)
         return 1
     usage = answer["usage"]
-    cached = (usage.get("prompt_tokens_details") or {}).get("cached_tokens", 0)
+    seconds = time.perf_counter() - began
+    details = usage.get("prompt_tokens_details")
+    cached = f"{details.get('cached_tokens')} cached" if details else "the server does not say how many were cached"
     print(answer["choices"][0]["message"]["content"])
-    print(f"{usage['prompt_tokens']} prompt tokens, {cached} cached; {time.perf_counter() - began:.2f} s")
+    print(f"{usage['prompt_tokens']} prompt tokens, {cached}; {seconds:.2f} s")
     return 0
 
 

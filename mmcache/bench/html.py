@@ -57,10 +57,10 @@ svg .stroke.s4 { stroke: var(--series-4); stroke-dasharray: 10 3 2 3; }
 table { border-collapse: collapse; font-size: 15px; font-variant-numeric: tabular-nums; }
 caption { text-align: left; color: var(--faint); font-size: 14px; padding: 4px 0; }
 th, td { padding: 5px 14px 5px 0; text-align: right; white-space: nowrap; border-bottom: 1px solid var(--grid); }
-th:first-child, td:first-child, .words td, .words th { text-align: left; }
+th:first-child, .words td, .words th { text-align: left; }
 .words td { white-space: normal; overflow-wrap: anywhere; }
-td:first-child { white-space: normal; max-width: 40ch; }
 th { color: var(--faint); font-weight: 600; }
+tbody th { color: var(--text); font-weight: 400; white-space: normal; max-width: 40ch; }
 .lists { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 420px), 1fr)); gap: 0 32px; }
 .lists ul { padding-left: 20px; margin: 4px 0; } .lists li { margin: 4px 0; overflow-wrap: anywhere; }
 @media print { figure, .tiles li { break-inside: avoid; } }
@@ -107,9 +107,12 @@ def render(
 
 
 def table(names: Sequence[str], rows: Sequence[Sequence[str]], caption: str = "", *, words: bool = False) -> str:
-    """A table; its first column is text and the others numbers, or, with `words`, all are text."""
+    """A table; its first column names the rows and the others are numbers, or, with `words`, all are text."""
     head = "".join(f'<th scope="col">{escape(name)}</th>' for name in names)
-    body = "".join("<tr>" + "".join(f"<td>{escape(cell)}</td>" for cell in row) + "</tr>" for row in rows)
+    body = "".join(
+        f'<tr><th scope="row">{escape(row[0])}</th>' + "".join(f"<td>{escape(cell)}</td>" for cell in row[1:]) + "</tr>"
+        for row in rows
+    )
     title = f"<caption>{escape(caption)}</caption>" if caption else ""
     kind = ' class="words"' if words else ""
     head = f"<thead><tr>{head}</tr></thead>" if names else ""

@@ -46,7 +46,7 @@ class OpenAIServer:
 
     def __init__(self, url: str, *, api_key: str = "", timeout_s: float = 120.0, proxy: bool = False) -> None:
         self.url = base_url(url)
-        self._timeout_s, self._proxy = timeout_s, proxy
+        self._timeout_s, self._proxy, self._api_key = timeout_s, proxy, api_key
         self._headers = {"Accept-Encoding": "identity"} | ({"Authorization": f"Bearer {api_key}"} if api_key else {})
         self._session: aiohttp.ClientSession | None = None
 
@@ -83,10 +83,11 @@ class OpenAIServer:
                     raise ProtocolError(_refusal(response, body))
                 return first_model(body)
         except Exception as error:
-            raise TransportError(
-                f"GET {url}: {reason_of(error, self._timeout_s)}; is an OpenAI-compatible server there? "
-                "--model NAME skips this"
-            ) from None
+            reason = self._reason(error)
+            remedy = "is an OpenAI-compatible server there? --model NAME skips this"
+            if reason.startswith(("HTTP 401", "HTTP 403")):
+                remedy = "give its key: --api-key-env NAME or --api-key-file FILE"
+            raise TransportError(f"GET {url}: {reason}; {remedy}") from None
 
     async def ask(self, body: bytes) -> tuple[Reading, str]:
         """Send a chat completion that streams, and read all of it. What came, and why it is no answer, or "".
@@ -98,10 +99,15 @@ class OpenAIServer:
             async with asyncio.timeout(self._timeout_s):
                 await self._read(body, reading)
         except Exception as error:
-            return reading, reason_of(error, self._timeout_s)
+            return reading, self._reason(error)
         if not reading.finished:
             return reading, "the answer ended before its end" if reading.chunks else "no event came; does it stream?"
         return reading, ""
+
+    def _reason(self, error: Exception) -> str:
+        """Why there is no answer, without the key: a server's words may repeat it."""
+        reason = reason_of(error, self._timeout_s)
+        return reason.replace(self._api_key, "(the API key)") if self._api_key else reason
 
     async def _read(self, body: bytes, reading: Reading) -> None:
         assert self._session is not None

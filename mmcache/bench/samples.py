@@ -89,13 +89,14 @@ class Ratio:
 
 
 def cached_share(samples: Sequence[Sample]) -> float | None:
-    """Cached tokens over prompt tokens, of the requests that report both; None where none does."""
-    both = [
-        (sample.cached_tokens, sample.prompt_tokens)
-        for sample in samples
-        if sample.cached_tokens is not None and sample.prompt_tokens
-    ]
-    return sum(cached for cached, _ in both) / sum(prompt for _, prompt in both) if both else None
+    """Cached tokens over prompt tokens; None where no request reports cached tokens.
+
+    Where some do, the others had none: SGLang leaves them out at 0 (its entrypoints/openai/usage_processor.py).
+    """
+    told = [sample for sample in samples if sample.prompt_tokens]
+    if all(sample.cached_tokens is None for sample in told):
+        return None
+    return sum(sample.cached_tokens or 0 for sample in told) / sum(sample.prompt_tokens or 0 for sample in told)
 
 
 def same_answers(first: Sequence[Sample], second: Sequence[Sample]) -> tuple[int, int]:

@@ -99,8 +99,10 @@ class ServeOptions:
 
     @property
     def labels(self) -> list[str]:
-        """What the report calls the servers."""
-        return list(self.names) or [base_url(url).split("://", 1)[1].removesuffix("/v1") for url in self.urls]
+        """What the report calls the servers: by number, too, where they would be called the same."""
+        found = list(self.names) or [base_url(url).split("://", 1)[1].removesuffix("/v1") for url in self.urls]
+        same = len(set(found)) < len(found)
+        return [f"{name} ({number})" for number, name in enumerate(found, 1)] if same else found
 
     def facts(self) -> dict[str, Any]:
         """What the report says of the workload."""
@@ -209,7 +211,7 @@ class _Asker:
             late_s=sent_s - since_s,
             ttft_s=reading.first_s - since_s,
             itl_s=reading.itl_s(),
-            longest_gap_s=reading.longest_gap_s if reading.chunks > 1 else None,
+            longest_gap_s=reading.longest_gap_s or None,
             total_s=reading.ended_s - since_s,
             prompt_tokens=usage.prompt if usage else None,
             completion_tokens=usage.completion if usage else None,

@@ -140,8 +140,9 @@ def _cached(found: Found) -> list[str]:
 
 
 def _share(sample: Found) -> float | None:
-    cached, prompt = sample["cached_tokens"], sample["prompt_tokens"]
-    return None if cached is None or not prompt else 100 * cached / prompt
+    """Of a server that reports cached tokens: what it leaves out is 0 (samples.py)."""
+    prompt = sample["prompt_tokens"]
+    return 100 * (sample["cached_tokens"] or 0) / prompt if prompt else None
 
 
 def _marks(name: str, what: str, servers: Sequence[Found]) -> str:

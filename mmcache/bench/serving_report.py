@@ -15,14 +15,19 @@ from rich.markup import escape
 
 from mmcache.bench.report import bullets, data_table, host
 from mmcache.bench.samples import FEW, Ratio, Sample, Spread, cached_share, same_answers
-from mmcache.bench.serving_text import TIMES, TOKENS, pair_lines, spread_cells, title, token_cells
+from mmcache.bench.serving_text import TIMES, TOKENS, pair_lines, reasons, spread_cells, title, token_cells
 from mmcache.units import count
 
 LATE_SHARE: Final = 0.05  # of the median time to the first token: more, and the sender is part of the figures
 NOT_REPORTED: Final = (
-    "the server does not report cached tokens in its usage; vLLM does with --enable-prompt-tokens-details"
+    "the server does not report cached tokens in its usage; vLLM does with --enable-prompt-tokens-details, SGLang with "
+    "--enable-cache-report where there are any"
 )
 NO_USAGE: Final = "the server reports no usage at all; does it know stream_options.include_usage?"
+ONE_PIECE: Final = (
+    "of several tokens came in one piece: the first token's time is the whole answer's, and there is none between "
+    "tokens; something holds the stream back, or the answers are too short"
+)
 MEASURED: Final = (
     "times at this client, of answers as they streamed in; with --rate from the moment a request was due, so a late "
     "sender or a full server hides nothing",
@@ -48,6 +53,11 @@ class Served:
     def errors(self) -> Counter[str]:
         """How often each reason was given."""
         return Counter(sample.error for sample in self.samples if sample.error)
+
+    @property
+    def in_one_piece(self) -> int:
+        """Answers of several tokens that arrived at one moment."""
+        return sum((sample.completion_tokens or 0) > 1 and sample.itl_s is None for sample in self.samples)
 
     def spreads(self) -> dict[str, Spread | None]:
         """Of each of TIMES, over the requests that were answered."""
@@ -95,8 +105,7 @@ class ServeReport:
     def complaints(self) -> list[str]:
         """What is not as it must be, in words."""
         return [
-            f"{one.name}: {count(errors.total(), 'request')} of {len(one.samples):,} failed "
-            f"({errors.most_common(1)[0][0]})"
+            f"{one.name}: {count(errors.total(), 'request')} of {len(one.samples):,} failed ({reasons(errors)})"
             for one in self.served
             if (errors := one.errors)
         ]
@@ -117,6 +126,12 @@ class ServeReport:
                     f"{one.name}: requests were sent up to {1e3 * late.most:.1f} ms late (median "
                     f"{1e3 * late.median:.1f} ms), which counts in their times; this client is busy, or --rate too high"
                 )
+            if 2 * one.in_one_piece > len([sample for sample in one.samples if (sample.completion_tokens or 0) > 1]):
+                found.append(f"{one.name}: {count(one.in_one_piece, 'answer')} {ONE_PIECE}")
+        if len({one.url for one in self.served}) < len(self.served):
+            found.append("one server is asked everything twice: the second time it has cached the first")
+        if len({one.model for one in self.served}) > 1:
+            found.append("the servers answer with models of different names")
         if self.workload["rate"] is not None and len(self.served) > 1:
             found.append("each server got the whole rate at the same time; on one machine they take each other's time")
         return found

@@ -20,7 +20,7 @@ def title(work: Mapping[str, Any]) -> str:
     """What was asked, in a line."""
     size = "{} x {}".format(*work["image_size"]) if work["images"] else ""
     images = f"{count(work['images'], 'image')} of {size}"
-    text = f"about {work['text_tokens']:,} tokens of text"
+    text = f"text of about {work['text_tokens']:,} tokens"
     arrive = f"{work['rate']:g} a second" if work["rate"] else count(work["concurrency"], "asker")
     if work["name"] == "captioning":
         about = f"{count(work['questions'], 'question')} about the same {images + ' and ' if size else ''}{text}"
@@ -41,12 +41,12 @@ def spread_cells(spread: Mapping[str, Any] | None) -> list[str]:
 
 def token_cells(server: Mapping[str, Any]) -> list[str]:
     """Tokens of all answers, the cached share, and errors."""
-    share, missing = server["cached_share"], "not reported"
-    told = {name: missing if server[name] is None else f"{server[name]:,}" for name in TOKENS}
+    share = server["cached_share"]
+    told = {name: "–" if server[name] is None else f"{server[name]:,}" for name in TOKENS}
     return [
         told["prompt_tokens"],
         told["cached_tokens"],
-        missing if share is None else f"{share:.1%}",
+        "not reported" if share is None else f"{share:.1%}",
         told["completion_tokens"],
         f"{sum(server['errors'].values()):,}",
     ]
@@ -59,11 +59,20 @@ def pair_lines(pairs: Mapping[str, Any] | None, names: Sequence[str]) -> list[st
     lines = []
     for name, what in TIMES.items():
         if ratio := pairs[name]:
+            pairs_of = count(ratio["pairs"], "pair")
             lines.append(
-                f"{what}, {names[1]} / {names[0]}: {ratio['of_medians']:.3f} (medians); of each pair "
-                f"{ratio['median']:.3f} [{ratio['q1']:.3f}, {ratio['q3']:.3f}], {count(ratio['pairs'], 'pair')}"
+                f"{what}, {names[1]} / {names[0]}: {ratio['of_medians']:.3f} (medians); of {pairs_of} "
+                f"{ratio['median']:.3f}, quartiles {ratio['q1']:.3f} and {ratio['q3']:.3f}"
             )
     return [*lines, f"same answers: {pairs['same_answers']:,} of {pairs['compared_answers']:,}"]
+
+
+def reasons(errors: Mapping[str, int]) -> str:
+    """Why requests failed, in a line: the first few reasons there were, how often each where there are several."""
+    if len(errors) == 1:
+        return next(iter(errors))
+    told = [f"{times:,} x {reason}" for reason, times in errors.items()]
+    return "; ".join([*told[:3], *(["..."] if len(told) > 3 else [])])
 
 
 def milliseconds(seconds: float) -> str:

@@ -97,9 +97,11 @@ class Reading:
             self._choice(choices[0], now_s)
 
     def itl_s(self) -> float | None:
-        """Mean seconds from one token to the next, None where fewer than two were counted."""
+        """Mean seconds from one token to the next, None where fewer than two were counted or all came at one moment."""
         tokens = self.usage.completion if self.usage is not None else self.chunks
-        return (self.last_s - self.first_s) / (tokens - 1) if self.first_s is not None and tokens > 1 else None
+        if self.first_s is None or tokens < 2 or self.last_s == self.first_s:
+            return None
+        return (self.last_s - self.first_s) / (tokens - 1)
 
     def _choice(self, choice: Mapping[str, Any], now_s: float) -> None:
         delta = choice.get("delta") or {}

@@ -23,6 +23,10 @@ class Fields:
     def __contains__(self, name: str) -> bool:
         return self._values.get(name) is not None
 
+    def says(self, name: str) -> bool:
+        """Whether it is there at all, null included."""
+        return name in self._values
+
     def number(self, *names: str, least: int = 0, most: int = MAX_NUMBER) -> int | None:
         """The first of these that is there, a whole number in range; None if none is. Raises ConfigError."""
         for name in names:

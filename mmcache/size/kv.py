@@ -35,7 +35,12 @@ _KIND_OF_LAYER: Final = {
 }
 # A config that has one of these keeps state beside, or instead of, blocks of tokens; vLLM caches it otherwise.
 _STATE_FIELDS: Final = ("ssm_cfg", "state_size", "ssm_state_size", "mamba_d_state", "linear_num_key_heads",
-                        "hybrid_override_pattern", "linear_attn_config", "attn_layer_period")  # fmt: skip
+                        "hybrid_override_pattern", "linear_attn_config", "attn_layer_period", "block_types",
+                        "conv_L_cache")  # fmt: skip
+# A config that has one of these gives layers heads of their own (Nemotron-NAS, Gemma 4, MiMo-V2, Step-3.5).
+_UNEVEN_FIELDS: Final = ("block_configs", "global_head_dim", "num_global_key_value_heads", "swa_head_dim",
+                         "swa_num_key_value_heads", "hybrid_layer_pattern", "attention_other_setting",
+                         "num_key_value_heads_per_layer")  # fmt: skip
 # model_type of the text model -> it keeps the latent, if the config has kv_lora_rank.
 MLA: Final = frozenset(
     ("axk1", "deepseek_v2", "deepseek_v3", "deepseek_v32", "glm_moe_dsa", "glm4_moe_lite", "kimi_k2", "pangu_ultra_moe")
@@ -146,6 +151,9 @@ def kv_of(config: Fields, dtype: str = "auto", kv_dtype: str = "auto") -> KV:
                 f"{name}: this model keeps state (Mamba, linear attention) that is not a block of tokens; the vLLM "
                 "connector does not cache it"
             )
+    for name in _UNEVEN_FIELDS:
+        if name in text:
+            raise NotCached(f"{name}: this model's layers have heads of several sizes, which are not counted here")
     computed, note = model_dtype(config, dtype)
     stored = computed if kv_dtype == "auto" else dtype_name(kv_dtype)
     heads, content, shards = _heads(text)
@@ -174,6 +182,8 @@ def _heads(text: Fields) -> tuple[int, int, int]:
     attention = text.need("num_attention_heads", "n_head", "n_heads", default=defaults.get("num_attention_heads"))
     heads = text.number("n_head_kv", "num_kv_heads", "num_key_value_heads", "multi_query_group_num",
                         "num_attention_groups", least=1)  # fmt: skip
+    if heads is None and (inner := text.section("attn_config")) is not None:
+        heads = inner.number("kv_n_heads", least=1)
     if heads is None and text.flag("multi_query", False) and not text.flag("new_decoder_architecture", False):
         heads = 1
     heads = heads or defaults.get("num_key_value_heads") or attention
@@ -181,10 +191,12 @@ def _heads(text: Fields) -> tuple[int, int, int]:
     if not size and "qk_nope_head_dim" in text:
         size = text.need("qk_nope_head_dim") + text.need("qk_rope_head_dim")
     if not size:
-        hidden = text.need("hidden_size", "n_embd", "d_model", default=defaults.get("hidden_size"))
+        hidden = text.need("hidden_size", "n_embd", "n_embed", "d_model", default=defaults.get("hidden_size"))
         size = hidden // attention
         if not size:
             raise ConfigError(f"hidden_size {hidden} over {attention} heads is less than a head of one element")
+    if "kv_lora_rank" not in text and text.number("v_head_dim") not in (None, size):
+        raise NotCached("v_head_dim: heads of values are not as wide as heads of keys, which is not counted here")
     return heads, 2 * size, heads
 
 
@@ -194,14 +206,16 @@ def _layers(text: Fields) -> list[tuple[str, int]]:
     defaults = DEFAULTS.get(kind, {})
     count = text.need("num_hidden_layers", "n_layer", "num_layers", "n_layers", most=MAX_LAYERS,
                       default=defaults.get("num_hidden_layers"))  # fmt: skip
-    window = text.number("sliding_window", least=0) or defaults.get("sliding_window") or 0
+    window = text.number("sliding_window", least=0) or 0
+    if not text.says("sliding_window"):  # null says that there is none
+        window = defaults.get("sliding_window", 0)
     if not text.flag("use_sliding_window", not kind.startswith("qwen")):
         window = 0
     chunk = text.number("attention_chunk_size") or 0
     kinds = _kinds(text, kind, count, window, chunk)
-    if STATE in kinds:
+    if STATE in kinds or 0 in (text.items("attn_type_list") or []):
         raise NotCached(
-            "layer_types names layers that keep state (Mamba, linear attention, convolution), not blocks of tokens; "
+            "some of its layers keep state (Mamba, linear attention, convolution), not blocks of tokens; "
             "the vLLM connector does not cache such models"
         )
     kinds = kinds[: count - (text.number("num_kv_shared_layers", most=count - 1) or 0)]

@@ -90,6 +90,8 @@ def _qwen_vl(
         notes.append("no preprocessor_config.json beside the config: images are not scaled to its pixel limits")
     image = _resized(picture, side, least, most)
     clip = _resized(picture, side, 0, 0)
+    if third or clip != image:
+        notes.append("video frames are counted unscaled; a video's processor has limits of its own")
     return [
         Item(f"image of {picture}", image[0] * image[1], width),
         Item(f"{frames} video frames of {picture}", clip[0] * clip[1], width),

@@ -28,7 +28,7 @@ class Talk:
     """A server on a thread. `answer` answers chats after the first two, which ask for its tokens' length."""
 
     def __init__(self, answer: Answer) -> None:
-        self._answer = answer
+        self.answer = answer
         self.asked: list[dict[str, Any]] = []
         self.headers: list[dict[str, str]] = []
         self.moments_s: list[float] = []
@@ -59,6 +59,8 @@ class Talk:
         await runner.cleanup()
 
     async def _models(self, request: web.Request) -> web.Response:
+        if request.headers.get("Authorization") == "Bearer wrong":
+            return web.json_response({"error": "Unauthorized"}, status=401)
         return web.json_response({"data": [{"id": "tiny"}]})
 
     async def _chat(self, request: web.Request) -> web.StreamResponse:
@@ -70,7 +72,7 @@ class Talk:
         if len(self.asked) <= 2:
             characters = sum(len(message["content"]) for message in body["messages"])
             return await say(request, usage={"prompt_tokens": characters // 4, "completion_tokens": 1})
-        return await self._answer(request, self)
+        return await self.answer(request, self)
 
 
 async def stream(request: web.Request, *pieces: bytes) -> web.StreamResponse:
@@ -122,6 +124,10 @@ async def fails(request: web.Request, talk: Talk) -> web.StreamResponse:
 
 async def redirects(request: web.Request, talk: Talk) -> web.StreamResponse:
     raise web.HTTPTemporaryRedirect(f"{talk.url}/elsewhere")
+
+
+async def repeats_the_key(request: web.Request, talk: Talk) -> web.StreamResponse:
+    return web.json_response({"error": {"message": f"no: {request.headers['Authorization']}"}}, status=401)
 
 
 async def hangs(request: web.Request, talk: Talk) -> web.StreamResponse:
@@ -180,7 +186,7 @@ def serve(*words: str) -> tuple[Ended, dict[str, Any]]:
 def test_a_fault_is_an_error_with_its_reason_and_the_exit_status(fault: str) -> None:
     answer, reason = FAULTS[fault]
     with Talk(answer) as talk:
-        ended, found = serve("--url", talk.url, "--timeout-s", "1")
+        ended, found = serve("--url", talk.url, "--timeout-s", "1" if fault == "hangs" else "20")
     assert ended.returncode == 1
     (server,) = found["servers"]
     assert server["answered"] == 0
@@ -223,6 +229,14 @@ def test_no_server_ends_with_1_and_the_remedy() -> None:
     assert "Traceback" not in ended.stderr
 
 
+def test_a_key_that_is_wanted_is_asked_for() -> None:
+    with Talk(right) as talk:
+        words = ["--url", talk.url, "--api-key-env", "KEY"]
+        ended = run_cli("bench", "serve", *words, environment={"KEY": "wrong"})
+    assert ended.returncode == 1
+    assert "HTTP 401: Unauthorized; give its key: --api-key-env NAME" in ended.stderr
+
+
 def test_two_servers_take_turns_at_the_same_requests(tmp_path: Path) -> None:
     page = tmp_path / "serve.html"
 
@@ -241,7 +255,7 @@ def test_two_servers_take_turns_at_the_same_requests(tmp_path: Path) -> None:
     assert order == [True, False] * 4
     assert found["servers"][0]["ttft_s"]["median"] > 0.05 > found["servers"][1]["ttft_s"]["median"]
     assert found["pairs"]["ttft_s"]["of_medians"] < 1
-    assert (found["pairs"]["same_answers"], found["servers"][1]["cached_share"]) == (8, 0.96)
+    assert (found["pairs"]["same_answers"], found["servers"][0]["cached_share"]) == (8, 0.96)
     assert found["workload"]["characters_per_token"] == pytest.approx(4, rel=0.05)
     assert page.read_text().count('<svg class="plot"') >= 7
 
@@ -287,6 +301,10 @@ def test_the_api_key_comes_from_a_variable_or_a_closed_file_and_is_written_nowhe
     with Talk(right) as talk:
         ended, _ = serve("--url", talk.url, "--api-key-file", str(file), "--html", str(page))
         assert ended.returncode == 0
+        talk.answer = repeats_the_key
+        talk.asked.clear()
+        repeated, _ = serve("--url", talk.url, "--api-key-file", str(file), "--html", str(page))
+        talk.answer = right
         again = run_cli(
             "bench", "serve", *QUICK, "--url", talk.url, "--api-key-env", "KEY", environment={"KEY": "sk-2"}
         )
@@ -295,7 +313,8 @@ def test_the_api_key_comes_from_a_variable_or_a_closed_file_and_is_written_nowhe
         refused, _ = serve("--url", talk.url, "--api-key-file", str(file))
         empty, _ = serve("--url", talk.url, "--api-key-env", "NO_SUCH_VARIABLE")
     assert {headers["Authorization"] for headers in talk.headers} == {"Bearer sk-secret", "Bearer sk-2"}
-    assert "sk-secret" not in ended.stdout + ended.stderr + page.read_text()
+    assert "HTTP 401: no: Bearer (the API key)" in repeated.stdout
+    assert "sk-secret" not in "".join((ended.stdout, ended.stderr, repeated.stdout, repeated.stderr, page.read_text()))
     assert (refused.returncode, empty.returncode) == (2, 2)
     assert "chmod 600" in refused.stderr
     assert "NO_SUCH_VARIABLE holds no API key" in empty.stderr

@@ -35,6 +35,11 @@ def test_a_file_and_its_folder_say_the_same(tmp_path: Path) -> None:
     assert [row["tp"] for row in found["tensor_parallel"]] == [1, 2, 4, 8]
     assert [row["memory_nbytes"] >> 30 for row in found["memory"]] == [16, 64, 256]
     assert found["notes"] == []
+    assert {name: sorted(found[name][0]) for name in ("tensor_parallel", "items", "memory")} == {
+        "tensor_parallel": ["parts", "stored_nbytes", "tp", "worker_nbytes"],
+        "items": ["nbytes", "stored_nbytes", "tokens", "what", "width"],
+        "memory": ["entries", "index_full", "index_nbytes", "items", "memory_nbytes", "prompts", "tokens"],
+    }
 
 
 def test_options_are_the_engines(tmp_path: Path) -> None:
@@ -90,6 +95,12 @@ def test_what_is_no_config_ends_with_2_and_says_so(name: str, tmp_path: Path) ->
     assert said in " ".join(ended.stderr.split())
     assert "Traceback" not in ended.stderr
     assert ended.stdout == ""
+
+
+def test_a_models_name_is_no_folder_and_nothing_is_downloaded() -> None:
+    ended = run_cli("size", "Qwen/Qwen2.5-VL-7B-Instruct")
+    assert ended.returncode == 2
+    assert "nothing is downloaded" in " ".join(ended.stderr.split())
 
 
 BAD_OPTIONS = {

@@ -10,6 +10,9 @@ import numpy as np
 import pytest
 
 import mmcache
+from mmcache.config import ServerConfig
+from mmcache.server.serve import Server
+from mmcache.testing import faults
 from mmcache.testing.process import ServerProcess
 from mmcache_connectors.vllm.groups import Group
 from tests.integration.toy_blocks import Request
@@ -99,6 +102,25 @@ def test_an_entry_of_another_form_differs(server: ServerProcess) -> None:
     run_one(probe, "audit", TOKENS)
     assert (counted(probe)["audit_blocks"], counted(probe)["audit_differences"]) == (12, 1)
     assert entries(probe, TOKENS) == (12, 0)
+
+
+def test_a_damaged_entry_is_counted_and_stored_anew() -> None:
+    """Its bytes no longer match their checksum: that says nothing of what engines compute."""
+    server = Server(ServerConfig(listen="127.0.0.1:0", memory_nbytes=16 << 20))
+    server.start()
+    try:
+        assert server.address is not None
+        probe = ToyEngine("mmcache://{}:{}".format(*server.address), ONE, audit_share=1.0)
+        run_one(probe, "cold", TOKENS)
+        damaged = keys_of(FACTS, TOKENS).for_part(probe.parts.of_group[0][0]).digests[BAD_BLOCK]
+        faults.flip_bit(server.shard, damaged, 8 * 460)
+        run_one(probe, "audit", TOKENS)
+        found = counted(probe)
+        assert (found["audit_blocks"], found["audit_differences"], found["verify_failures"]) == (11, 0, 1)
+        assert entries(probe, TOKENS) == (12, 0)
+    finally:
+        close_all()
+        server.stop()
 
 
 def test_a_share_of_the_hits_is_audited_and_the_rest_is_used(server: ServerProcess) -> None:

@@ -21,9 +21,19 @@ from mmcache_connectors.vllm import misses
 from mmcache_connectors.vllm.groups import Group
 from tests.integration.support import eventually, suspend
 from tests.integration.toy_blocks import Request
-from tests.integration.toy_cases import CONFIGURATIONS, ONE, Gate, answered, finish, prompt, run_one, spoil
+from tests.integration.toy_cases import (
+    CONFIGURATIONS,
+    ONE,
+    Gate,
+    answered,
+    finish,
+    prompt,
+    run_one,
+    spoil,
+    step_until,
+)
 from tests.integration.toy_engine import ToyEngine, close_all
-from tests.integration.toy_memory import FACTS, keys_of
+from tests.integration.toy_memory import BLOCK, FACTS, keys_of
 
 TOKENS = prompt(1, 50)
 
@@ -43,6 +53,7 @@ def server() -> Iterator[ServerProcess]:
 def told(engine: ToyEngine, name: str, tokens: list[int], **more: Any) -> dict[str, Any]:
     """What is said of a request that ends after everything about it is known."""
     assert engine.forget_local()
+    assert engine.scheduler._misses.flush(10)  # or what earlier requests ask leaves no room for its question
     request = engine.add(Request(name, tokens, **more))
     answered(engine, request)
     assert engine.scheduler._misses.flush(10)
@@ -135,6 +146,74 @@ def test_a_cache_that_is_gone_or_stopped(server: ServerProcess) -> None:
     os.kill(server.pid, signal.SIGCONT)
     server.stop(signal.SIGKILL)
     eventually(lambda: told(engine, "gone", TOKENS) == missed(48, misses.NO_ANSWER), "it is known to be gone")
+
+
+def test_the_reason_stays_that_of_the_first_run(server: ServerProcess) -> None:
+    """What a request finds after a preemption, mostly its own blocks, says nothing of why it missed."""
+    engine = ToyEngine(server.url, ONE)
+    request = engine.add(Request("preempted", TOKENS, outputs=8))
+    answered(engine, request)
+    assert engine.scheduler._misses.flush(10)
+    step_until(engine, lambda: request.computed >= 50, "it runs")
+    engine.preempt(request)
+    assert engine.workers[0].flush(10)
+    assert engine.forget_local()
+    finish(engine, request)
+    assert request.external == 48
+    assert request.told == {"mmcache": missed(48, NEVER)}
+
+
+def test_the_reason_is_that_of_a_block_the_engine_lacks_as_well(server: ServerProcess) -> None:
+    """Of two, the one that is gone from the cache but not from the engine is no reason, unless the other is stored."""
+    engine, other = ToyEngine(server.url, ONE), ToyEngine(server.url, ONE)
+    run_one(engine, "cold", TOKENS)
+    run_one(other, "five blocks", TOKENS[:21])
+    for one, tokens, reason in (
+        (engine, TOKENS[:48] + prompt(2, 10), NEVER),
+        (other, TOKENS, "deleted by a client"),
+    ):
+        with mmcache.connect(server.url) as cache:
+            cache.delete(keys_of(FACTS, TOKENS)[3])
+        request = one.add(Request("more", tokens))
+        local = len(one._local_hit(request)[0]) * BLOCK
+        eventually(lambda: one.scheduler.matched(request, local)[0] is not None, "it is looked up")  # noqa: B023
+        one.scheduler.take_loads()
+        assert one.scheduler._misses.flush(10)
+        finish(one, request)
+        assert request.local == local > 12
+        assert request.told["mmcache"]["missed"]["reason"] == reason
+
+
+def test_what_is_stored_meanwhile_and_what_a_reset_kept_from_the_cache(
+    server: ServerProcess, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine = ToyEngine(server.url, ONE)
+    gate = Gate(engine.lookup_client.ask)
+    monkeypatch.setattr(engine.lookup_client, "ask", gate)
+    early = engine.add(Request("early", TOKENS))
+    answered(engine, early)
+    run_one(ToyEngine(server.url, ONE), "another engine's", TOKENS)
+    gate.open()
+    assert engine.scheduler._misses.flush(10)
+    finish(engine, early)
+    assert early.told == {"mmcache": missed(48, misses.STORED_SINCE)}
+    waiting = engine.add(Request("waiting", TOKENS))
+    answered(engine, waiting)
+    assert engine.reset()
+    finish(engine, waiting)
+    assert waiting.told == {"mmcache": missed(48, misses.RESET)}
+
+
+def test_a_hit_that_the_engine_did_not_take(server: ServerProcess) -> None:
+    """As under vLLM's MultiConnector, where another connector's tokens may come first."""
+    engine = ToyEngine(server.url, ONE)
+    run_one(engine, "cold", TOKENS)
+    request = engine.add(Request("warm", TOKENS))
+    assert engine.forget_local()
+    answered(engine, request)
+    engine.scheduler.allocated(request, [list(range(1, 14))], 0)
+    engine.end(request)
+    assert request.told == {"mmcache": missed(48, misses.NOT_TAKEN)}
 
 
 def test_nobody_waits_for_a_reason(server: ServerProcess, monkeypatch: pytest.MonkeyPatch) -> None:

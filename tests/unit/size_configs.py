@@ -31,6 +31,14 @@ CONFIGS: dict[str, dict[str, Any]] = {
         "model_type": "mistral", "hidden_size": 4096, "num_hidden_layers": 32, "num_attention_heads": 32,
         "num_key_value_heads": 8, "sliding_window": 4096, "torch_dtype": "bfloat16",
     },
+    "mistralai/Mistral-7B-Instruct-v0.3": {  # null: no window, though the class has one as its default
+        "model_type": "mistral", "hidden_size": 4096, "num_hidden_layers": 32, "num_attention_heads": 32,
+        "num_key_value_heads": 8, "sliding_window": None, "torch_dtype": "bfloat16",
+    },
+    "databricks/dbrx-instruct": {
+        "model_type": "dbrx", "d_model": 6144, "n_layers": 40, "n_heads": 48, "attn_config": {"kv_n_heads": 8},
+        "torch_dtype": "bfloat16",
+    },
     "tiiuae/falcon-7b": {
         "model_type": "falcon", "hidden_size": 4544, "num_hidden_layers": 32, "num_attention_heads": 71,
         "multi_query": True, "new_decoder_architecture": False, "torch_dtype": "bfloat16",
@@ -122,6 +130,8 @@ TOKEN_NBYTES = {
     "meta-llama/Llama-2-7b-hf": 524_288,  # "0.5 MB a token"
     "meta-llama/Meta-Llama-3-8B": 131_072,
     "mistralai/Mistral-7B-v0.1": 131_072,
+    "mistralai/Mistral-7B-Instruct-v0.3": 131_072,
+    "databricks/dbrx-instruct": 163_840,  # 40 x 8 x (128 + 128) x 2
     "tiiuae/falcon-7b": 8_192,  # multi-query: one head of 64
     "deepseek-ai/DeepSeek-V3": 70_272,  # DeepSeek-V3 report's "70 KB": 61 x (512 + 64) x 2
     "deepseek-ai/DeepSeek-V2-Lite": 31_104,

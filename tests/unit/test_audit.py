@@ -58,6 +58,28 @@ def test_one_wrong_token_in_one_layer_is_different(dtype: torch.dtype, layer: in
     assert compare(value, wrong).likeness is Likeness.DIFFERENT
 
 
+@pytest.mark.parametrize("dtype", FLOATS)
+def test_wrong_values_beside_large_keys_are_different(dtype: torch.dtype) -> None:
+    """With `halves`: as a whole the row would be close, so large are the keys."""
+    value = block(1).clamp(-6e4, 6e4)
+    value[..., : SHAPE[-1] // 2] *= 20 / bound(dtype)
+    value = value.div(value.abs().max() / 6e4).to(dtype)
+    wrong = value.clone()
+    wrong[2, :, :, SHAPE[-1] // 2 :] = value[2, :, :, SHAPE[-1] // 2 :].roll(1, 1)
+    assert compare(value, wrong).likeness is Likeness.CLOSE
+    found = compare(value, wrong, halves=True)
+    assert found.likeness is Likeness.DIFFERENT
+    assert found.error > 0.7
+    assert compare(value, value.clone(), halves=True).likeness is Likeness.EQUAL
+    noisy = (value * (1 + 4 * torch.finfo(dtype).eps * torch.randn(SHAPE, dtype=torch.float64).sign())).to(dtype)
+    assert compare(value, noisy, halves=True).likeness is Likeness.CLOSE
+
+
+def test_an_odd_width_has_no_halves() -> None:
+    value = block(1)[..., :63].float()
+    assert compare(value, value + 1e-9, halves=True).likeness in (Likeness.EQUAL, Likeness.CLOSE)
+
+
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
 def test_what_is_no_number_is_different(bad: float) -> None:
     value = block(1).float()

@@ -183,7 +183,8 @@ def test_the_page_of_servers_shows_both_and_their_ratio() -> None:
     tiles = dict(zip(parsed.all_of("span"), parsed.all_of("b"), strict=False))
     assert tiles["time to first token, cached / plain & <slow>"] == "1.000"
     assert tiles["median time to first token, plain & <slow>"] == "250 ms"
-    assert tiles["of prompt tokens cached, cached"] == "96.0%"
+    assert tiles["of prompt tokens cached, cached"] == "64.0%"  # one of three reports none
+    assert tiles["of prompt tokens cached, plain & <slow>"] == "96.0%"
     assert tiles["answers the same"] == "2 of 3"
     assert parsed.all_of("p", "verdict good") == ["Every request was answered (6 answers)"]
     assert "3 (few)" in parsed.all_of("td")

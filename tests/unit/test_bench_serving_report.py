@@ -63,6 +63,30 @@ def test_few_answers_and_a_late_sender_are_said() -> None:
     assert "sent up to 100.0 ms late" in late[0]
 
 
+def test_answers_in_one_piece_and_models_of_two_names_are_said() -> None:
+    whole = replace(ANSWER, itl_s=None, longest_gap_s=None)
+    assert report([whole] * 10 + [ANSWER] * 20).notes() == []
+    (note,) = report([whole] * 20 + [ANSWER] * 10).notes()
+    assert "20 answers of several tokens came in one piece" in note
+    assert report([replace(whole, completion_tokens=1)] * 30).notes() == []
+    one, other = report([ANSWER] * 30, [ANSWER] * 30).served
+    assert "asked everything twice" in replace(report([ANSWER] * 30), served=[one, one]).notes()[0]
+    assert "different names" in replace(report([ANSWER] * 30), served=[one, replace(other, model="n")]).notes()[0]
+
+
+def test_every_reason_is_told_and_what_was_not_asked_hides_none() -> None:
+    errors = [Sample(error="HTTP 500")] * 2 + [Sample(error="not asked")] * 9
+    assert report(errors).complaints() == ["a: 11 requests of 11 failed (2 x HTTP 500; 9 x not asked)"]
+    (said,) = report([Sample(error=f"reason {number}") for number in range(5)]).complaints()
+    assert said.endswith("1 x reason 2; ...)")
+
+
+def test_one_server_twice_has_two_names() -> None:
+    assert ServeOptions(urls=["http://a/v1"] * 2).labels == ["a (1)", "a (2)"]
+    assert ServeOptions(urls=["http://a/v1", "http://b"], names=["x", "x"]).labels == ["x (1)", "x (2)"]
+    assert ServeOptions(urls=["http://a/v1", "http://b/v1"]).labels == ["a", "b"]
+
+
 def test_the_table_has_every_figure_and_nothing_is_markup() -> None:
     first = [replace(ANSWER, ttft_s=0.001 * i) for i in range(1, 101)]
     text = printed(replace(report(first, [HIT] * 100), served=[

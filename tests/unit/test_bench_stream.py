@@ -63,6 +63,13 @@ def test_the_first_token_is_the_first_text_and_not_the_role() -> None:
     assert reading.itl_s() == 0.25
 
 
+def test_tokens_that_come_at_one_moment_have_no_time_between_them() -> None:
+    reading = Reading()
+    for text in "abc":
+        reading.take(chunk(text), 2.0)
+    assert (reading.chunks, reading.itl_s(), reading.longest_gap_s) == (3, None, 0.0)
+
+
 def test_half_a_character_held_back_is_a_token() -> None:
     reading = Reading()
     reading.take(chunk("", delta={"role": "assistant"}), 1.0)

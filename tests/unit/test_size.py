@@ -53,6 +53,7 @@ def test_layers_that_slide_are_groups_of_their_own() -> None:
 
     assert groups("meta-llama/Meta-Llama-3-8B") == [("full", 0, 32)]
     assert groups("mistralai/Mistral-7B-v0.1") == [("window", 4096, 32)]
+    assert groups("mistralai/Mistral-7B-Instruct-v0.3") == [("full", 0, 32)]
     assert groups("openai/gpt-oss-20b") == [("window", 128, 12), ("full", 0, 12)]
     assert groups("google/gemma-2-2b") == [("window", 4096, 13), ("full", 0, 13)]
     assert groups("google/gemma-3-4b-it") == [("window", 1024, 5)] * 5 + [("window", 1024, 4), ("full", 0, 5)]
@@ -100,6 +101,8 @@ def test_a_picture_is_scaled_to_the_processors_limits() -> None:
         assert tokens(processor, Picture(168, 112)) == 6 * 4
         assert tokens(processor, Picture(2800, 2800)) == 8 * 8
         assert tokens(processor, Picture(28, 28)) == 2 * 2
+    notes = [items_of(Fields(QWEN_VL), Fields(plain), Picture(side, side))[1] for side in (168, 2800)]
+    assert [["unscaled" in note for note in one] for one in notes] == [[], [True]]
     wide = items_of(Fields(CONFIGS["mistral-community/pixtral-12b"]), None, Picture(4096, 1024))[0][0]
     assert wide.tokens == 64 * 16
 
@@ -207,6 +210,11 @@ BAD: dict[str, tuple[dict[str, Any], str]] = {
     "an unknown kind": (LLAMA | {"layer_types": ["cubist"] * 32}, "'cubist'"),
     "kinds that are no list": (LLAMA | {"layer_types": "full"}, "must be a list"),
     "a window of no size": (LLAMA | {"layer_types": ["sliding_attention"] * 32}, "how far they reach"),
+    "attention of another kind in some layers": (LLAMA | {"attn_type_list": [0] * 7 + [1]}, "keep state"),
+    "recurrent blocks": (LLAMA | {"block_types": ["recurrent", "attention"]}, "keeps state"),
+    "layers with heads of their own": (LLAMA | {"global_head_dim": 512}, "heads of several sizes"),
+    "a list of layers": (LLAMA | {"block_configs": [{"attention": {"no_op": True}}]}, "heads of several sizes"),
+    "narrow values": (LLAMA | {"head_dim": 192, "v_head_dim": 128}, "not as wide"),
     "linear attention": (LLAMA | {"layer_types": ["linear_attention"] * 32}, "keep state"),
     "Mamba": (LLAMA | {"mamba_d_state": 16}, "keeps state"),
     "an unknown latent": (LLAMA | {"kv_lora_rank": 512}, "not known to this release"),

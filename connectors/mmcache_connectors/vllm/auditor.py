@@ -26,9 +26,10 @@ class Auditor:
 
     def check(self, paged: PagedGroup, keys: Keys, computed: torch.Tensor) -> Counter[str]:
         """Compare what is stored under `keys` with staged blocks `[len(keys), *paged.shape]`, and drop what is of
-        another content or form, so that it can be stored anew. What is not stored is not compared.
+        another content or form, so that it can be stored anew. What is not stored, or fails its checks, is not
+        compared.
 
-        Counts audit_blocks (compared) and audit_differences (dropped).
+        Counts audit_blocks (compared), audit_differences (dropped) and verify_failures.
         """
         stored = torch.empty_like(computed)
         results = self._client.get_into(keys, paged.rows(stored))
@@ -36,10 +37,11 @@ class Auditor:
         for row, result in enumerate(results):
             error = float("inf")
             if result:
-                likeness, error = compare(stored[row], computed[row])
+                likeness, error = compare(stored[row], computed[row], halves=True)
             elif result.outcome is Outcome.MISMATCH:
                 likeness = Likeness.DIFFERENT
             else:
+                counts["verify_failures"] += result.outcome is Outcome.CORRUPT
                 continue
             counts["audit_blocks"] += 1
             if likeness is Likeness.DIFFERENT:

@@ -49,7 +49,8 @@ COUNTERS: Final = (
     ),
     Metric(
         "vllm:mmcache_saves",
-        "Parts of blocks on their way to the cache, by what became of them.",
+        "Parts of blocks on their way to the cache, by what became of them. Dropped ones are tried again, and counted "
+        "each time.",
         ("outcome",),
         {
             ("stored",): "blocks_saved",

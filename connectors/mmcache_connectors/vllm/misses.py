@@ -13,7 +13,7 @@ import re
 import threading
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Final, Generic, TypeVar
 
@@ -34,14 +34,18 @@ AUDIT: Final = "audit: found, and computed anew all the same, to compare"
 ONLY_STORES: Final = "this engine only stores (kv_producer)"
 NOT_WANTED: Final = "the request asked not to read the cache"
 UNIDENTIFIED: Final = "not cacheable: its adapter, or the engine's weights, are not identified"
+NOT_TAKEN: Final = "stored, but the engine did not take it: another connector's tokens, say"
 UNKNOWN_ITEM: Final = "a media item of unknown identity ends what can be cached"
 TOO_SLOW: Final = "the lookup took too long"
 NO_ANSWER: Final = "the cache does not answer"
 LOAD_FAILED: Final = "its load failed, or one it waited for"
+STORED_SINCE: Final = "stored since it was looked up, by the request itself, say"
+RESET: Final = "the cache was reset before it ran"
 NOT_ASKED: Final = "not asked"
 NOT_KNOWN_YET: Final = "not known yet"
 
 MAX_WAITING: Final = 8  # of further requests the server is not asked, and nothing is written down
+ASK_LATER_S: Final = 0.01  # by then the step that admits the request is planned, and nothing competes with that
 MAX_RECORDS: Final = 256  # files
 MAX_RECORD_TOKENS: Final = 1 << 18  # a longer request, some 2 MB of JSON, is not written down
 _RECORD: Final = re.compile(r"miss-\d{19}-[\w.-]*\.json")
@@ -87,15 +91,23 @@ class Misses:
         self._asking: Few[Missed] = Few("mmcache-explain")
         self._recording: Few[None] = Few("mmcache-record")  # apart, as disks are slow
 
-    def explain(self, request: Any, keys: Keys, hit: int) -> Missed | Ticket[Missed]:
-        """Why the block after the first `hit` of `keys` is not there, or a ticket that will say so. Never raises."""
-        if hit == len(keys):
-            return UNKNOWN_ITEM
+    def explain(self, request: Any, keys: Keys, hit: int, local: int, *, whole: bool) -> Missed | Ticket[Missed] | None:
+        """Why the first block is not there that is neither among the leading `hit` that are stored nor among the
+        `local` that the engine has, or a ticket that will say so; None if there is no such block.
+
+        `keys` are those of all blocks that could be loaded: all of the `whole` request, or those before an item of
+        unknown identity. Never raises.
+        """
+        first = max(hit, local)
+        if first >= len(keys):
+            return None if whole else UNKNOWN_ITEM
         if not self._client.answering:
             return NO_ANSWER
         if self._recorder is not None:
             self._recording.submit(lambda: self._record(request))
-        asked = self._asking.submit(lambda: self._ask(keys[hit : hit + 1])) if self._asks else None
+        # The one at `hit`, too: what is stored behind it is of no use without it.
+        two, due_s = (keys[first : first + 1], keys[hit : hit + 1]), time.monotonic() + ASK_LATER_S
+        asked = self._asking.submit(lambda: self._ask(two, due_s)) if self._asks else None
         return NOT_ASKED if asked is None else asked
 
     def _record(self, request: Any) -> None:
@@ -104,13 +116,15 @@ class Misses:
         if recorded is not None:
             self._recorder.write(request.request_id, recorded)
 
-    def _ask(self, block: Keys) -> Missed:
-        digests = [block.for_part(part).digests[0] for of_group in self._parts.of_group for part in of_group]
+    def _ask(self, blocks: Sequence[Keys], due_s: float) -> Missed:
+        time.sleep(max(0.0, due_s - time.monotonic()))
+        parts = [part for of_group in self._parts.of_group for part in of_group]
+        digests = [block.for_part(part).digests[0] for block in blocks for part in parts]
         try:
             reasons = Operations(self._client).explain(digests)
         except (MMCacheError, OSError):
             return NO_ANSWER
-        return next((reason for reason in reasons if reason.why is not Why.HERE), reasons[0])
+        return next((reason for reason in reasons if reason.why is not Why.HERE), STORED_SINCE)
 
     def flush(self, timeout_s: float) -> bool:
         """Wait until everything asked is answered, and written down; False if one of the two took longer."""
@@ -156,7 +170,7 @@ def transfer_params(cached_tokens: int, missed_tokens: int, missed: Missed | Tic
     if missed_tokens > 0:
         if isinstance(missed, Ticket):
             missed = (missed.result or NO_ANSWER) if missed.done() else NOT_KNOWN_YET
-        told["missed"] = {"tokens": missed_tokens, **_in_words(missed or NOT_KNOWN_YET)}
+        told["missed"] = {"tokens": missed_tokens, **_in_words(missed or NOT_TAKEN)}
     return {"mmcache": told}
 
 

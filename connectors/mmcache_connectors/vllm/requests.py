@@ -48,11 +48,21 @@ class Chain:
 
 
 class Answer(NamedTuple):
-    """How many leading blocks are a hit, what is pinned for it, why the next is not there."""
+    """How many leading blocks are a hit, what is pinned for it, why the first that is in neither cache is not there:
+    None if there is none."""
 
     hit: int
     pinned: Pinned
-    missed: Missed | Ticket[Missed]
+    missed: Missed | Ticket[Missed] | None
+
+
+class Admitted(NamedTuple):
+    """What became of a request's prompt when it first ran: tokens that the engine held itself, tokens loaded, and why
+    not all others were."""
+
+    local: int
+    cached: int
+    missed: Missed | Ticket[Missed] | None
 
 
 @dataclass(slots=True, eq=False)
@@ -73,5 +83,5 @@ class Tracked:
     saved: int = 0  # leading blocks known to be stored, or on their way
     audit: bool | None = None  # whether its hit is not used, to be compared instead; None: not drawn yet
     audit_stop: int = 0  # blocks before this one are compared when they are saved
-    admitted: tuple[int, int] | None = None  # tokens the engine held itself, and tokens loaded, when it first ran
-    missed: Missed | Ticket[Missed] | None = None  # why not all of its prompt was found
+    admitted: Admitted | None = None  # None: it has not run yet
+    missed: Missed | Ticket[Missed] | None = None  # why not all of it was found, when it was looked up last

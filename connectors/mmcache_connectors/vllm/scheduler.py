@@ -23,7 +23,7 @@ from mmcache_connectors.vllm.identities import Identities
 from mmcache_connectors.vllm.lookup import Identifier, Namespaces, query
 from mmcache_connectors.vllm.misses import Misses, transfer_params
 from mmcache_connectors.vllm.plan import Job, blocks_to_load, blocks_to_save, savable_blocks
-from mmcache_connectors.vllm.requests import Answer, Chain, Tracked
+from mmcache_connectors.vllm.requests import Admitted, Answer, Chain, Tracked
 from mmcache_connectors.vllm.settings import Settings
 
 log = logging.getLogger("mmcache.vllm")
@@ -42,9 +42,9 @@ class SchedulerSide:
     def __init__(
         self, settings: Settings, parts: Parts, namespaces: Namespaces, identities: Identities, client: Client, *,
         block_tokens: int, reads: bool, writes: bool, load_async: bool, save_blocks_per_step: int,
-        evict: Callable[[set[int]], object], draw: Callable[[], float] = random.random,
+        evict: Callable[[set[int]], object], draw: Callable[[], float] | None = None,
     ) -> None:  # fmt: skip
-        self._draw = draw
+        self._draw = draw or random.Random().random  # not from the engine's own, which it seeds
         self._settings, self._parts, self._client, self._block_tokens = settings, parts, client, block_tokens
         self._reads, self._writes, self._load_async = reads, writes, load_async
         self._save_blocks_per_step, self._evict = save_blocks_per_step, evict
@@ -177,13 +177,14 @@ class SchedulerSide:
     def _ask(self, tracked: Tracked, chain: Chain) -> Ticket[Answer]:
         chain.extend(tracked.request.all_token_ids)
         # The engine must compute at least one token.
-        count = min(chain.limit_blocks, (tracked.request.num_tokens - 1) // self._block_tokens)
-        keys, client, parts, block_tokens = chain.keys(0, count), self._client, self._parts, self._block_tokens
-        request = tracked.request
+        wanted = (tracked.request.num_tokens - 1) // self._block_tokens
+        keys = chain.keys(0, min(chain.limit_blocks, wanted))
+        client, parts, block_tokens = self._client, self._parts, self._block_tokens
+        request, local, whole = tracked.request, tracked.local, len(keys) == wanted
 
         def look_up() -> Answer:
             hit, pinned = query(client, parts, keys, block_tokens)
-            return Answer(hit, pinned, self._misses.explain(request, keys, hit))
+            return Answer(hit, pinned, self._misses.explain(request, keys, hit, local, whole=whole))
 
         self.counters["lookups"] += 1
         tracked.answer = self._lookup.submit(look_up)
@@ -204,7 +205,8 @@ class SchedulerSide:
         tracked = self._tracked.get(request.request_id)
         try:
             if tracked is not None:
-                tracked.admitted = tracked.admitted or (tracked.local * self._block_tokens, external_tokens)
+                local_tokens = tracked.local * self._block_tokens
+                tracked.admitted = tracked.admitted or Admitted(local_tokens, external_tokens, tracked.missed)
                 if external_tokens > 0:
                     self._loads.append(self._load(tracked, block_ids, external_tokens))
                 else:
@@ -326,7 +328,7 @@ class SchedulerSide:
                 tracked.off, tracked.saved = True, 0
                 tracked.missed = misses.LOAD_FAILED
                 if tracked.admitted is not None:
-                    tracked.admitted = (tracked.admitted[0], 0)
+                    tracked.admitted = Admitted(tracked.admitted.local, 0, misses.LOAD_FAILED)
                 lost.update(tracked.loading)
                 self.counters["loads_failed"] += 1
         for tracked in self._tracked.values():
@@ -375,15 +377,15 @@ class SchedulerSide:
         self._forget_load(tracked, arrived=not self._load_async and not tracked.off)
         if tracked.admitted is None:
             return None
-        local, cached = tracked.admitted
+        local, cached, missed = tracked.admitted
         reusable = (tracked.request.num_prompt_tokens - 1) // self._block_tokens * self._block_tokens
-        return transfer_params(cached, reusable - local - cached, tracked.missed)
+        return transfer_params(cached, reusable - local - cached, missed)
 
     def reset(self) -> None:
         """The weights changed: nothing stored before is looked up again, nothing under way is saved."""
         self._namespaces.forget()
         for tracked in self._tracked.values():
-            tracked.off, tracked.chain, tracked.identified = True, None, None
+            tracked.off, tracked.chain, tracked.identified, tracked.missed = True, None, None, misses.RESET
 
     def close(self, timeout_s: float) -> None:
         """Wait a moment for questions under way."""

@@ -18,8 +18,7 @@ class Stepping:
         self._llm, self._worker = llm, worker
         self._engine: Any = llm.llm_engine
         self._scheduler: Any = self._engine.engine_core.engine_core.scheduler
-        self._asks: dict[str, dict[str, Any]] = {}  # not ended yet
-        self._internal: dict[str, str] = {}  # vLLM's name of a request -> ours
+        self._open: dict[str, tuple[str, dict[str, Any]]] = {}  # by name: vLLM's name, the ask
         self._last: dict[str, Any] = {}  # the newest output of each
         self._external: Counter[str] = Counter()  # tokens that came from the connector, by vLLM's name
         self._aborts: list[str] = []  # states in each of which one request is to be aborted
@@ -48,7 +47,7 @@ class Stepping:
         for name, ask in asks.items():
             self._add(name, ask)
         for _ in range(steps):
-            if not self._asks:
+            if not self._open:
                 break
             self._step()
         ended, self._ended = self._ended, {}
@@ -92,7 +91,7 @@ class Stepping:
         except Exception as error:  # what the engine says to a request it cannot serve
             self._ended[name] = self._worker.refusal(error)
             return
-        self._asks[name], self._internal[internal] = ask, name
+        self._open[name] = (internal, ask)
 
     def _step(self) -> None:
         for output in self._engine.step():
@@ -106,12 +105,11 @@ class Stepping:
             if found is not None:
                 self._aborts.remove(state)
                 self._engine.abort_request([found.request_id], internal=True)
-                self._end(self._internal[found.request_id], f"abort {state}")
+                name = next(name for name, (internal, _) in self._open.items() if internal == found.request_id)
+                self._end(name, f"abort {state}")
 
     def _end(self, name: str, finish: str) -> None:
-        ask, output = self._asks.pop(name), self._last.pop(name, None)
-        internal = next(one for one, ours in self._internal.items() if ours == name)
-        del self._internal[internal]
+        (internal, ask), output = self._open.pop(name), self._last.pop(name, None)
         answer = {"tokens": [], "prompt": [], "cached": 0} if output is None else self._worker.answer(output, ask)
         self._ended[name] = answer | {"finish": finish, "external": self._external.pop(internal, 0)}
 

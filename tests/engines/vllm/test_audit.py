@@ -19,6 +19,7 @@ LAYERS, TOKENS, CHUNK = 16, 640, 160
 DTYPES = ["float32", "bfloat16"]
 TEXT = {dtype: Settings("text", {"dtype": dtype, "max_num_batched_tokens": 512}) for dtype in DTYPES}
 CHUNKED = {dtype: Settings("text", {"dtype": dtype, "max_num_batched_tokens": 96}) for dtype in DTYPES}
+DEADLINE_S = 8.0  # a busy machine's: a lookup that times out is a miss
 ASKS = [ask(words(700 + i, 300 + 40 * i)) for i in range(4)]
 EXPECTED = {dtype: Expected.plan(TEXT[dtype], *ASKS) for dtype in DTYPES}
 BLOCKS = sum((300 + 40 * i + 8 - 1) // BLOCK for i in range(4))  # with the generated tokens that were computed
@@ -56,10 +57,12 @@ def test_recomputed_blocks_are_close_and_others_are_not(deep: Path, dtype: torch
     stored = blocks(deep, dtype, "sdpa", TOKENS)
     errors = {}
     for name, attention, chunk in (("in other chunks", "sdpa", CHUNK), ("by another kernel", "eager", TOKENS)):
-        found = [compare(*pair) for pair in zip(stored, blocks(deep, dtype, attention, chunk), strict=True)]
+        found = [
+            compare(*pair, halves=True) for pair in zip(stored, blocks(deep, dtype, attention, chunk), strict=True)
+        ]
         assert {one.likeness for one in found} <= {Likeness.EQUAL, Likeness.CLOSE}
         errors[name] = max(one.error for one in found)
-    others = [compare(*pair) for pair in zip(stored, stored.roll(1, 0), strict=True)]
+    others = [compare(*pair, halves=True) for pair in zip(stored, stored.roll(1, 0), strict=True)]
     assert {one.likeness for one in others} == {Likeness.DIFFERENT}
     errors["of another block, at least"] = min(one.error for one in others)
     print(dtype, f"bound {bound(dtype):.2g}", {name: f"{error:.2g}" for name, error in errors.items()})
@@ -72,7 +75,7 @@ def filled(request: pytest.FixtureRequest) -> Iterator[tuple[str, Cache]]:
     """A cache that one engine filled."""
     EXPECTED[request.param].prepare()
     with Cache() as cache:
-        with Engine(TEXT[request.param], {"url": cache.url}) as writer:
+        with Engine(TEXT[request.param], {"url": cache.url, "deadline_s": DEADLINE_S}) as writer:
             writer.generate(*ASKS)
             cache.settle()
         yield request.param, cache
@@ -102,7 +105,7 @@ def test_a_planted_value_is_found_and_stored_anew(filled: tuple[str, Cache]) -> 
         before = {digest: payload(client, digest) for digest in cache.digests()}
     planted = cache.digests()[7]
     plant(cache, planted)
-    with Engine(CHUNKED[dtype], {"url": cache.url, "audit_share": 1.0}) as engine:
+    with Engine(CHUNKED[dtype], {"url": cache.url, "audit_share": 1.0, "deadline_s": DEADLINE_S}) as engine:
         answers = engine.generate(*ASKS, together=True)
         cache.settle()
         counters = engine.counters()

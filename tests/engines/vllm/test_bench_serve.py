@@ -44,7 +44,8 @@ def test_after_a_restart_the_prompts_are_cached_and_the_answers_the_same(tmp_pat
             for workload in WORKLOADS:
                 page = str(tmp_path / f"{workload}.html")
                 found[workload] = serve(*both, "--workload", workload, "--html", page)
-            other = serve("--url", again.url, "--seed", "1", "--rate", "20")
+            other = serve("--url", again.url, "--seed", "1")
+            crowd = serve("--url", again.url, "--seed", "2", "--rate", "20")
     for workload in WORKLOADS:
         check(cold[workload], found[workload])
         text = (tmp_path / f"{workload}.html").read_text()
@@ -53,6 +54,8 @@ def test_after_a_restart_the_prompts_are_cached_and_the_answers_the_same(tmp_pat
     asked = [request["samples"][0] for request in other["requests"] if request["place"] == 0]
     assert asked[0]["cached_tokens"] == 0
     assert all(sample["cached_tokens"] < 0.3 * sample["prompt_tokens"] for sample in asked)  # the system text
+    assert crowd["servers"][0]["answered"] == 24
+    assert crowd["workload"]["rate"] == 20
 
 
 def check(cold: dict[str, Any], found: dict[str, Any]) -> None:

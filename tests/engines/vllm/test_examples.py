@@ -168,6 +168,7 @@ def compose_complaints(text: str) -> list[str]:
         words = one["command"] if one["command"][0] == "mmcache" else ["vllm", "serve", *one["command"]]
         found += [f"{name}: {why}" for why in complaints(words)]
         found += _unhealthy(name, one)
+        found += _not_copied(name, one["build"])
         found += [f"{name}: no volume {volume}" for volume in mounts[name] if volume not in file["volumes"]]
         found += [f"{name}: no service {other}" for other in one.get("depends_on", {}) if other not in services]
         found += [f"{name}: {port} is open to others" for port in one.get("ports", []) if not port.startswith("127.")]
@@ -176,6 +177,17 @@ def compose_complaints(text: str) -> list[str]:
                 found.append(f"{name}: {path} is on no volume")
     sockets = {target for one in mounts.values() for volume, target in one.items() if volume == "socket"}
     return found + ([] if len(sockets) == 1 else [f"the socket is at {sorted(sockets)}"])
+
+
+def _not_copied(name: str, build: Mapping[str, str]) -> list[str]:
+    """What a build copies and is not there, or installs and was not copied."""
+    lines = [line.split() for line in build["dockerfile_inline"].splitlines()]
+    copied = [path for words in lines if words[0] == "COPY" for path in words[1:-1]]
+    folder = EXAMPLES / build["context"]
+    needed = {"pyproject.toml", "README.md", "LICENSE", "mmcache", "connectors", "kernels"}
+    return [f"{name}: there is no {path}" for path in copied if not (folder / path).exists()] + [
+        f"{name}: {path} is not copied" for path in sorted(needed - set(copied))
+    ]
 
 
 def _unhealthy(name: str, service: Mapping[str, Any]) -> list[str]:
@@ -200,6 +212,8 @@ def test_the_compose_file_fits_together() -> None:
         ("    test:", "    tests:", "no health check"),
         ("  models:\n", "", "no volume models"),
         ("    cache:\n      condition", "    cash:\n      condition", "no service cash"),
+        ("      COPY kernels /src/kernels\n", "", "kernels is not copied"),
+        ("context: ../..", "context: ..", "there is no pyproject.toml"),
         ("- socket:/run/mmcache\n  ", "- socket:/run/other\n  ", "is on no volume"),
     ],
 )

@@ -8,13 +8,10 @@ import socket
 import time
 from collections.abc import Callable, Iterator
 
-import numpy as np
 import pytest
 
-import mmcache
-from mmcache.frame import parse_header
-from mmcache.keyset import Key, Keys, NamespaceId
 from mmcache.testing.process import ServerProcess
+from tests.engines.vllm import damage
 from tests.engines.vllm.harness import VISION, Answer, Ask, Cache, Engine, Expected, ask, words
 from tests.engines.vllm.models import IMAGE
 from tests.integration.support import suspend
@@ -68,28 +65,22 @@ def flip_headers(cache: Cache) -> None:
 
 def reshape(cache: Cache) -> None:
     """Under every key a valid frame of another shape."""
-    with mmcache.connect(cache.url) as client:
-        for digest in cache.digests():
-            known = client.inspect(digest)
-            namespace = parse_header(known.header, limit_nbytes=1 << 30).meta.namespace
-            keys = Keys.of(Key(digest, digest, digest, NamespaceId(namespace, known.kind, dict(known.facts))))
-            client.delete(keys)
-            assert client.put(keys, [np.zeros((2, 2, 16, 64), np.float32)])[0].outcome == "stored"
+    assert damage.reshape(cache, cache.digests())
 
 
-@pytest.mark.parametrize("damage", [flip_payloads, flip_headers, reshape])
-def test_damaged_blocks_are_noticed_and_computed(small: tuple[Engine, Cache], damage: Damage) -> None:
+@pytest.mark.parametrize("harm", [flip_payloads, flip_headers, reshape])
+def test_damaged_blocks_are_noticed_and_computed(small: tuple[Engine, Cache], harm: Damage) -> None:
     engine, cache = small
     cache.forget(cache.digests())
     _right(engine, *SOME)
     cache.settle()
     assert _hit(engine, *SOME)
-    damage(cache)
+    harm(cache)
     before = engine.counters()["worker"].get("verify_failures", 0)
     _right(engine, *SOME)
     assert engine.counters()["worker"]["verify_failures"] >= before + len(SOME)
     cache.settle()
-    if damage is not reshape:  # damaged entries are dropped, and stored again; a valid one stays what it is
+    if harm is not reshape:  # damaged entries are dropped, and stored again; a valid one stays what it is
         assert _hit(engine, *SOME), "the damage was not repaired"
 
 

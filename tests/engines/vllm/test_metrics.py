@@ -12,6 +12,7 @@ from tests.engines.vllm.harness import BLOCK, Cache, Engine, Expected, Settings,
 
 # vLLM, imported here, warns of its own dependencies.
 pytestmark = pytest.mark.filterwarnings("default::DeprecationWarning")
+DEADLINE_S = 8.0  # a busy machine's: a lookup that times out is a miss
 TEXT = Settings("text", {"disable_log_stats": False})
 WARM, NEW = ask(words(750, 300)), ask(words(751, 200))
 EXPECTED = Expected.plan(TEXT, WARM, NEW)
@@ -87,7 +88,7 @@ def test_every_series_is_there_from_the_start_and_holds_its_count() -> None:
 @pytest.mark.parametrize("mode", ["async", "sync"])
 def test_an_engine_shows_what_it_did(mode: str) -> None:
     EXPECTED.prepare()
-    with Cache() as cache, Engine(TEXT, {"url": cache.url, "load_mode": mode}) as engine:
+    with Cache() as cache, Engine(TEXT, {"url": cache.url, "load_mode": mode, "deadline_s": DEADLINE_S}) as engine:
         engine.generate(WARM)
         cache.settle()
         engine.fresh(WARM, NEW)
@@ -95,7 +96,7 @@ def test_an_engine_shows_what_it_did(mode: str) -> None:
         (again,) = engine.fresh(ask(words(752, 40)))  # a step in which what ended since the last one is told
         assert again.cached == 0
         shown = engine.call("metrics", prefix="vllm:mmcache_")
-        told = engine.call("transfer_params", asks=[WARM, ask(words(751, 200) + words(753, 100))])
+        told = engine.call("transfer_params", asks=[WARM, ask(words(751, 200) + words(753, 100), max_tokens=64)])
     assert shown["vllm:mmcache_lookups"] == 4
     assert shown["vllm:mmcache_hit_tokens{transport=shared_memory}"] == 288
     assert shown["vllm:mmcache_bytes{direction=load,transport=shared_memory}"] == 288 * KV_NBYTES
@@ -123,7 +124,7 @@ def test_two_caches_under_vllms_multi_connector() -> None:
                 "kv_connector": "MMCacheKVConnector",
                 "kv_connector_module_path": "mmcache_connectors.vllm",
                 "kv_role": "kv_both",
-                "kv_connector_extra_config": {"url": cache.url},
+                "kv_connector_extra_config": {"url": cache.url, "deadline_s": DEADLINE_S},
             }
             for cache in (one, other)
         ]

@@ -8,15 +8,17 @@ from __future__ import annotations
 
 import random
 import socket
+import textwrap
 import time
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import replace
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Self
 
 import pytest
 
 from tests.engines.vllm.damage import CacheProcess
+from tests.engines.vllm.encoder import sharing
 from tests.engines.vllm.harness import CLOSE, VISION, Answer, Ask, Engine, Expected, Settings
 from tests.engines.vllm.mix import FAULTS, LORAS, STATES, Beat, Case, beats, working_set
 
@@ -42,11 +44,12 @@ MIXED: dict[str, Any] = VISION.llm | {
 
 
 class Run(NamedTuple):
-    """How the engine loads, and which mix of at least how many requests."""
+    """How the engine loads, which mix of at least how many requests, and whether embeddings are shared, too."""
 
     load_mode: str
     seed: int
     requests: int
+    encoder: bool = False
 
 
 full = pytest.mark.full
@@ -56,23 +59,30 @@ RUNS = [
     pytest.param(Run("sync", 0, 700), id="sync", marks=full),
     pytest.param(Run("async", 1, 4000), id="async, long", marks=full),
     pytest.param(Run("sync", 2, 4000), id="sync, long", marks=full),
+    pytest.param(Run("async", 3, 2000, encoder=True), id="encoder cache", marks=full),
 ]
 EXPECTED = Expected.plan(VISION, *(case.ask for case in working_set(QUICK.seed)))
 
 
 class Bed:
-    """One engine before one cache, which is replaced when it is killed, and all that was asked and answered."""
+    """One engine before one cache, which is replaced when it is killed. Use as a context manager."""
 
-    def __init__(self, load_mode: str) -> None:
+    def __init__(self, run: Run) -> None:
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
             self.address = f"127.0.0.1:{probe.getsockname()[1]}"
-        self.cache = CacheProcess(self.address, MEMORY_NBYTES)
-        connector = {"url": f"mmcache://{self.address}", "load_mode": load_mode, "deadline_s": DEADLINE_S}
-        self.engine = Engine(Settings(VISION.model, MIXED), connector)
+        url, settings = f"mmcache://{self.address}", Settings(VISION.model, MIXED)
+        if run.encoder:  # vLLM's own encoder cache is for five pictures, then: as many embeddings as a step has tokens
+            settings = sharing(settings, url, llm={"max_num_batched_tokens": 128}, deadline_s=DEADLINE_S)
+        self.engine = Engine(settings, {"url": url, "load_mode": run.load_mode, "deadline_s": DEADLINE_S})
 
-    def __enter__(self) -> Bed:
-        self.engine.__enter__()
+    def __enter__(self) -> Self:
+        self.cache = CacheProcess(self.address, MEMORY_NBYTES)
+        try:
+            self.engine.__enter__()
+        except BaseException:
+            self.cache.kill()
+            raise
         return self
 
     def __exit__(self, *exc: object) -> None:
@@ -161,7 +171,8 @@ class Mix:
 
     def _connector(self) -> Counter[str]:
         counters = self.engine.counters()
-        return Counter(counters["scheduler"]) + Counter(counters["worker"])
+        encoder = {f"encoder: {name}": count for name, count in counters.get("encoder", {}).items()}
+        return Counter(counters["scheduler"]) + Counter(counters["worker"]) + Counter(encoder)
 
     # ------------------------------------------------------------------ the troubles
     def _killed(self, beat: Beat) -> None:
@@ -249,16 +260,18 @@ def _as_far(truth: Answer, answer: Answer) -> Answer:
     return replace(truth, tokens=truth.tokens[: len(answer.tokens)], prompt=prompt, finish=answer.finish)
 
 
-def _table(title: str, counts: Counter[str]) -> str:
-    rows = "".join(f"\n  {name:28}{count:8}" for name, count in sorted(counts.items()))
-    return f"{title}: {counts['compared']} answers of {counts['requests']} requests compared{rows}"
+def _table(run: Run, counts: Counter[str]) -> str:
+    """What happened, but for what clients count as well."""
+    told = [f"{name} {count}" for name, count in sorted(counts.items()) if not name.startswith(("client_", "load_"))]
+    head = f"{run}: {counts['compared']} answers of {counts['requests']} requests compared"
+    return "\n  ".join([head, *textwrap.wrap(", ".join(told), 110)])
 
 
 @pytest.fixture(scope="module", params=RUNS)
 def started(request: pytest.FixtureRequest) -> Iterator[tuple[Bed, Run]]:
     run: Run = request.param
     Expected.plan(VISION, *(case.ask for case in working_set(run.seed))).prepare()
-    with Bed(run.load_mode) as bed:
+    with Bed(run) as bed:
         yield bed, run
 
 
@@ -267,7 +280,7 @@ def test_every_answer_is_the_plain_engines_whatever_happens(started: tuple[Bed, 
     mix = Mix(bed, run.seed)
     mix.run(beats(run.seed, mix.cases, run.requests))
     counts = mix.counts
-    print(_table(str(run), counts))
+    print(_table(run, counts))
     assert not mix.wrong, (len(mix.wrong), mix.wrong[:3])
     assert not counts["errors"]
     assert counts["requests"] >= run.requests
@@ -279,7 +292,7 @@ def test_every_answer_is_the_plain_engines_whatever_happens(started: tuple[Bed, 
         assert counts[f"aborted: {state}"] or (state == "loading" and run.load_mode == "sync"), state
     for kind in KINDS:
         assert counts[f"hits: {kind}"], kind
-    for name in OFTEN:
+    for name in (*OFTEN, *(["encoder: items_hit"] if run.encoder else [])):
         assert counts[name] >= 10, name
 
 
