@@ -129,7 +129,7 @@ class EncoderSettings(CacheSettings):
     PLACE: ClassVar[str] = "ec_connector_extra_config"
 
     load_buffer_mib: int = field(
-        default=256,
+        default=1024,
         metadata={"help": "host memory for fetched embeddings that are not used yet; what finds no room is a miss"},
     )
 
