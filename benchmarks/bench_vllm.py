@@ -10,7 +10,8 @@ Answers must be those that were computed. Exits 1 if a bar is missed:
 - time to the first token of a full hit: at most 1.25 times the floor, and below ExampleConnector's;
 - 16 requests at once with one beginning: at most 1.5 times the floor;
 - of a full miss: at most 3% above an engine without mmcache;
-- CPU seconds a decode step: at most 2% above, by engines in turns, with the interval (a bootstrap of the pairs);
+- CPU seconds a decode step: at most 2% above the same engine's without its connector, in turns, with the interval (a
+  bootstrap of the pairs);
 - calls from vLLM's scheduler to its connector: 99% within 2 ms.
 """
 
@@ -34,6 +35,7 @@ TITLES: Final = {
     "example": "ExampleConnector (files in memory, unverified)",
     "async": "mmcache, asynchronous loads",
     "sync": "mmcache, synchronous loads",
+    "bypassed": "the same engine without its connector",
 }
 
 
@@ -84,7 +86,9 @@ def verdicts(times: Times) -> list[Verdict]:
         p99_ms = float(np.quantile(times.calls[mode], 0.99)) * 1e3
         found.append(Verdict(f"{mode}: scheduler calls, p99, ms, of {len(times.calls[mode]):,}", p99_ms, 2.0))
     cpu = {name: [one["cpu_s"] for one in runs] for name, runs in times.decode.items()}
-    found.append(Verdict("CPU seconds a decode step / vLLM alone", *_bar(cpu["async"], cpu["plain"], 1.02)))
+    found.append(
+        Verdict("CPU seconds a decode step / without the connector", *_bar(cpu["async"], cpu["bypassed"], 1.02))
+    )
     own = statistics.median(one["own_s"] / one["cpu_s"] for one in times.decode["async"])
     found.append(Verdict("share of the connector's own calls and threads in a decode step's CPU seconds", own, 0.02))
     return found
@@ -100,9 +104,9 @@ def tables(times: Times) -> list[str]:
     lines = ["| ms to the first token | " + " | ".join(f"{length} tokens" for length in LENGTHS) + " |"]
     lines.append("|---" * (1 + len(LENGTHS)) + "|")
     for kind, rows in (("hit", times.hit), ("miss", times.miss)):
-        for name, title in TITLES.items():
+        for name in ("plain", "example", *OURS):
             cells = [_spread(rows[name, length]) for length in LENGTHS]
-            lines.append(f"| {kind}: {title} | " + " | ".join(cells) + " |")
+            lines.append(f"| {kind}: {TITLES[name]} | " + " | ".join(cells) + " |")
     lines += ["", f"| {CROWD} requests at once that share {CROWD_LENGTH} tokens | ms until the last first token |"]
     lines.append("|---|---|")
     lines += [f"| {TITLES[name]} | {_spread(seconds)} |" for name, seconds in times.crowd.items()]

@@ -159,11 +159,13 @@ def _crowds(running: dict[str, Engine], random: np.random.Generator, crowds_each
 
 
 def _decodes(running: dict[str, Engine], random: np.random.Generator, found: Times) -> None:
-    """Decode steps of engines with and without a connector, in turns: ABBA."""
-    for name in ("plain", "async", "async", "plain"):
-        running[name].reset()
+    """Decode steps of one engine with and without its connector, in turns: ABBA."""
+    engine = running["async"]
+    for bypass in (False, True, True, False) * 2:
+        engine.reset()
         prompts = [_prompt(random, DECODE_PROMPT) for _ in range(DECODERS)]
-        found.decode[name].append(running[name].call("decode", prompts=prompts, steps=DECODE_STEPS))
+        steps = engine.call("decode", prompts=prompts, steps=DECODE_STEPS, bypass=bypass)
+        found.decode["bypassed" if bypass else "async"].append(steps)
 
 
 def _first(engine: Engine, wanted: Sequence[Ask], *, fresh: bool) -> list[Answer]:

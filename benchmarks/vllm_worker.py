@@ -5,11 +5,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import threading
 import time
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, Final
 
 from tests.engines.vllm.worker import Worker, serve
@@ -72,9 +73,27 @@ class BenchWorker(Worker):
             times.clear()
         return found
 
-    def decode(self, prompts: list[list[int]], steps: int) -> dict[str, float]:
-        """Prefill the prompts, then run decode steps of all of them together. Seconds a step: `wall_s`; `cpu_s`, of all
-        threads of this process; `own_s`, of those the connector's calls and threads."""
+    def decode(self, prompts: list[list[int]], steps: int, bypass: bool = False) -> dict[str, float]:
+        """Prefill the prompts, then run decode steps of all of them together, with the connector or, to `bypass` it, as
+        if there were none. Seconds a step: `wall_s`; `cpu_s`, of all threads of this process; `own_s`, of those the
+        connector's calls and threads."""
+        with self._without_connector() if bypass else contextlib.nullcontext():
+            return self._decode(prompts, steps)
+
+    @contextlib.contextmanager
+    def _without_connector(self) -> Iterator[None]:
+        """The same engine, with the same memory, as it runs without a connector: two processes differ by more than a
+        connector's decode steps cost. For requests that begin and end in here."""
+        from vllm.distributed.kv_transfer import kv_transfer_state as worker
+
+        scheduler, agent = self.core.scheduler, worker._KV_CONNECTOR_AGENT
+        scheduler.connector = worker._KV_CONNECTOR_AGENT = None
+        try:
+            yield
+        finally:
+            scheduler.connector, worker._KV_CONNECTOR_AGENT = self._connector, agent
+
+    def _decode(self, prompts: list[list[int]], steps: int) -> dict[str, float]:
         for number, tokens in enumerate(prompts):
             params = self._params({"max_tokens": steps + len(prompts) + 8})
             self.engine.add_request(f"decode-{number}", {"prompt_token_ids": tokens}, params)
