@@ -60,7 +60,6 @@ LEFT: dict[str, dict[str, str]] = {
         "register_caches": "for transfers between engines' memory; embeddings are put and got by content",
         "start_worker_services": "no service of the worker waits for peers",
         "start_save_caches": "nothing is pushed to another engine",
-        "update_state_after_free": "nothing is kept for an entry of vLLM's own encoder cache",
         "get_finished": "no request is held for a transfer after its end",
         "has_pending_push_work": "nothing is pushed to another engine",
     },
