@@ -28,7 +28,7 @@ from mmcache.testing.process import ServerProcess  # noqa: E402
 from mmcache_connectors.paged import PagedGroup  # noqa: E402
 from mmcache_connectors.vllm.plan import Blocks, Job  # noqa: E402
 from mmcache_connectors.vllm.settings import Settings  # noqa: E402
-from mmcache_connectors.vllm.worker import GroupMemory, WorkerSide  # noqa: E402
+from mmcache_connectors.vllm.worker import LOAD_THREADS, GroupMemory, WorkerSide  # noqa: E402
 
 LAYERS, BLOCKS, HEADS, TOKENS, CONTENT = 24, 1365, 2, 32, 128
 COUNT = 128
@@ -63,10 +63,12 @@ def main() -> None:
         assert worker.flush(30)
         load = [Job("load", (Blocks(0, keys, target),))]
         worker.start_loads(load, asynchronous=False)  # the first one maps the server's memory
-        copies, loads = [], []
+        copies, loads, cpu_s = [], [], 0.0
         for _ in range(pairs):
             copies.append(timed(lambda: np.copyto(there, here)))
+            begin_s = time.process_time()
             loads.append(timed(lambda: worker.start_loads(load, asynchronous=False)))
+            cpu_s += (time.process_time() - begin_s) / pairs
         assert not worker.take_invalid()
         client.close()
     assert torch.equal(memory[:, target], memory[:, source]), "the blocks that were loaded are wrong"
@@ -74,6 +76,7 @@ def main() -> None:
     low, middle, high = statistics.quantiles(ratios, n=4, method="inclusive")
     seconds = statistics.median(loads)
     print(f"load of {nbytes / 1e6:.0f} MB, verified: {seconds * 1e3:.1f} ms, {nbytes / seconds / 1e9:.1f} GB/s")
+    print(f"of this process's CPUs: {cpu_s * 1e3:.1f} ms, on {LOAD_THREADS} threads")
     print(f"beside a memcpy on one thread: {middle:.2f} [{low:.2f}, {high:.2f}] of {pairs} interleaved pairs")
 
 

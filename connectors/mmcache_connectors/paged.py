@@ -67,11 +67,6 @@ class PagedGroup:
         return self._device is not None
 
     @property
-    def fills_in_place(self) -> bool:
-        """Whether stored blocks can be read straight into these: see `in_place`."""
-        return self._grid is not None
-
-    @property
     def pins(self) -> bool:
         """Whether host memory that blocks are copied to and from should be page-locked."""
         return bool(self.device.type == "cuda")

@@ -45,7 +45,6 @@ NOT_ASKED: Final = "not asked"
 NOT_KNOWN_YET: Final = "not known yet"
 
 MAX_WAITING: Final = 8  # of further requests the server is not asked, and nothing is written down
-ASK_LATER_S: Final = 0.01  # by then the step that admits the request is planned, and nothing competes with that
 MAX_RECORDS: Final = 256  # files
 MAX_RECORD_TOKENS: Final = 1 << 18  # a longer request, some 2 MB of JSON, is not written down
 _RECORD: Final = re.compile(r"miss-\d{19}-[\w.-]*\.json")
@@ -106,8 +105,8 @@ class Misses:
         if self._recorder is not None:
             self._recording.submit(lambda: self._record(request))
         # The one at `hit`, too: what is stored behind it is of no use without it.
-        two, due_s = (keys[first : first + 1], keys[hit : hit + 1]), time.monotonic() + ASK_LATER_S
-        asked = self._asking.submit(lambda: self._ask(two, due_s)) if self._asks else None
+        two = keys[first : first + 1], keys[hit : hit + 1]
+        asked = self._asking.submit(lambda: self._ask(two)) if self._asks else None
         return NOT_ASKED if asked is None else asked
 
     def _record(self, request: Any) -> None:
@@ -116,8 +115,7 @@ class Misses:
         if recorded is not None:
             self._recorder.write(request.request_id, recorded)
 
-    def _ask(self, blocks: Sequence[Keys], due_s: float) -> Missed:
-        time.sleep(max(0.0, due_s - time.monotonic()))
+    def _ask(self, blocks: Sequence[Keys]) -> Missed:
         parts = [part for of_group in self._parts.of_group for part in of_group]
         digests = [block.for_part(part).digests[0] for block in blocks for part in parts]
         try:

@@ -35,7 +35,6 @@ from mmcache_connectors.vllm.settings import Settings
 log = logging.getLogger("mmcache.vllm")
 LOAD_THREADS: Final = 2
 LOAD_BUFFER_NBYTES: Final = 16 << 20
-IN_PLACE_NBYTES: Final = 64 << 20  # asked for at once where no buffer is between: each time costs a thread a round trip
 SPLIT_NBYTES: Final = 4 << 20  # a load of less is one thread's
 SAVE_BUFFER_NBYTES: Final = 4 << 20
 DEVICE_SAVE_NBYTES: Final = 16 << 20  # a launch and a copy for each
@@ -200,7 +199,7 @@ class WorkerSide:
         group = self._groups[blocks.group]
         nbytes = group.paged.spec().nbytes
         keys = blocks.keys.for_part(group.part)
-        size = max(1, (IN_PLACE_NBYTES if group.paged.fills_in_place else LOAD_BUFFER_NBYTES) // nbytes)
+        size = max(1, LOAD_BUFFER_NBYTES // nbytes)
         for start in range(0, len(keys), size):
             if time.monotonic() >= give_up_s:
                 self._count(load_timeouts=1)

@@ -35,7 +35,6 @@ QUIET_S = 0.3  # nothing stored for so long: the engine has stored everything it
 TENANT_NBYTES = len(tenant_prefix(0))
 CLOSE = 3e-4  # logprobs of one token in float32, computed in batches of other sizes
 START_S = 300.0
-NEVER_SEEN = ("never stored", "being written now", "stored since")  # by the request itself, before the server is asked
 ANSWER_S = 180.0
 ENVIRONMENT = {
     "VLLM_CPU_KVCACHE_SPACE": "1",

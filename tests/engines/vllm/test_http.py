@@ -20,7 +20,7 @@ import pytest
 
 from mmcache.testing.process import ServerProcess
 from tests.engines.vllm.api_server import ANSWER_S, ApiServer
-from tests.engines.vllm.harness import BLOCK, NEVER_SEEN, words
+from tests.engines.vllm.harness import BLOCK, words
 from tests.engines.vllm.images import picture
 from tests.engines.vllm.models import ROOT
 
@@ -166,7 +166,7 @@ def test_the_server_over_http(tmp_path: Path) -> None:
             for name in (*OTHERS, "forged"):
                 *answer, cached = server.chat(*known[name])
                 assert (tuple(answer), cached) == (truths[name], 128), name
-            assert server.told["mmcache"]["missed"]["reason"].startswith(NEVER_SEEN), server.told
+            assert server.told["mmcache"]["missed"]["reason"].startswith("never stored"), server.told
             _check_metrics(server, loaded + 128)  # of "forged"; the engine held those of "other"
             _check_openai_client(server)
             assert [_refused(server, parts) for parts in (BROKEN, LONG)] == refusals
