@@ -28,7 +28,7 @@ from mmcache.testing.process import ServerProcess  # noqa: E402
 from mmcache_connectors.paged import PagedGroup  # noqa: E402
 from mmcache_connectors.vllm.plan import Blocks, Job  # noqa: E402
 from mmcache_connectors.vllm.settings import Settings  # noqa: E402
-from mmcache_connectors.vllm.worker import LOAD_THREADS, GroupMemory, WorkerSide  # noqa: E402
+from mmcache_connectors.vllm.worker import GroupMemory, WorkerSide  # noqa: E402
 
 LAYERS, BLOCKS, HEADS, TOKENS, CONTENT = 24, 1365, 2, 32, 128
 COUNT = 128
@@ -56,7 +56,7 @@ def main() -> None:
     facts = mmcache.Namespace(kind="kv", model="bench", dtype="float32", layout="LHNC", block_size=TOKENS)
     keys = facts.block_keys(range(COUNT * TOKENS))
     with ServerProcess("1GiB", "--prefault") as server:
-        client = mmcache.connect(f"{server.url}?copy_threads=1")
+        client = mmcache.connect(server.url)
         part = Part(kv_group=(0, 1), layers=None, kv_heads=(0, HEADS, HEADS))
         worker = WorkerSide(Settings(url=server.url), client, [GroupMemory(paged, part, True)])
         worker.save([Job("store", (Blocks(0, keys, source),))])
@@ -76,7 +76,7 @@ def main() -> None:
     low, middle, high = statistics.quantiles(ratios, n=4, method="inclusive")
     seconds = statistics.median(loads)
     print(f"load of {nbytes / 1e6:.0f} MB, verified: {seconds * 1e3:.1f} ms, {nbytes / seconds / 1e9:.1f} GB/s")
-    print(f"of this process's CPUs: {cpu_s * 1e3:.1f} ms, on {LOAD_THREADS} threads")
+    print(f"of this process's CPUs: {cpu_s * 1e3:.1f} ms")
     print(f"beside a memcpy on one thread: {middle:.2f} [{low:.2f}, {high:.2f}] of {pairs} interleaved pairs")
 
 

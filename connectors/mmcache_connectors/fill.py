@@ -90,6 +90,10 @@ class Filler:
         self._client, self._buffers = client, buffers
         self._said = False
 
+    def copies(self, paged: PagedGroup) -> bool:
+        """Whether blocks are only copied, within this host's memory: a client does that on several threads by itself."""
+        return paged.lies_in_place and self._client.maps_memory
+
     def fill(
         self, paged: PagedGroup, keys: Keys, block_ids: Sequence[int], after: Any = None, gate: LayerGate | None = None
     ) -> list[Result]:

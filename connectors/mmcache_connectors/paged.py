@@ -170,6 +170,11 @@ class PagedGroup:
         as_stored = staged.detach().view(self._word if dtype != "uint8" else torch.uint8)
         return [as_dtype(block, dtype) for block in as_stored.numpy().reshape(len(staged), *shape)]
 
+    @property
+    def lies_in_place(self) -> bool:
+        """Whether `in_place` has an answer."""
+        return self._grid is not None
+
     def in_place(self, block_ids: Sequence[int] | NDArray[Any]) -> list[Pieces] | None:
         """The blocks where they lie, each a destination for `Client.get_into`: no staging, no scatter. None where they
         do not lie so: on a device, or in a layout that cuts a layer's block up. Raises ValueError as `scatter`.

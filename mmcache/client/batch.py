@@ -19,7 +19,7 @@ from mmcache.media import Media
 from mmcache.pb import cache_pb2 as pb
 from mmcache.tensors import HostTensor, specs_of
 from mmcache.transport.base import Found, Op, Outcome, Result
-from mmcache.transport.shm import ArenaMap, Copier, plan_frame
+from mmcache.transport.shm import ArenaMap, Copier, by_lease, plan_frame
 
 WRITER: Final = f"mmcache/{__version__}"
 
@@ -48,7 +48,7 @@ def get_run(
             frame = conversation.receive_frame(place, digests[position], targets[position], verify)
             read.append((yield from frame))
     if acquired.lease_id:
-        if verify:
+        if verify and not (arena is not None and by_lease(targets[at] for at, _ in found)):
             yield from session.release(acquired)
         else:
             request = pb.FinishRequest(lease_id=acquired.lease_id)

@@ -12,7 +12,7 @@ import fcntl
 import mmap
 import os
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Final, NamedTuple
 
 import numpy as np
@@ -104,7 +104,7 @@ def copy_hashed(source: Bytes, target: Bytes) -> bytes:
     """Copy all of `source` and return the xxh3-128 of what arrived in `target` (not of what was read).
 
     Works in slices of SLICE_NBYTES, each hashed while it is still in the CPU cache; both steps run outside the GIL.
-    A two-dimensional `target` is filled row by row.
+    The rows of a two-dimensional `target` are the exception: see `by_lease`.
     """
     if target.ndim == 2:
         return _copy_pieces(source, target)
@@ -121,7 +121,8 @@ def copy_hashed(source: Bytes, target: Bytes) -> bytes:
 
 
 def _copy_pieces(source: Bytes, target: Bytes) -> bytes:
-    """As `copy_hashed`, into the rows of `target`, many in one call.
+    """As `copy_hashed`, to the rows of `target`, but the hash is of what was read, many rows in one call: threads that
+    hash row by row spend more time waiting for each other's GIL than on the bytes (docs/adr/0012).
 
     Bytes, not elements as large as a row: numpy keeps the GIL while it moves those.
     """
@@ -130,10 +131,16 @@ def _copy_pieces(source: Bytes, target: Bytes) -> bytes:
     packed = source.reshape(target.shape)
     step = max(1, PIECES_NBYTES // max(1, nbytes))
     for start in range(0, count, step):
-        np.copyto(target[start : start + step], packed[start : start + step])
-        for piece in target[start : start + step]:
-            state.update(piece)
+        rows = packed[start : start + step]
+        state.update(rows.data)
+        np.copyto(target[start : start + step], rows)
     return state.digest()
+
+
+def by_lease(buffers: Iterable[Mapping[str, HostTensor]]) -> bool:
+    """Whether what is read from shared memory into some of these is only right if the lease was held until it had
+    arrived: pieces, whose bytes are checked where they lie and copied from there."""
+    return any(tensor.data.ndim == 2 for one in buffers for tensor in one.values())
 
 
 class Move(NamedTuple):
@@ -183,8 +190,8 @@ def plan_frame(
 def copy_frame(planned: Planned, verify: bool) -> Result:
     """Copy a planned frame's tensors to their destinations, verified as they are copied.
 
-    The header's checksums begin the chain, so bytes that change meanwhile (an expired lease) fail it. The
-    destinations are undefined unless the outcome is HIT.
+    The header's checksums begin the chain, so bytes that change meanwhile (an expired lease) fail it; for
+    pieces see `by_lease`. The destinations are undefined unless the outcome is HIT.
     """
     for source, target, checksum in planned.moves:
         if not verify:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator
 from typing import Any
 
@@ -9,6 +10,7 @@ import numpy as np
 import pytest
 
 import mmcache
+from mmcache.client import batch
 from mmcache.client.blocking import Client
 from mmcache.config import ClientConfig, ServerConfig
 from mmcache.embedded import EmbeddedClient
@@ -59,6 +61,35 @@ def test_a_flipped_bit_is_noticed_in_pieces_too(reached: tuple[Client, Shard], p
     assert (bad.outcome, good.outcome) == (Outcome.CORRUPT, Outcome.HIT)
     assert np.array_equal(memory[:, 1].reshape(-1), value_of(keys.digests[1], nbytes))
     assert client.counters["verify_failures"] == 1
+
+
+@pytest.mark.parametrize("is_asyncio", [False, True])
+def test_pieces_count_only_if_the_lease_outlived_their_copying(monkeypatch: pytest.MonkeyPatch, is_asyncio: bool) -> None:
+    copy, lease_s, nbytes = batch._copy, 0.2, 6_000
+
+    def slowly(*arguments: Any) -> Any:
+        results = copy(*arguments)
+        time.sleep(2 * lease_s)
+        return results
+
+    server = Server(ServerConfig(listen="127.0.0.1:0", memory_nbytes=16 << 20, lease_s=lease_s))
+    server.start()
+    assert server.address is not None
+    config = ClientConfig(host=server.address[0], port=server.address[1])
+    any_client: Any = OnALoop(mmcache.AsyncClient(config)) if is_asyncio else Client(config)
+    with any_client as client:
+        keys = keys_of(2, "late")
+        assert all(client.put(keys, values_of(keys, nbytes)))
+        memory = np.zeros((3, 2, nbytes // 3), np.uint8)
+        places = [Pieces(memory[:, at], "uint8", (nbytes,)) for at in (0, 1)]
+        assert all(client.get_into(keys, places))
+        assert client.maps_memory
+        monkeypatch.setattr(batch, "_copy", slowly)
+        late = client.get_into(keys, places)
+        assert [result.outcome for result in late] == [Outcome.MISS] * 2
+        assert "lease" in late[0].reason
+        assert all(client.get_into(keys, blanks(2, nbytes))), "what is checked where it arrived needs no lease"
+    server.stop()
 
 
 @pytest.mark.parametrize("bit", HEADER_BITS + PAYLOAD_BITS)

@@ -27,7 +27,7 @@ import mmcache
 from mmcache_connectors.paged import PagedGroup
 from mmcache_connectors.vllm.engine import Engine, EngineFacts
 from mmcache_connectors.vllm.facts import worker_facts
-from mmcache_connectors.vllm.guard import log_as_vllm_does, never_raises, with_one_copy_thread
+from mmcache_connectors.vllm.guard import log_as_vllm_does, never_raises
 from mmcache_connectors.vllm.identities import shared_identities
 from mmcache_connectors.vllm.lookup import STORED_LAYOUT, Namespaces
 from mmcache_connectors.vllm.messages import Dropped, StepJobs, WorkerFacts
@@ -62,7 +62,7 @@ class MMCacheKVConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc]
         self._media: dict[str, Any] = {}  # by request: the features its workers are to have, see _send_media
         self._layer_numbers: dict[str, int] = {}
         deadline_s = settings.lookup_s if role == KVConnectorRole.SCHEDULER else settings.load_s
-        self._client = mmcache.connect(with_one_copy_thread(settings.url), deadline_s=deadline_s, lazy=True)
+        self._client = mmcache.connect(settings.url, deadline_s=deadline_s, lazy=True)
         reads = self._kv_transfer_config.is_kv_consumer
         # One line in the log for a change: the scheduler asks first, unless it never asks.
         self._client.announces = reads == (role == KVConnectorRole.SCHEDULER)

@@ -21,7 +21,7 @@ from mmcache_connectors.vllm.ec_messages import EncoderMetrics, EncoderStats, St
 from mmcache_connectors.vllm.ec_names import Namer
 from mmcache_connectors.vllm.ec_scheduler import EncoderScheduler
 from mmcache_connectors.vllm.ec_worker import EncoderWorker
-from mmcache_connectors.vllm.guard import log_as_vllm_does, never_raises, with_one_copy_thread
+from mmcache_connectors.vllm.guard import log_as_vllm_does, never_raises
 from mmcache_connectors.vllm.identities import shared_identities
 from mmcache_connectors.vllm.metrics import StatsReporter
 from mmcache_connectors.vllm.settings import EncoderSettings, parse_settings
@@ -44,7 +44,7 @@ class MMCacheECConnector(ECConnectorBase):  # type: ignore[misc]
         self._scheduler: EncoderScheduler | None = None
         self._worker: EncoderWorker | None = None
         self._client = mmcache.connect(
-            with_one_copy_thread(self._settings.url), deadline_s=self._settings.deadline_s, lazy=True
+            self._settings.url, deadline_s=self._settings.deadline_s, lazy=True
         )
         self._client.announces = role == ECConnectorRole.SCHEDULER
         if vllm_config.model_config.is_encoder_decoder:

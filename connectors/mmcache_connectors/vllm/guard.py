@@ -32,12 +32,6 @@ def never_raises(default: Callable[[], Any]) -> Callable[[Callable[P, R]], Calla
     return wrap
 
 
-def with_one_copy_thread(url: str) -> str:
-    """The cache's URL for a client whose loads are cut for several threads already: each copies alone then, unless the
-    URL says otherwise."""
-    return url if "copy_threads=" in url else f"{url}{'&' if '?' in url else '?'}copy_threads=1"
-
-
 def log_as_vllm_does() -> None:
     """Have mmcache's log lines come out where vLLM's do."""
     ours, theirs = logging.getLogger("mmcache"), logging.getLogger("vllm")

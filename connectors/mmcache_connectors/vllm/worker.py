@@ -35,6 +35,7 @@ from mmcache_connectors.vllm.settings import Settings
 log = logging.getLogger("mmcache.vllm")
 LOAD_THREADS: Final = 2
 LOAD_BUFFER_NBYTES: Final = 16 << 20
+IN_PLACE_NBYTES: Final = 64 << 20  # at once, of what needs no buffer
 SPLIT_NBYTES: Final = 4 << 20  # a load of less is one thread's
 SAVE_BUFFER_NBYTES: Final = 4 << 20
 DEVICE_SAVE_NBYTES: Final = 16 << 20  # a launch and a copy for each
@@ -140,7 +141,7 @@ class WorkerSide:
             self._loader.submit(gate.give_back_all)
 
     def _begin(self, job: Job, after: list[Any] | None, gate: LayerGate | None) -> None:
-        """Cut a load into pieces for all loading threads, so that one reads while another scatters."""
+        """Cut a load into pieces for all loading threads, so that one receives while another scatters."""
         pieces = [piece for blocks in job.blocks for piece in self._pieces(blocks)] if after is not None else []
         load = _Load(job.request_id, len(pieces), time.monotonic(), after or [], gate)
         load.invalid |= set(job.lost)
@@ -160,7 +161,8 @@ class WorkerSide:
     def _pieces(self, blocks: Blocks) -> list[Blocks]:
         count = len(blocks.block_ids)
         nbytes = count * self._groups[blocks.group].paged.spec().nbytes
-        size = count if nbytes < SPLIT_NBYTES else -(-count // LOAD_THREADS)
+        whole = nbytes < SPLIT_NBYTES or self._filler.copies(self._groups[blocks.group].paged)
+        size = count if whole else -(-count // LOAD_THREADS)
         return [
             Blocks(blocks.group, blocks.keys[start : start + size], blocks.block_ids[start : start + size])
             for start in range(0, count, size)
@@ -199,7 +201,7 @@ class WorkerSide:
         group = self._groups[blocks.group]
         nbytes = group.paged.spec().nbytes
         keys = blocks.keys.for_part(group.part)
-        size = max(1, LOAD_BUFFER_NBYTES // nbytes)
+        size = max(1, (IN_PLACE_NBYTES if self._filler.copies(group.paged) else LOAD_BUFFER_NBYTES) // nbytes)
         for start in range(0, len(keys), size):
             if time.monotonic() >= give_up_s:
                 self._count(load_timeouts=1)
