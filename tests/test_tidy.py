@@ -37,6 +37,7 @@ PURE = {
     "mmcache.keys",
     "mmcache.media",
     "mmcache.frame",
+    "mmcache.frame_run",
     "mmcache.frame_view",
     "mmcache.store.answers",
     "mmcache.store.explain",

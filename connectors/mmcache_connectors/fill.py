@@ -91,7 +91,7 @@ class Filler:
         self._said = False
 
     def copies(self, paged: PagedGroup) -> bool:
-        """Whether blocks are only copied, within this host's memory: a client does that on several threads by itself."""
+        """Whether blocks are only copied, within this host's memory: the client does that on threads of its own."""
         return paged.lies_in_place and self._client.maps_memory
 
     def fill(

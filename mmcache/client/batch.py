@@ -19,7 +19,8 @@ from mmcache.media import Media
 from mmcache.pb import cache_pb2 as pb
 from mmcache.tensors import HostTensor, specs_of
 from mmcache.transport.base import Found, Op, Outcome, Result
-from mmcache.transport.shm import ArenaMap, Copier, by_lease, plan_frame
+from mmcache.transport.planned import by_lease, plan_frames
+from mmcache.transport.shm import ArenaMap, Copier
 
 WRITER: Final = f"mmcache/{__version__}"
 
@@ -72,8 +73,9 @@ def _copy(
     targets: Sequence[Mapping[str, HostTensor]],
     verify: bool,
 ) -> list[Result]:
-    plans = [plan_frame(arena, place, digests[at], targets[at], verify) for at, place in found]
-    return copier.copy(plans, verify)
+    positions = [at for at, _ in found]
+    keys, into = [digests[at] for at in positions], [targets[at] for at in positions]
+    return copier.copy(plan_frames(arena.data, [place for _, place in found], keys, into, verify), verify)
 
 
 def described(namespace: bytes) -> NamespaceId:

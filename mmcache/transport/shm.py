@@ -12,16 +12,16 @@ import fcntl
 import mmap
 import os
 import threading
-from collections.abc import Iterable, Mapping, Sequence
-from typing import Final, NamedTuple
+from collections.abc import Sequence
+from typing import Final
 
 import numpy as np
 import xxhash
 
-from mmcache.errors import FrameError, TransportError
-from mmcache.frame import check_expected, parse_header
-from mmcache.tensors import Bytes, HostTensor, destinations
-from mmcache.transport.base import HIT, MAX_RING_NBYTES, RING_SLOTS, SLICE_NBYTES, Found, Outcome, Result
+from mmcache.errors import TransportError
+from mmcache.tensors import Bytes
+from mmcache.transport.base import HIT, MAX_RING_NBYTES, RING_SLOTS, SLICE_NBYTES, Outcome, Result
+from mmcache.transport.planned import Planned
 
 PARALLEL_NBYTES: Final = 8 << 20
 PIECES_NBYTES: Final = 1 << 20  # of pieces, as SLICE_NBYTES: fewer calls are worth more than a nearer cache
@@ -135,56 +135,6 @@ def _copy_pieces(source: Bytes, target: Bytes) -> bytes:
         state.update(rows.data)
         np.copyto(target[start : start + step], rows)
     return state.digest()
-
-
-def by_lease(buffers: Iterable[Mapping[str, HostTensor]]) -> bool:
-    """Whether what is read from shared memory into some of these is only right if the lease was held until it had
-    arrived: pieces, whose bytes are checked where they lie and copied from there."""
-    return any(tensor.data.ndim == 2 for one in buffers for tensor in one.values())
-
-
-class Move(NamedTuple):
-    """One tensor to copy: from the arena, to its destination, and the checksum it must have there."""
-
-    source: Bytes
-    target: Bytes
-    checksum: bytes
-
-
-class Planned(NamedTuple):
-    """A frame whose header was read and found right: what to copy, and the gaps between that must hold zeros."""
-
-    moves: list[Move]
-    gaps: list[Bytes]
-
-
-def plan_frame(
-    arena: ArenaMap, found: Found, key: bytes, buffers: Mapping[str, HostTensor], verify: bool
-) -> Planned | Result:
-    """Read and check one frame's header, and match its tensors to their destinations; a Result if that fails.
-
-    Reading all headers of a batch before the first tensor is copied keeps this code in the CPU cache.
-    """
-    start, nbytes, header_nbytes, header_sum = found
-    try:
-        if start + nbytes > arena.data.nbytes:
-            raise FrameError(f"a frame of {nbytes} bytes at {start} is outside the arena")
-        data = bytes(arena.view[start : start + header_nbytes])
-        header = parse_header(data, limit_nbytes=nbytes, checksum=header_sum if verify else None, verify=verify)
-        check_expected(header, nbytes, header_nbytes, key if verify else None)
-    except FrameError as error:
-        return Result(Outcome.CORRUPT, str(error))
-    targets = destinations(header, buffers)
-    if isinstance(targets, str):
-        return Result(Outcome.MISMATCH, targets)
-    frame = arena.data[start : start + nbytes]
-    moves, gaps, end = [], [], header_nbytes
-    for stored, target in zip(header.tensors, targets, strict=True):
-        if stored.offset != end:
-            gaps.append(frame[end : stored.offset])
-        end = stored.offset + stored.nbytes
-        moves.append(Move(frame[stored.offset : end], target, stored.checksum))
-    return Planned(moves, gaps)
 
 
 def copy_frame(planned: Planned, verify: bool) -> Result:

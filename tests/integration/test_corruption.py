@@ -64,7 +64,7 @@ def test_a_flipped_bit_is_noticed_in_pieces_too(reached: tuple[Client, Shard], p
 
 
 @pytest.mark.parametrize("is_asyncio", [False, True])
-def test_pieces_count_only_if_the_lease_outlived_their_copying(monkeypatch: pytest.MonkeyPatch, is_asyncio: bool) -> None:
+def test_pieces_count_if_the_lease_outlived_their_copying(monkeypatch: pytest.MonkeyPatch, is_asyncio: bool) -> None:
     copy, lease_s, nbytes = batch._copy, 0.2, 6_000
 
     def slowly(*arguments: Any) -> Any:

@@ -12,7 +12,8 @@ import pytest
 import xxhash
 
 from mmcache.transport.base import HIT, Outcome, Result
-from mmcache.transport.shm import PARALLEL_NBYTES, Copier, Move, Planned
+from mmcache.transport.planned import Move, Planned
+from mmcache.transport.shm import PARALLEL_NBYTES, Copier
 
 
 def frames(count: int, nbytes: int) -> list[Planned]:

@@ -43,9 +43,7 @@ class MMCacheECConnector(ECConnectorBase):  # type: ignore[misc]
         self._stats = StatsReporter()
         self._scheduler: EncoderScheduler | None = None
         self._worker: EncoderWorker | None = None
-        self._client = mmcache.connect(
-            self._settings.url, deadline_s=self._settings.deadline_s, lazy=True
-        )
+        self._client = mmcache.connect(self._settings.url, deadline_s=self._settings.deadline_s, lazy=True)
         self._client.announces = role == ECConnectorRole.SCHEDULER
         if vllm_config.model_config.is_encoder_decoder:
             log.warning("mmcache: vLLM has no encoder cache for encoder-decoder models: nothing of this one is cached")

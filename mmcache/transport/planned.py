@@ -1,0 +1,103 @@
+"""What to copy out of a mapped arena, and where to: all headers are read and checked before a tensor is moved."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Final, NamedTuple
+
+import numpy as np
+
+from mmcache.errors import FrameError
+from mmcache.frame import FrameHeader, check_expected, parse_header
+from mmcache.frame_run import checksums_of, parse_run
+from mmcache.tensors import Bytes, HostTensor, destinations
+from mmcache.transport.base import Found, Outcome, Result
+
+RUN_FRAMES: Final = 8  # of fewer, each header is read by itself
+
+
+def by_lease(buffers: Iterable[Mapping[str, HostTensor]]) -> bool:
+    """Whether what is read from shared memory into some of these is only right if the lease was held until it had
+    arrived: pieces, whose bytes are checked where they lie and copied from there."""
+    return any(tensor.data.ndim == 2 for one in buffers for tensor in one.values())
+
+
+class Move(NamedTuple):
+    """One tensor to copy: from the arena, to its destination, and the checksum it must have there."""
+
+    source: Bytes
+    target: Bytes
+    checksum: bytes
+
+
+class Planned(NamedTuple):
+    """A frame whose header was read and found right: what to copy, and the gaps between that must hold zeros."""
+
+    moves: list[Move]
+    gaps: list[Bytes]
+
+
+def plan_frames(
+    memory: Bytes,
+    found: Sequence[Found],
+    keys: Sequence[bytes],
+    buffers: Sequence[Mapping[str, HostTensor]],
+    verify: bool,
+) -> list[Planned | Result]:
+    """Read and check all headers in the arena's `memory`, and match tensors to destinations; a Result where that fails.
+
+    Nothing of a header is used but what was checked: each is copied once.
+    """
+    run = _read_run(memory, found, keys) if verify and len(found) >= RUN_FRAMES else None
+    if run is None:
+        return [_plan(memory, *row, verify) for row in zip(found, keys, buffers, strict=True)]
+    header, checksums = run
+    columns = zip(found, checksums, buffers, strict=True)
+    return [_moves(memory, place.offset, header, sums, into) for place, sums, into in columns]
+
+
+def _read_run(
+    memory: Bytes, found: Sequence[Found], keys: Sequence[bytes]
+) -> tuple[FrameHeader, Sequence[tuple[bytes, ...]]] | None:
+    """The header that all these have but for keys and checksums, and each one's checksums; None if they differ more."""
+    _, nbytes, header_nbytes, _ = found[0]
+    if any(place[1:3] != (nbytes, header_nbytes) or place[0] + nbytes > memory.nbytes for place in found):
+        return None
+    view = memory.data
+    data = b"".join([view[start : start + header_nbytes] for start, *_ in found])
+    headers = np.frombuffer(data, np.uint8).reshape(len(found), header_nbytes)
+    header = parse_run(headers, b"".join([place[3] for place in found]), b"".join(keys), nbytes)
+    if header is None:
+        return None
+    columns = [checksums_of(headers, number) for number in range(len(header.tensors))]
+    return header, list(zip(*columns, strict=True)) if columns else [()] * len(found)
+
+
+def _plan(memory: Bytes, found: Found, key: bytes, buffers: Mapping[str, HostTensor], verify: bool) -> Planned | Result:
+    start, nbytes, header_nbytes, header_sum = found
+    try:
+        if start + nbytes > memory.nbytes:
+            raise FrameError(f"a frame of {nbytes} bytes at {start} is outside the arena")
+        data = memory[start : start + header_nbytes].tobytes()
+        header = parse_header(data, limit_nbytes=nbytes, checksum=header_sum if verify else None, verify=verify)
+        check_expected(header, nbytes, header_nbytes, key if verify else None)
+    except FrameError as error:
+        return Result(Outcome.CORRUPT, str(error))
+    return _moves(memory, start, header, [stored.checksum for stored in header.tensors], buffers)
+
+
+def _moves(
+    memory: Bytes, start: int, header: FrameHeader, checksums: Sequence[bytes], buffers: Mapping[str, HostTensor]
+) -> Planned | Result:
+    """What to copy of the frame at `start`, which has this header, but for the checksums of its tensors."""
+    targets = destinations(header, buffers)
+    if isinstance(targets, str):
+        return Result(Outcome.MISMATCH, targets)
+    moves, gaps, end = [], [], start + header.header_nbytes
+    for (_, offset, nbytes, _), target, checksum in zip(header.tensors, targets, checksums, strict=True):
+        begin = start + offset
+        if begin != end:
+            gaps.append(memory[end:begin])
+        end = begin + nbytes
+        moves.append(Move(memory[begin:end], target, checksum))
+    return Planned(moves, gaps)
