@@ -227,6 +227,21 @@ def test_tensors_without_elements_are_values_too(cache: Client, shape: tuple[int
     assert outcomes(cache.get_into(keys[:1], [np.empty((3, 1), np.float16)])) == ["mismatch"]
 
 
+@pytest.mark.parametrize(
+    "values", [[{}] * 20, [{"a": np.arange(3), "b": np.empty(0)}] * 20, [{"a": np.arange(3)}, {}] * 10]
+)
+def test_many_small_values_in_one_batch_come_back(cache: Client, values: list[dict[str, Any]]) -> None:
+    keys = fresh_keys(len(values))
+    assert all(cache.put(keys, values))
+    into = [{name: np.zeros_like(array) for name, array in value.items()} for value in values]
+    assert outcomes(cache.get_into(keys, into)) == ["hit"] * len(keys)
+    assert all(
+        np.array_equal(one[name], value[name]) for one, value in zip(into, values, strict=True) for name in value
+    )
+    into[7] = {"a": np.zeros(4)}
+    assert outcomes(cache.get_into(keys, into)) == ["hit"] * 7 + ["mismatch"] + ["hit"] * (len(keys) - 8)
+
+
 def test_bfloat16_is_kept_as_words_under_its_own_name(cache: Client) -> None:
     keys = fresh_keys(1)
     words = np.arange(64, dtype=np.uint16).reshape(8, 8)
