@@ -24,11 +24,11 @@ MORE: Final = 2  # tokens of the prompt, since an engine must compute one; of on
 CROWD: Final = 16  # requests at once
 TAIL: Final = 8  # tokens of each that the others do not have
 CROWD_LENGTH: Final = 2048
-MISSES: Final = 4  # further prompts that are only computed, each round: what a miss adds is small beside its noise
-MISS_LENGTH: Final = 2048
+MISSES: Final = {2048: 3, 4096: 2}  # further prompts that are only computed, by length, each round
 DECODERS: Final = 8  # requests that decode together
 DECODE_PROMPT: Final = 60  # tokens; the first block is full, and stored, after four steps, the second after 36
 DECODE_STEPS: Final = 64
+DECODE_TURNS: Final = 4  # of ABBA, each round
 MODEL: Final[dict[str, Any]] = {
     "load_format": "dummy",
     "max_model_len": 8192,
@@ -130,12 +130,12 @@ def _hits(running: dict[str, Engine], prompt: Prompt, length: int, hits_each: in
 def _misses(running: dict[str, Engine], random: np.random.Generator, url: str, found: Times) -> None:
     """New prompts, computed by engines with and without mmcache in turns."""
     some = {name: engine for name, engine in running.items() if name != "example"}
-    for number in range(MISSES):
-        wanted = ask(tokens=_prompt(random, MISS_LENGTH + MORE), max_tokens=1)
+    for number, length in enumerate(length for length, count in MISSES.items() for _ in range(count)):
+        wanted = ask(tokens=_prompt(random, length + MORE), max_tokens=1)
         for name, engine in _in_turns(some, number):
             (answer,) = _first(engine, [wanted], fresh=True)
             assert answer.cached == 0, f"{name}: {answer.cached} tokens of a new prompt were known"
-            found.miss[name, MISS_LENGTH].append(answer.seconds)
+            found.miss[name, length].append(answer.seconds)
             stored_everything(url)
 
 
@@ -159,13 +159,12 @@ def _crowds(running: dict[str, Engine], random: np.random.Generator, crowds_each
 
 
 def _decodes(running: dict[str, Engine], random: np.random.Generator, found: Times) -> None:
-    """Decode steps of one engine with and without its connector, in turns: ABBA."""
+    """Decode steps of one engine with and without its connector, in turns, ABBA, and with clocks on its calls."""
     engine = running["async"]
-    for bypass in (False, True, True, False) * 2:
+    for how in ("clocked", *(("async", "bypassed", "bypassed", "async") * DECODE_TURNS)):
         engine.reset()
         prompts = [_prompt(random, DECODE_PROMPT) for _ in range(DECODERS)]
-        steps = engine.call("decode", prompts=prompts, steps=DECODE_STEPS, bypass=bypass)
-        found.decode["bypassed" if bypass else "async"].append(steps)
+        found.decode[how].append(engine.call("decode", prompts=prompts, steps=DECODE_STEPS, how=how))
 
 
 def _first(engine: Engine, wanted: Sequence[Ask], *, fresh: bool) -> list[Answer]:

@@ -94,8 +94,8 @@ class Client(ClientCore):
 
         A destination is an ndarray, torch CPU tensor or writable buffer, or, for entries of several tensors, a mapping
         or list of them. Unless the result is a hit, the destination's bytes are undefined. Verified by default: the
-        checksum is taken of the bytes as delivered, for `Pieces` out of shared memory where they lie, under a lease that
-        was held until they had been copied. Raises TensorError for destinations that can never be filled.
+        checksum is taken of the bytes as delivered; for `Pieces` out of shared memory where they lie, under a lease
+        that outlived their copying. Raises TensorError for destinations that can never be filled.
         """
         get = Get.of(keys, buffers, self._verifies(verify), self._copier)
         deadline = self._deadline()

@@ -102,7 +102,9 @@ class StatsReporter:
         self._reported: dict[str, int] = {}
 
     def report(self, counters: dict[str, int], times: dict[str, list[float]]) -> CacheStats | None:
-        """What was added since the last report, with `times` taken since then; None for nothing."""
+        """What was added since the last report, with `times` taken since then; None for nothing, as in most steps."""
+        if counters == self._reported and not any(times.values()):
+            return None
         added: dict[str, Any] = {name: count - self._reported.get(name, 0) for name, count in counters.items()}
         self._reported = counters
         stats = CacheStats(data={name: one for name, one in (added | times).items() if one})
