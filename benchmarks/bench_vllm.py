@@ -10,8 +10,8 @@ Answers must be those that were computed. Exits 1 if a bar is missed:
 - time to the first token of a full hit: at most 1.25 times the floor, and below ExampleConnector's;
 - 16 requests at once with one beginning: at most 1.5 times the floor;
 - of a full miss: at most 3% above an engine without mmcache;
-- CPU seconds a decode step: at most 2% above the same engine's without its connector, in turns (ABBA), with the interval
-  (a bootstrap);
+- CPU seconds a decode step: at most 2% above the same engine's without its connector, in turns (ABBA), with its
+  interval (a bootstrap);
 - calls from vLLM's scheduler to its connector: 99% within 2 ms.
 """
 
