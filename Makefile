@@ -16,14 +16,16 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check -qq
 CREATED := $(VENV)/.stamp-created
 BENCH := $(VENV)/.stamp-bench
 TEST := $(VENV)/.stamp-test
+NATIVE := $(VENV)/.stamp-native
 
 .DEFAULT_GOAL := help
 # One environment: two installations at once would break each other, so `make -j` runs one target at a time too.
 .NOTPARALLEL:
-.PHONY: help demo test check fuzz soak engines test-engines test-engines-full
+.PHONY: help demo native test check fuzz soak engines test-engines test-engines-full
 
 help:
 	@echo "make demo    install, then run the main job: mmcache bench media"
+	@echo "make native  install, with mmcache-native, the optional C extension"
 	@echo "make test    install (Node too, for its client), then run check and all tests with coverage"
 	@echo "make check   install, then run ruff, mypy and the import contracts"
 	@echo "make fuzz    install, then give every fuzz target FUZZ_BYTES=10000000 bytes"
@@ -41,7 +43,9 @@ check: $(TEST)
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 
-test: check
+native: $(NATIVE)
+
+test: check $(NATIVE)
 	bash tests/clients/install-node.sh
 	$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal -m "not alone" --cov --cov-report=term
 	$(BIN)/python -m pytest -m alone
@@ -74,6 +78,10 @@ $(BENCH): $(CREATED) pyproject.toml mmcache/_version.py
 $(TEST): $(BENCH)
 	@echo "installing mmcache[test] into $(VENV): minutes where torch has to be downloaded"
 	@$(PIP) install --editable '.[test]'
+	@touch $@
+
+$(NATIVE): $(CREATED) $(wildcard kernels/native/src/* kernels/native/pyproject.toml kernels/native/install.sh)
+	@bash kernels/native/install.sh $(abspath $(BIN))/python
 	@touch $@
 
 engines:

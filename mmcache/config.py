@@ -134,6 +134,7 @@ class ClientConfig:
     verify: bool = True
     max_connections: int = 8
     copy_threads: int = 2  # for large batches read from shared memory
+    native: bool = True  # use mmcache-native where it is installed
     token_file: str = ""  # holds the token that says who we are; read again for every connection
     token: str = field(default="", repr=False)  # the token itself, from `connect`; never from a URL
     ca: str = ""  # mmcaches: PEM of the CAs to trust; empty: the system's
@@ -171,7 +172,8 @@ _URL_HELP: Final = (
 
 _NETWORK_OPTIONS: Final = ("token_file", "ca", "cert", "key", "server_name", "insecure_network")
 _URL_OPTIONS: Final = (
-    "transport", "deadline_s", "connect_s", "verify", "max_connections", "copy_threads", *_NETWORK_OPTIONS,
+    "transport", "deadline_s", "connect_s", "verify", "max_connections", "copy_threads", "native",
+    *_NETWORK_OPTIONS,
 )  # fmt: skip
 
 

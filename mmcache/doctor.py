@@ -19,6 +19,7 @@ from mmcache.config import parse_url
 from mmcache.connect import connect
 from mmcache.errors import AccessDenied, MMCacheError, TransportError
 from mmcache.store.arena import MEMORY_SHARE, Arena, memory_left_nbytes
+from mmcache.transport import native
 
 GROUP: Final = "mmcache.doctor"
 GOOD: Final = "yes"
@@ -40,6 +41,7 @@ def examine(url: str) -> list[Finding]:
     looks: dict[str, Callable[[], Iterable[Finding]]] = {
         "machine": _machine,
         "shared memory": _shared_memory,
+        "native": _native,
         "server": lambda: _server(url),
         "access": lambda: _access(url),
         "packages": _added,
@@ -75,6 +77,13 @@ def _shared_memory() -> Iterable[Finding]:
         yield Finding("shared memory", BAD, "the kernel let a second writable map through: do not share this host")
     finally:
         arena.close()
+
+
+def _native() -> Iterable[Finding]:
+    if native.COPY_HASHED is None:
+        yield Finding("native", BAD, f"{native.STATE}; large reads are copied and hashed in Python")
+    else:
+        yield Finding("native", GOOD, f"mmcache-native, {native.STATE}: large reads are copied and hashed in one pass")
 
 
 def _server(url: str) -> Iterable[Finding]:

@@ -19,7 +19,7 @@ from mmcache.media import Media
 from mmcache.pb import cache_pb2 as pb
 from mmcache.tensors import HostTensor, specs_of
 from mmcache.transport.base import Found, Op, Outcome, Result
-from mmcache.transport.planned import by_lease, plan_frames
+from mmcache.transport.planned import plan_frames
 from mmcache.transport.shm import ArenaMap, Copier
 
 WRITER: Final = f"mmcache/{__version__}"
@@ -49,7 +49,7 @@ def get_run(
             frame = conversation.receive_frame(place, digests[position], targets[position], verify)
             read.append((yield from frame))
     if acquired.lease_id:
-        if verify and not (arena is not None and by_lease(targets[at] for at, _ in found)):
+        if verify and not (arena is not None and copier.by_lease(targets[at] for at, _ in found)):
             yield from session.release(acquired)
         else:
             request = pb.FinishRequest(lease_id=acquired.lease_id)

@@ -15,6 +15,7 @@ from mmcache.client.protocol import STOPPED_WORDS
 from mmcache.client.session import Session
 from mmcache.config import ClientConfig
 from mmcache.errors import AccessDenied, MMCacheError, RequestRefused, TransportError
+from mmcache.transport.native import COPY_HASHED
 from mmcache.transport.shm import ArenaMap, Copier
 
 log = logging.getLogger("mmcache.client")
@@ -81,7 +82,7 @@ class ClientCore:
         self._breaker = Breaker()
         self._stopped, self._asked_at = 0, 0.0
         self._renew_lock()
-        self._copier = Copier(config.copy_threads)
+        self._copier = Copier(config.copy_threads, COPY_HASHED if config.native else None)
 
     def __repr__(self) -> str:
         config = self.config

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Final, NamedTuple
 
 import numpy as np
@@ -14,12 +14,6 @@ from mmcache.tensors import Bytes, HostTensor, destinations
 from mmcache.transport.base import Found, Outcome, Result
 
 RUN_FRAMES: Final = 8  # of fewer, each header is read by itself
-
-
-def by_lease(buffers: Iterable[Mapping[str, HostTensor]]) -> bool:
-    """Whether what is read from shared memory into some of these is only right if the lease was held until it had
-    arrived: pieces, whose bytes are checked where they lie and copied from there."""
-    return any(tensor.data.ndim == 2 for one in buffers for tensor in one.values())
 
 
 class Move(NamedTuple):

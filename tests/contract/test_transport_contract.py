@@ -56,10 +56,11 @@ def waits_by(request: pytest.FixtureRequest) -> str:
     return str(request.param)
 
 
-@pytest.fixture(scope="module", params=["embedded", "shm", "unix", "tcp", "tls"])
+@pytest.fixture(scope="module", params=["embedded", "shm", "shm in Python", "unix", "tcp", "tls"])
 def cache(request: pytest.FixtureRequest, waits_by: str, server: ServerProcess) -> Iterator[Any]:
     urls = {
         "shm": f"{server.url}?transport=shm",
+        "shm in Python": f"{server.url}?transport=shm&native=no",
         "unix": f"mmcache+unix://{server.unix_path}?transport=tcp",
         "tcp": f"{server.url}?transport=tcp",
     }
@@ -80,7 +81,7 @@ def cache(request: pytest.FixtureRequest, waits_by: str, server: ServerProcess) 
         else:
             client = mmcache.connect(url, deadline_s=20)
     with client:
-        reached_by = {"embedded": "shm"}.get(request.param, request.param)
+        reached_by = {"embedded": "shm", "shm in Python": "shm"}.get(request.param, request.param)
         assert client.stat()["transport"] == reached_by
         yield client
 

@@ -75,7 +75,7 @@ def test_pieces_count_if_the_lease_outlived_their_copying(monkeypatch: pytest.Mo
     server = Server(ServerConfig(listen="127.0.0.1:0", memory_nbytes=16 << 20, lease_s=lease_s))
     server.start()
     assert server.address is not None
-    config = ClientConfig(host=server.address[0], port=server.address[1])
+    config = ClientConfig(host=server.address[0], port=server.address[1], native=False)
     any_client: Any = OnALoop(mmcache.AsyncClient(config)) if is_asyncio else Client(config)
     with any_client as client:
         keys = keys_of(2, "late")

@@ -11,6 +11,7 @@ import pytest
 from mmcache import doctor
 from mmcache.errors import StoreError
 from mmcache.testing.process import ServerProcess
+from mmcache.transport import native
 from tests.integration.access_bed import TOKENS, bed_arguments
 from tests.integration.support import run_cli
 
@@ -26,6 +27,8 @@ def test_a_server_that_answers_and_how_it_is_reached() -> None:
         assert shown.returncode == 0
         assert "over TCP" in " ".join(shown.stdout.split())
     assert found["shared memory"]["state"] == "yes"
+    assert (found["native"]["state"] == "yes") == (native.COPY_HASHED is not None)
+    assert native.STATE in found["native"]["text"]
     assert found["memory"]["state"].endswith("GiB")
     assert found["cores"]["state"].isdecimal()
 

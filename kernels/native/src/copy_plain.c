@@ -1,0 +1,18 @@
+/* For every processor: the compiler's baseline. */
+#define FUSED mmcache_copy_plain
+#if defined(__x86_64__)
+#include <emmintrin.h>
+#define COPY_LINE(buffer, target, source)                                                                              \
+    do {                                                                                                               \
+        for (int part = 0; part < 4; part++) {                                                                         \
+            __m128i word = _mm_loadu_si128((const __m128i *)(source) + part);                                          \
+            _mm_store_si128((__m128i *)(buffer) + part, word);                                                         \
+            _mm_stream_si128((__m128i *)(target) + part, word);                                                        \
+        }                                                                                                              \
+    } while (0)
+#define STREAM_FENCE() _mm_sfence()
+#else
+#define COPY_LINE(buffer, target, source) (memcpy(buffer, source, 64), memcpy(target, buffer, 64))
+#define STREAM_FENCE() ((void)0)
+#endif
+#include "fused.h"

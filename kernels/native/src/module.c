@@ -1,0 +1,144 @@
+/* mmcache_native: copies and hashes many tensors in one call, outside the interpreter's lock.
+ *
+ * Everything from Python is checked here, before the lock is let go; what moves the bytes is in fused.h.
+ */
+#define PY_SSIZE_T_CLEAN
+#include <Python.h>
+
+#include "copy.h"
+
+#define ABI 1 /* of the functions below: raised with any change, and compared by mmcache */
+
+static fused_copy *chosen = mmcache_copy_plain;
+static const char *chosen_name = "baseline";
+
+static void choose(void)
+{
+#if defined(__x86_64__)
+    __builtin_cpu_init();
+    if (__builtin_cpu_supports("avx2")) {
+        chosen = mmcache_copy_avx2;
+        chosen_name = "avx2";
+    }
+    if (__builtin_cpu_supports("avx512f")) {
+        chosen = mmcache_copy_avx512;
+        chosen_name = "avx512f";
+    }
+#endif
+}
+
+/* Read one move from its two buffers; -1 with an exception if they do not fit. */
+static int read_move(struct move *move, const Py_buffer *source, const Py_buffer *target)
+{
+    if (target->itemsize != 1 || target->ndim > 2) {
+        PyErr_SetString(PyExc_ValueError, "a target must be bytes of one or two dimensions");
+        return -1;
+    }
+    if (source->len != target->len) {
+        PyErr_Format(PyExc_ValueError, "a source of %zd bytes for a target of %zd", source->len, target->len);
+        return -1;
+    }
+    move->source = source->buf;
+    move->target = target->buf;
+    move->rows = 1;
+    move->row_nbytes = (size_t)target->len;
+    move->stride = 0;
+    if (target->ndim == 2) {
+        move->rows = (size_t)target->shape[0];
+        move->row_nbytes = (size_t)target->shape[1];
+        move->stride = target->strides[0];
+    }
+    Py_ssize_t step = target->ndim ? target->strides[target->ndim - 1] : 1;
+    if (move->row_nbytes > 1 && step != 1) {
+        PyErr_SetString(PyExc_ValueError, "a target's rows must be contiguous");
+        return -1;
+    }
+    return 0;
+}
+
+/* Take hold of every buffer. Returns how many were taken in full; fewer than `count`: an exception is set. */
+static Py_ssize_t take(PyObject *sources, PyObject *targets, Py_ssize_t count, Py_buffer *buffers, struct move *moves)
+{
+    for (Py_ssize_t at = 0; at < count; at++) {
+        Py_buffer *source = buffers + 2 * at, *target = source + 1;
+        if (PyObject_GetBuffer(PySequence_Fast_GET_ITEM(sources, at), source, PyBUF_SIMPLE) < 0)
+            return at;
+        if (PyObject_GetBuffer(PySequence_Fast_GET_ITEM(targets, at), target, PyBUF_STRIDED | PyBUF_WRITABLE) < 0) {
+            PyBuffer_Release(source);
+            return at;
+        }
+        if (read_move(moves + at, source, target) < 0) {
+            PyBuffer_Release(source);
+            PyBuffer_Release(target);
+            return at;
+        }
+    }
+    return count;
+}
+
+static PyObject *copy_hashed(PyObject *Py_UNUSED(module), PyObject *args)
+{
+    PyObject *source_list, *target_list, *digests = NULL;
+    int stream;
+    if (!PyArg_ParseTuple(args, "OOp:copy_hashed", &source_list, &target_list, &stream))
+        return NULL;
+    PyObject *sources = PySequence_Fast(source_list, "sources must be a sequence");
+    PyObject *targets = sources ? PySequence_Fast(target_list, "targets must be a sequence") : NULL;
+    if (!targets) {
+        Py_XDECREF(sources);
+        return NULL;
+    }
+    Py_ssize_t count = PySequence_Fast_GET_SIZE(sources), taken = 0;
+    Py_buffer *buffers = PyMem_Calloc((size_t)count * 2 + 1, sizeof *buffers);
+    struct move *moves = PyMem_Calloc((size_t)count + 1, sizeof *moves);
+    if (!buffers || !moves) {
+        PyErr_NoMemory();
+    } else if (PySequence_Fast_GET_SIZE(targets) != count) {
+        PyErr_Format(PyExc_ValueError, "%zd sources for %zd targets", count, PySequence_Fast_GET_SIZE(targets));
+    } else {
+        taken = take(sources, targets, count, buffers, moves);
+        if (taken == count)
+            digests = PyBytes_FromStringAndSize(NULL, 16 * count);
+    }
+    if (digests) {
+        unsigned char *into = (unsigned char *)PyBytes_AS_STRING(digests);
+        Py_BEGIN_ALLOW_THREADS
+        chosen(moves, (size_t)count, stream, into);
+        Py_END_ALLOW_THREADS
+    }
+    for (Py_ssize_t at = 0; at < 2 * taken; at++)
+        PyBuffer_Release(buffers + at);
+    PyMem_Free(buffers);
+    PyMem_Free(moves);
+    Py_DECREF(sources);
+    Py_DECREF(targets);
+    return digests;
+}
+
+static PyMethodDef methods[] = {
+    {"copy_hashed", copy_hashed, METH_VARARGS,
+     "copy_hashed(sources, targets, stream) -> bytes\n\n"
+     "Copy each source to its target and return the xxh3-128 of what was written, 16 bytes each, in order.\n\n"
+     "A source is contiguous; a target has as many bytes, in one dimension or in contiguous rows, and does not overlap\n"
+     "its source. With `stream` the bytes go past the CPU's caches: for more than those hold. Raises ValueError,\n"
+     "TypeError or BufferError before anything is written. Releases the interpreter's lock."},
+    {NULL, NULL, 0, NULL},
+};
+
+static int fill(PyObject *module)
+{
+    choose();
+    if (PyModule_AddIntConstant(module, "ABI", ABI) < 0)
+        return -1;
+    return PyModule_AddStringConstant(module, "INSTRUCTIONS", chosen_name);
+}
+
+static PyModuleDef_Slot slots[] = {{Py_mod_exec, fill}, {0, NULL}};
+static struct PyModuleDef definition = {
+    PyModuleDef_HEAD_INIT, "mmcache_native", "Moves bytes for mmcache.", 0, methods, slots, NULL, NULL, NULL,
+};
+
+PyMODINIT_FUNC PyInit_mmcache_native(void)
+{
+    return PyModuleDef_Init(&definition);
+}
