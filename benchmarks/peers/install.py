@@ -6,6 +6,7 @@ and a stamp with a digest of what it was built from stands for one that is compl
 
 from __future__ import annotations
 
+import ctypes
 import fcntl
 import hashlib
 import os
@@ -53,15 +54,26 @@ def install(folder: Path, name: str) -> None:
         stamp.touch()
 
 
-def install_redis_server() -> None:
-    """See that there is a redis-server: by apt where this process may. Raises PeerError with what to do."""
-    if shutil.which("redis-server"):
+def need(package: str, what: str) -> None:
+    """See that this system has `what`, a command or a library (`lib*`): by apt, if need be and this process may.
+
+    Raises PeerError with what to do.
+    """
+    if _library(what) if what.startswith("lib") else shutil.which(what):
         return
     if os.geteuid() or not shutil.which("apt-get"):
-        raise PeerError("no redis-server on PATH: install it (Debian, Ubuntu: apt-get install redis-server)")
-    print("installing redis-server with apt-get", file=sys.stderr, flush=True)
+        raise PeerError(f"no {what} on this system: install it (Debian, Ubuntu: apt-get install {package})")
+    print(f"installing {package} with apt-get", file=sys.stderr, flush=True)
     _run("apt-get", "update", "-qq")
-    _run("apt-get", "install", "-y", "-qq", "--no-install-recommends", "redis-server")
+    _run("apt-get", "install", "-y", "-qq", "--no-install-recommends", package)
+
+
+def _library(name: str) -> bool:
+    try:
+        ctypes.CDLL(name)
+    except OSError:
+        return False
+    return True
 
 
 def _run(*command: str) -> None:

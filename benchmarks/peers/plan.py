@@ -49,7 +49,7 @@ class Plan:
         return max(case.nbytes for case in self.cases)
 
 
-FULL: Final = Plan(3, 5, (Case(64 * KiB, 1, 64), Case(MiB, 1, 16), Case(16 * MiB, 1, 4), Case(MiB, 64, 1)))
+FULL: Final = Plan(3, 5, (Case(64 * KiB, 1, 128), Case(MiB, 1, 16), Case(16 * MiB, 1, 4), Case(MiB, 64, 1)))
 QUICK: Final = Plan(1, 2, (Case(64 * KiB, 1, 16), Case(MiB, 1, 4), Case(16 * MiB, 1, 2), Case(MiB, 64, 1)))
 # Of controls nothing is measured: each case once is enough to see that they are caught.
 CONTROL_PAIRS: Final = 1
@@ -106,9 +106,7 @@ def readers_of(clients: int, alone: bool) -> list[int]:
     return [1] if clients == 1 else [(client + 1) % clients for client in range(clients)]
 
 
-def row_of(
-    peer: str, verified: bool, op: str, case: Case, clients: int, samples: Sequence[Sample]
-) -> Row:
+def row_of(peer: str, verified: bool, op: str, case: Case, clients: int, samples: Sequence[Sample]) -> Row:
     """Medians and quartiles over the samples; ratios are of each pair: sliced memcpy's time over the peer's."""
     ratios = [sample.sliced_ns / sample.op_ns for sample in samples]
     q1, ratio, q3 = (round(float(cut), 3) for cut in np.percentile(ratios, [25, 50, 75]))

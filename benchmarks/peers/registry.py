@@ -10,6 +10,7 @@ from typing import Any, Final
 
 from benchmarks.peers.adapters import aibrix, lmcache, mmcache, mooncake, ray, redis, vineyard
 
+REDIS, VERBS = ("redis-server", "redis-server"), ("libibverbs1", "libibverbs.so.1")
 Serve = Callable[[Path, Path, ExitStack], dict[str, Any]]
 
 
@@ -20,6 +21,7 @@ class Peer:
     Attributes:
         client: the class a worker makes, "module:class" below `adapters`.
         serve: starts the servers; None where there are none.
+        system: what it needs of the system: a package, and what that has (a command, or a library `lib*`).
         environment: the one that has the client's library (install.py); empty: this one.
         settings: environment variables of its workers.
         verified: whether the peer itself checks bytes at both ends, within the time shown.
@@ -30,6 +32,7 @@ class Peer:
 
     client: str
     serve: Serve | None
+    system: tuple[str, str] | None = None
     environment: str = ""
     settings: Mapping[str, str] = field(default_factory=dict)
     verified: bool = False
@@ -51,18 +54,18 @@ PEERS: Final[dict[str, Peer]] = {
         client="mmcache:Grpc", serve=mmcache.serve, verified=True, note="plain unary gRPC calls; checksums by the client",
     ),
     "redis-tcp": Peer(
-        client="redis:RedisTcp", serve=redis.serve, environment="redis",
+        client="redis:RedisTcp", serve=redis.serve, system=REDIS, environment="redis",
         note="redis-server, redis-py with hiredis; several values a call: one pipeline",
     ),
     "redis-unix": Peer(
-        client="redis:RedisUnix", serve=redis.serve, environment="redis", note="the same by the unix socket",
+        client="redis:RedisUnix", serve=redis.serve, system=REDIS, environment="redis", note="the same by the unix socket",
     ),
     "mooncake-tcp": Peer(
-        client="mooncake:Mooncake", serve=mooncake.serve, environment="mooncake", settings=mooncake.ENVIRONMENT,
+        client="mooncake:Mooncake", serve=mooncake.serve, environment="mooncake", system=VERBS, settings=mooncake.ENVIRONMENT,
         note="Mooncake Store, storage in another process, put_from and get_into over TCP",
     ),
     "mooncake-local": Peer(
-        client="mooncake:Mooncake", serve=mooncake.serve_alone, environment="mooncake", alone=True,
+        client="mooncake:Mooncake", serve=mooncake.serve_alone, environment="mooncake", system=VERBS, alone=True,
         settings={**mooncake.ENVIRONMENT, "MC_STORE_MEMCPY": "1"},
         note="Mooncake Store, storage in the client's own process, by memcpy; with several clients a value may lie in "
         "another's",
@@ -76,7 +79,7 @@ PEERS: Final[dict[str, Peer]] = {
         note="LMCache RemoteBackend, lm:// server; a round of puts ends with a question, as puts are not acknowledged",
     ),
     "lmcache-resp": Peer(
-        client="lmcache:NativeResp", serve=redis.serve, environment="lmcache", settings=lmcache.ENVIRONMENT,
+        client="lmcache:NativeResp", serve=redis.serve, system=REDIS, environment="lmcache", settings=lmcache.ENVIRONMENT,
         note="LMCache's native client, two threads, to redis-server over TCP",
     ),
     "aibrix-shfs": Peer(

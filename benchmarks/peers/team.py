@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from benchmarks.peers.install import PeerError, install, python_of
+from benchmarks.peers.install import PeerError, python_of
 from benchmarks.peers.plan import Case, Sample, name_of, readers_of
 from benchmarks.peers.registry import Peer
 
@@ -99,8 +99,9 @@ class _Process:
 class Team:
     """A started peer with its workers; a context manager. Raises PeerError on entering if anything does not start."""
 
-    def __init__(self, peer: Peer, environments: Path, source: Source, workers: int) -> None:
-        self._peer, self._environments, self._source, self._count = peer, environments, source, workers
+    def __init__(self, peer: Peer, environments: Path, source: Source, clients: int) -> None:
+        self._peer, self._environments, self._source, self._clients = peer, environments, source, clients
+        self._readers = readers_of(clients, peer.alone)
         self._stack = ExitStack()
         self._workers: list[_Process] = []
 
@@ -108,16 +109,14 @@ class Team:
         with ExitStack() as stack:
             run = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="pb-", ignore_cleanup_errors=True)))
             peer = self._peer
-            python = Path(sys.executable)
-            if peer.environment:
-                install(self._environments, peer.environment)
-                python = python_of(self._environments, peer.environment)
+            python = python_of(self._environments, peer.environment) if peer.environment else Path(sys.executable)
+            count = max(self._clients, max(self._readers) + 1)
             options = peer.serve(run, self._environments, stack) if peer.serve else {}
-            for place in range(self._count):
-                worker = _Process(python.absolute(), run / f"worker-{place}.log", peer.settings, self._source)
+            for place in range(count):
+                worker = _Process(python, run / f"worker-{place}.log", peer.settings, self._source)
                 stack.callback(worker.end)
                 self._workers.append(worker)
-            self._all(self._workers, [{"do": "open", "client": peer.client, "options": options}] * self._count)
+            self._all(self._workers, [{"do": "open", "client": peer.client, "options": options}] * count)
             self._stack = stack.pop_all()
         return self
 
@@ -128,12 +127,13 @@ class Team:
             except PeerError:
                 pass  # what it measured stands; its processes end now
 
-    def round(self, case: Case, turn: int, pair: int, clients: int) -> dict[str, Sample]:
-        """One put and one get of the same values by so many clients, each after memcpy. Raises PeerError."""
+    def round(self, case: Case, turn: int, pair: int) -> dict[str, Sample]:
+        """One put and one get of the same values by all clients, each after memcpy. Raises PeerError."""
+        clients = self._clients
         self._source.stamp(case, clients)
         names = [[name_of(case, turn, pair, client, index) for index in range(case.count)] for client in range(clients)]
         writers = self._workers[:clients]
-        readers = [self._workers[place] for place in readers_of(clients, self._peer.alone)]
+        readers = [self._workers[place] for place in self._readers]
         nbytes = case.nbytes * clients
 
         self._prepare(writers, "put", names, case)

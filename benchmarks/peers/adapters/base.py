@@ -68,6 +68,15 @@ class Client:
         """Leave the peer."""
 
 
+def reused(name: str) -> str:
+    """The same name every round, for a peer that cannot delete: a put replaces the value of the round before.
+
+    What is read must be the new value all the same, as every value differs.
+    """
+    case, _, rest = name.partition("/")
+    return f"{case}/{rest.partition('/')[2]}"
+
+
 def free_port() -> int:
     """A loopback port that nobody has, for a server that cannot choose one."""
     with socket.create_server(("127.0.0.1", 0)) as server:

@@ -16,7 +16,7 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
-from benchmarks.peers.adapters.base import Bytes, Client, free_port, listens, spawn
+from benchmarks.peers.adapters.base import Bytes, Client, free_port, listens, reused, spawn
 from benchmarks.peers.install import python_of
 
 ENVIRONMENT = {
@@ -119,6 +119,9 @@ class Remote(LocalCpu):
         if not self._backend.contains(batch[0][-1]):
             raise RuntimeError("the value put last is not there")
 
+    def _key(self, name: str) -> Any:
+        return super()._key(reused(name))
+
     def delete(self, names: Sequence[str]) -> None:
         """The protocol has no such operation."""
 
@@ -134,7 +137,7 @@ class NativeResp(Client):
         self._event_fd = self._client.event_fd()
 
     def prepare(self, names: Sequence[str], buffers: Sequence[Bytes]) -> Any:
-        return list(names), [memoryview(buffer) for buffer in buffers]
+        return [reused(name) for name in names], [memoryview(buffer) for buffer in buffers]
 
     def put(self, batch: Any) -> None:
         self._wait(self._client.submit_batch_set(*batch))

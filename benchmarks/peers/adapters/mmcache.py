@@ -20,7 +20,7 @@ def serve(run: Path, environments: Path, stack: ExitStack) -> dict[str, Any]:
     """Start a server with a gRPC port too, if grpcio is here."""
     from mmcache.testing.process import ServerProcess
 
-    words = ["--unix", str(run / "mmcache.sock")]
+    words = ["--prefault", "--unix", str(run / "mmcache.sock")]
     try:
         import grpc  # noqa: F401
     except ImportError:
@@ -141,7 +141,9 @@ class Grpc(Client):
             digest = xxhash.xxh3_128_digest(buffer)
             tensor = pb.Tensor(name="v", dtype="uint8", shape=buffer.shape, data=buffer.tobytes(), xxh3_128=digest)
             entries.append(pb.PutEntry(key=key.digest, home=key.home, tensors=[tensor]))
-        reply = self._put(pb.PutRequest(kind=namespace.kind, facts=namespace.facts, entries=entries), timeout=DEADLINE_S)
+        reply = self._put(
+            pb.PutRequest(kind=namespace.kind, facts=namespace.facts, entries=entries), timeout=DEADLINE_S
+        )
         if any(status != pb.STORED for status in reply.status):
             raise RuntimeError(f"Put answered {reply.status[:4]!r}")
 

@@ -54,6 +54,8 @@ class Ray(Client):
         self._refs: dict[str, Any] = {}
         self._learned: dict[str, Any] = {}
         ray.init(address=options["address"], logging_level="ERROR", log_to_driver=False)
+        # What carries references between processes within Ray; a task or an actor would carry them by pickle.
+        self._core = ray._private.worker.global_worker.core_worker
 
     def put(self, batch: Any) -> None:
         for name, buffer in zip(*batch, strict=True):
@@ -66,11 +68,15 @@ class Ray(Client):
             np.copyto(target, value)
 
     def handles(self, names: Sequence[str]) -> list[str]:
-        return [self._refs[name].hex() for name in names]
+        parts = [self._core.serialize_object_ref(self._refs[name])[0:3] for name in names]
+        return [f"{ref.hex()} {owner.hex()} {status.hex()}" for ref, owner, status in parts]
 
     def learn(self, names: Sequence[str], handles: Sequence[str]) -> None:
-        refs = [self._ray.ObjectRef(bytes.fromhex(handle)) for handle in handles]
-        self._learned = dict(zip(names, refs, strict=True))
+        self._learned = {}
+        for name, handle in zip(names, handles, strict=True):
+            binary, owner, status = map(bytes.fromhex, handle.split(" "))
+            ref = self._learned[name] = self._ray.ObjectRef(binary, owner)
+            self._core.deserialize_and_register_object_ref(binary, self._ray.ObjectRef.nil(), owner, status)
 
     def delete(self, names: Sequence[str]) -> None:
         for name in names:

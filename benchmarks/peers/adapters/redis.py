@@ -10,12 +10,10 @@ from typing import Any
 import numpy as np
 
 from benchmarks.peers.adapters.base import Bytes, Client, free_port, listens, spawn
-from benchmarks.peers.install import install_redis_server
 
 
 def serve(run: Path, environments: Path, stack: ExitStack) -> dict[str, Any]:
     """Start redis-server, with nothing written to disk."""
-    install_redis_server()
     port = free_port()
     command = ["redis-server", "--bind", "127.0.0.1", "--port", str(port), "--unixsocket", "redis.sock", "--save", "",
                "--appendonly", "no", "--maxmemory", "2gb", "--maxmemory-policy", "allkeys-lru"]  # fmt: skip
