@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import json
 import shlex
+import signal
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -50,6 +51,7 @@ def parse(words: Sequence[str]) -> argparse.Namespace:
 def main(words: Sequence[str]) -> int:
     """Install, measure, report; the exit code."""
     options = parse(words)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # as an exception, on which all servers are stopped
     environments = options.environments.absolute()
     failed = install_all(options.peers, environments)
     refused = isolate()

@@ -51,17 +51,18 @@ PEERS: Final[dict[str, Peer]] = {
     ),
     "mmcache-tcp": Peer(client="mmcache:Tcp", serve=mmcache.serve, verified=True, note="framed protocol, TCP"),
     "mmcache-grpc": Peer(
-        client="mmcache:Grpc", serve=mmcache.serve, verified=True, note="plain unary gRPC calls; checksums by the client",
+        client="mmcache:Grpc", serve=mmcache.serve, verified=True, note="unary gRPC calls; checksums by the client",
     ),
     "redis-tcp": Peer(
         client="redis:RedisTcp", serve=redis.serve, system=REDIS, environment="redis",
         note="redis-server, redis-py with hiredis; several values a call: one pipeline",
     ),
     "redis-unix": Peer(
-        client="redis:RedisUnix", serve=redis.serve, system=REDIS, environment="redis", note="the same by the unix socket",
+        client="redis:RedisUnix", serve=redis.serve, system=REDIS, environment="redis", note="by its unix socket",
     ),
     "mooncake-tcp": Peer(
-        client="mooncake:Mooncake", serve=mooncake.serve, environment="mooncake", system=VERBS, settings=mooncake.ENVIRONMENT,
+        client="mooncake:Mooncake", serve=mooncake.serve, environment="mooncake", system=VERBS,
+        settings=mooncake.ENVIRONMENT,
         note="Mooncake Store, storage in another process, put_from and get_into over TCP",
     ),
     "mooncake-local": Peer(
@@ -79,11 +80,12 @@ PEERS: Final[dict[str, Peer]] = {
         note="LMCache RemoteBackend, lm:// server; a round of puts ends with a question, as puts are not acknowledged",
     ),
     "lmcache-resp": Peer(
-        client="lmcache:NativeResp", serve=redis.serve, system=REDIS, environment="lmcache", settings=lmcache.ENVIRONMENT,
+        client="lmcache:NativeResp", serve=redis.serve, system=REDIS, environment="lmcache",
+        settings=lmcache.ENVIRONMENT,
         note="LMCache's native client, two threads, to redis-server over TCP",
     ),
     "aibrix-shfs": Peer(
-        client="aibrix:Shfs", serve=aibrix.serve, environment="aibrix", note="AIBrix SHFS connector on tmpfs, no server",
+        client="aibrix:Shfs", serve=aibrix.serve, environment="aibrix", note="AIBrix SHFS connector on tmpfs",
     ),
     "ray": Peer(
         client="ray:Ray", serve=ray.serve, environment="ray", settings=ray.ENVIRONMENT,

@@ -1,4 +1,4 @@
-"""What a run found: the verdict, plain values for JSON, and the table for a terminal. PURE: nothing is measured here."""
+"""What a run found: the verdict, plain values for JSON, and the table for a terminal. PURE: data in, text out."""
 
 from __future__ import annotations
 

@@ -42,9 +42,7 @@ class Shfs(Client):
 
         self._region, self._torch = Region, torch
         self._connector = Connector.create(
-            ConnectorConfig(
-                backend_name="SHFS", namespace="bench", partition_id="0", executor=ThreadPoolExecutor(2)
-            )  # fmt: skip
+            ConnectorConfig(backend_name="SHFS", namespace="bench", partition_id="0", executor=ThreadPoolExecutor(2))
         )
         self._demand([self._connector.open()])
         self._loop = asyncio.new_event_loop()

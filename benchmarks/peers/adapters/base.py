@@ -31,9 +31,9 @@ Bytes = npt.NDArray[np.uint8]
 class Client:
     """One client of one peer. `options` is what the peer's `serve` returned.
 
-    `prepare` turns names and buffers into whatever a call takes, outside the timed part; what it returned goes to `put`
-    and `get`, which end when the values are stored, and when the bytes are in the buffers. Both raise if a value was not
-    stored or did not come back. A client may keep `source` and `target`, the memory all buffers are parts of.
+    `prepare` turns names and buffers into whatever a call takes, outside the timed part; `put` and `get` are given what
+    it returned. They end when the values are stored, and when the bytes are in the buffers, and raise if a value was
+    not stored or did not come back. All buffers are parts of `source` and `target`.
     """
 
     def __init__(self, options: Mapping[str, Any], source: Bytes, target: Bytes) -> None:
@@ -87,7 +87,7 @@ def free_port() -> int:
 def spawn(
     stack: ExitStack,
     run: Path,
-    command: Sequence[str | Path],
+    command: Sequence[object],
     ready: Callable[[], bool],
     environment: Mapping[str, str] | None = None,
 ) -> None:
@@ -95,10 +95,12 @@ def spawn(
 
     Raises PeerError with its last words if it ends or does not become ready.
     """
-    log = run / f"{Path(command[0]).name}.log"
+    words = [str(word) for word in command]
+    name = Path(words[0]).name
+    log = run / f"{name}.log"
     with open(log, "wb") as out:
         process = subprocess.Popen(
-            [str(word) for word in command],
+            words,
             stdin=subprocess.DEVNULL,
             stdout=out,
             stderr=out,
@@ -111,7 +113,7 @@ def spawn(
     while not ready():
         if process.poll() is not None or time.monotonic() > ends:
             said = log.read_text(errors="replace").strip().splitlines()
-            raise PeerError(f"{Path(command[0]).name} did not become ready: {said[-1] if said else 'it said nothing'}")
+            raise PeerError(f"{name} did not become ready: {said[-1] if said else 'it said nothing'}")
         time.sleep(0.05)
 
 

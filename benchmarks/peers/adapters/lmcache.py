@@ -137,7 +137,7 @@ class NativeResp(Client):
         self._event_fd = self._client.event_fd()
 
     def prepare(self, names: Sequence[str], buffers: Sequence[Bytes]) -> Any:
-        return [reused(name) for name in names], [memoryview(buffer) for buffer in buffers]
+        return [reused(name) for name in names], [buffer.data for buffer in buffers]
 
     def put(self, batch: Any) -> None:
         self._wait(self._client.submit_batch_set(*batch))

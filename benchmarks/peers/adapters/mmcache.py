@@ -1,4 +1,4 @@
-"""mmcache by each of its paths, verified at both ends, and the controls: clients that deliver wrong bytes on purpose."""
+"""mmcache by each of its paths, verified at both ends; and the controls, which deliver wrong bytes on purpose."""
 
 from __future__ import annotations
 

@@ -75,7 +75,7 @@ class Ray(Client):
         self._learned = {}
         for name, handle in zip(names, handles, strict=True):
             binary, owner, status = map(bytes.fromhex, handle.split(" "))
-            ref = self._learned[name] = self._ray.ObjectRef(binary, owner)
+            self._learned[name] = self._ray.ObjectRef(binary, owner)
             self._core.deserialize_and_register_object_ref(binary, self._ray.ObjectRef.nil(), owner, status)
 
     def delete(self, names: Sequence[str]) -> None:

@@ -35,7 +35,7 @@ class RedisTcp(Client):
         return redis.Redis(host="127.0.0.1", port=options["port"])
 
     def prepare(self, names: Sequence[str], buffers: Sequence[Bytes]) -> Any:
-        return list(names), [memoryview(buffer) for buffer in buffers], list(buffers)
+        return list(names), [buffer.data for buffer in buffers], list(buffers)
 
     def put(self, batch: Any) -> None:
         names, views, _ = batch
