@@ -68,9 +68,9 @@ def test_another_process_reads_unless_memory_is_its_own(clients: int) -> None:
 
 def test_names_are_never_used_twice_unless_a_peer_cannot_delete() -> None:
     rounds = [(turn, pair) for turn in range(2) for pair in range(3)]
-    names = [[name_of(case, *at, client, 0) for case in CASES for client in range(2)] for at in rounds]
-    assert len(set(sum(names, []))) == len(rounds) * 4
-    assert len({reused(name) for name in sum(names, [])}) == 4
+    names = [name_of(case, *at, client, 0) for case in CASES for client in range(2) for at in rounds]
+    assert len(set(names)) == len(names)
+    assert len({reused(name) for name in names}) == 4
 
 
 def test_no_two_values_of_any_rounds_are_equal(tmp_path: Path) -> None:
