@@ -134,7 +134,7 @@ def markdown(report: Report, isolated: str) -> str:
     lines += [[name, "", f"failed: {reason}"] + [""] * (len(heads) - 3) for name, reason in report.failed.items()]
     widths = [max(map(len, column)) for column in zip(heads, *(line for line in lines if line[1]), strict=True)]
     text = [
-        "| " + " | ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip() + " |"
+        "| " + " | ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)) + " |"
         for line in [heads, ["-" * width for width in widths], *lines]
     ]
     memcpy = report.memcpy_gbps()
