@@ -28,6 +28,8 @@ from mmcache_connectors.paged import BlockSpec, PagedGroup
 
 log = logging.getLogger("mmcache.kernels")
 BUFFER_WAIT_S: Final = 0.5
+COPIED_NBYTES: Final = 64 << 20
+MAPPED_PARTS: Final = 32
 _LOST: Final = Result(Outcome.MISS, "the lease expired while the blocks were being read")
 
 
@@ -90,9 +92,10 @@ class Filler:
         self._client, self._buffers = client, buffers
         self._said = False
 
-    def copies(self, paged: PagedGroup) -> bool:
-        """Whether blocks are only copied, within this host's memory: the client does that on threads of its own."""
-        return paged.lies_in_place and self._client.maps_memory
+    def copied_nbytes(self, paged: PagedGroup) -> int:
+        """How much to ask for at once where blocks are only copied, within this host's memory, which the client does on
+        threads of its own: a small share of the server's memory, as it is pinned meanwhile. 0: they are not."""
+        return min(COPIED_NBYTES, self._client.mapped_nbytes // MAPPED_PARTS) if paged.lies_in_place else 0
 
     def fill(
         self, paged: PagedGroup, keys: Keys, block_ids: Sequence[int], after: Any = None, gate: LayerGate | None = None

@@ -108,6 +108,12 @@ class ClientCore:
         return self._arena is not None
 
     @property
+    def mapped_nbytes(self) -> int:
+        """How much of the server's memory this process maps; 0 where `maps_memory` is False."""
+        arena = self._arena
+        return arena.data.nbytes if arena is not None else 0
+
+    @property
     def shared_memory(self) -> ArenaMap | None:
         """The server's memory as this process maps it, to be registered with a device, say; its `data` may only be read
         under a lease. None where it is not mapped, or not all of its pages exist yet (`serve --prefault`)."""

@@ -173,6 +173,8 @@ class Conversation:
             raise ProtocolError(f"{prelude.payload_nbytes} payload bytes announced, {sum(sizes)} listed")
         if max_nbytes and len(sizes) > 1 and sum(sizes) > max_nbytes:
             raise ProtocolError(f"{sum(sizes)} bytes came where at most {max_nbytes} were asked for")
+        if sizes and not inline and not acquired.lease_id:
+            raise ProtocolError("the server said where frames lie, and pinned none of them")
         return acquired
 
     def receive_frame(self, found: Found, key: bytes, buffers: Mapping[str, HostTensor], verify: bool) -> Flow[Result]:

@@ -14,6 +14,7 @@ from mmcache.tensors import Bytes, HostTensor, destinations
 from mmcache.transport.base import Found, Outcome, Result
 
 RUN_FRAMES: Final = 8  # of fewer, each header is read by itself
+RUN_NBYTES: Final = 4 << 20  # of more, too: they are in memory several times at once
 
 
 def by_lease(buffers: Iterable[Mapping[str, HostTensor]]) -> bool:
@@ -61,6 +62,8 @@ def _read_run(
 ) -> tuple[FrameHeader, Sequence[tuple[bytes, ...]]] | None:
     """The header that all these have but for keys and checksums, and each one's checksums; None if they differ more."""
     _, nbytes, header_nbytes, _ = found[0]
+    if len(found) * header_nbytes > RUN_NBYTES:
+        return None
     if any(place[1:3] != (nbytes, header_nbytes) or place[0] + nbytes > memory.nbytes for place in found):
         return None
     view = memory.data

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
 from collections.abc import Iterator
 from typing import Any
@@ -77,7 +78,9 @@ def test_pieces_count_if_the_lease_outlived_their_copying(monkeypatch: pytest.Mo
     assert server.address is not None
     config = ClientConfig(host=server.address[0], port=server.address[1])
     any_client: Any = OnALoop(mmcache.AsyncClient(config)) if is_asyncio else Client(config)
-    with any_client as client:
+    with contextlib.ExitStack() as stack:
+        stack.callback(server.stop)
+        client = stack.enter_context(any_client)
         keys = keys_of(2, "late")
         assert all(client.put(keys, values_of(keys, nbytes)))
         memory = np.zeros((3, 2, nbytes // 3), np.uint8)
@@ -89,7 +92,6 @@ def test_pieces_count_if_the_lease_outlived_their_copying(monkeypatch: pytest.Mo
         assert [result.outcome for result in late] == [Outcome.MISS] * 2
         assert "lease" in late[0].reason
         assert all(client.get_into(keys, blanks(2, nbytes))), "what is checked where it arrived needs no lease"
-    server.stop()
 
 
 @pytest.mark.parametrize("bit", HEADER_BITS + PAYLOAD_BITS)

@@ -5,13 +5,23 @@ from __future__ import annotations
 import os
 import signal
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import pytest
+import torch
 
+import mmcache
+from mmcache.client.blocking import Client
+from mmcache.keys import Namespace
+from mmcache.keyset import Keys, Part
 from mmcache.testing.process import ServerProcess
+from mmcache.transport.base import Result
+from mmcache_connectors.paged import PagedGroup
 from mmcache_connectors.vllm.groups import Group
+from mmcache_connectors.vllm.plan import Blocks, Job
+from mmcache_connectors.vllm.settings import Settings
+from mmcache_connectors.vllm.worker import GroupMemory, WorkerSide
 from mmcache_kernels import TorchMover, TritonMover
 from tests.integration.support import suspend
 from tests.integration.toy_blocks import Request
@@ -216,3 +226,29 @@ def test_hits_are_real(server: ServerProcess) -> None:
     assert entries(engine, tokens) == (12, 0)
     engine.epoch_weights[0] = 1  # as if it should have computed with others
     assert entries(engine, tokens) == (12, 12)
+
+
+@pytest.mark.parametrize(("deadline_s", "most_nbytes"), [(10.0, 16 << 20), (0.05, 3_750_000)])
+def test_a_question_covers_no_more_than_may_arrive_in_time_and_may_be_pinned(
+    deadline_s: float, most_nbytes: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    count, memory = 40, torch.zeros(4, 2 * 40 + 1, 2, 16, 2048)
+    paged = PagedGroup(list(memory.unbind(0)), num_blocks=2 * count + 1, block_tokens=16)
+    keys = Namespace(kind="kv", model="m", dtype="float32", layout="LHNC", block_size=16).block_keys(range(count * 16))
+    asked: list[int] = []
+    ask = Client.get_into
+
+    def noted(self: Client, some: Keys, places: Sequence[Any]) -> list[Result]:
+        asked.append(len(some))
+        return ask(self, some, places)
+
+    with ServerProcess("128MiB") as server, mmcache.connect(server.url) as client:
+        part = Part(kv_group=(0, 1), layers=None, kv_heads=(0, 2, 2))
+        worker = WorkerSide(Settings(url=server.url, deadline_s=deadline_s), client, [GroupMemory(paged, part, True)])
+        worker.save([Job("save", (Blocks(0, keys, list(range(1, count + 1))),))])
+        assert worker.flush(30)
+        monkeypatch.setattr(Client, "get_into", noted)
+        load = Job("load", (Blocks(0, keys, list(range(count + 1, 2 * count + 1))),))
+        worker.start_loads([load], asynchronous=False)
+    assert sum(asked) == count
+    assert max(asked) == most_nbytes // paged.spec().nbytes < count

@@ -11,6 +11,9 @@ from numpy.typing import NDArray
 from mmcache.errors import FrameError
 from mmcache.frame import FrameMeta, Kind, TensorSpec, check_expected, header_checksum, pack_header, parse_header
 from mmcache.frame_run import checksums_of, parse_run
+from mmcache.tensors import named_tensors
+from mmcache.transport.base import Found
+from mmcache.transport.planned import RUN_FRAMES, RUN_NBYTES, Planned, plan_frames
 
 COUNT = 9
 SPECS = [TensorSpec("k", "bfloat16", (2, 3)), TensorSpec("scale", "float32", (5,))]
@@ -93,6 +96,23 @@ def test_headers_of_several_forms_are_left_to_be_read_one_by_one(odd: bytes) -> 
     given = columns(headers)
     assert parse_run(*given) is None
     assert parsed(*given)
+
+
+def test_more_headers_than_are_read_at_once_are_read_one_by_one() -> None:
+    key, wide = b"k" * 32, header(0, alignment=65536)
+    one = np.frombuffer(wide, np.uint8)
+    nbytes = parse_header(wide, limit_nbytes=1 << 40).frame_nbytes
+    memory = np.zeros(len(wide) + nbytes, np.uint8)
+    memory[: len(one)] = one
+    count = RUN_NBYTES // len(wide) + 1
+    found = [Found(0, nbytes, len(wide), parse_header(wide, limit_nbytes=1 << 40).checksum)] * count
+    into = [named_tensors({"k": np.zeros(12, np.uint8), "scale": np.zeros(20, np.uint8)}, writable=True)] * count
+    right, wrong = parse_header(wide, limit_nbytes=1 << 40).meta.key, key
+    for some in (RUN_FRAMES - 1, RUN_FRAMES, count):
+        plans = plan_frames(memory, found[:some], [right] * some, into[:some], True)
+        assert all(isinstance(plan, Planned) and len(plan.moves) == 2 for plan in plans)
+        plans = plan_frames(memory, found[:some], [*[right] * (some - 1), wrong], into[:some], True)
+        assert [isinstance(plan, Planned) for plan in plans] == [True] * (some - 1) + [False]
 
 
 def test_another_size_or_key_than_announced_is_not_accepted() -> None:

@@ -219,6 +219,11 @@ def test_an_acquire_reply_that_does_not_fit_its_request(message: Message, why: s
             drive(Conversation().acquire(KEY * 2, inline=inline), reply(Op.ACQUIRE, message))
 
 
+def test_places_that_nothing_pins_are_not_read() -> None:
+    with pytest.raises(ProtocolError, match="pinned none"):
+        drive(Conversation().acquire(KEY), reply(Op.ACQUIRE, acquired([pb.FOUND], [PLACE_OF_FRAME], lease_id=0)))
+
+
 def test_payload_that_is_not_what_the_reply_lists() -> None:
     message = acquired([pb.FOUND], [PLACE_OF_FRAME])
     for payload in (b"", FRAME[:-1], FRAME + b"x"):

@@ -35,7 +35,6 @@ from mmcache_connectors.vllm.settings import Settings
 log = logging.getLogger("mmcache.vllm")
 LOAD_THREADS: Final = 2
 LOAD_BUFFER_NBYTES: Final = 16 << 20
-IN_PLACE_NBYTES: Final = 64 << 20  # at once, of what needs no buffer
 SPLIT_NBYTES: Final = 4 << 20  # a load of less is one thread's
 SAVE_BUFFER_NBYTES: Final = 4 << 20
 DEVICE_SAVE_NBYTES: Final = 16 << 20  # a launch and a copy for each
@@ -161,7 +160,7 @@ class WorkerSide:
     def _pieces(self, blocks: Blocks) -> list[Blocks]:
         count = len(blocks.block_ids)
         nbytes = count * self._groups[blocks.group].paged.spec().nbytes
-        whole = nbytes < SPLIT_NBYTES or self._filler.copies(self._groups[blocks.group].paged)
+        whole = nbytes < SPLIT_NBYTES or self._filler.copied_nbytes(self._groups[blocks.group].paged) > 0
         size = count if whole else -(-count // LOAD_THREADS)
         return [
             Blocks(blocks.group, blocks.keys[start : start + size], blocks.block_ids[start : start + size])
@@ -201,7 +200,8 @@ class WorkerSide:
         group = self._groups[blocks.group]
         nbytes = group.paged.spec().nbytes
         keys = blocks.keys.for_part(group.part)
-        size = max(1, (IN_PLACE_NBYTES if self._filler.copies(group.paged) else LOAD_BUFFER_NBYTES) // nbytes)
+        most = max(LOAD_BUFFER_NBYTES, self._filler.copied_nbytes(group.paged))
+        size = max(1, min(most, int(LEAST_LOAD_RATE * self._settings.load_s / 2)) // nbytes)
         for start in range(0, len(keys), size):
             if time.monotonic() >= give_up_s:
                 self._count(load_timeouts=1)
