@@ -17,11 +17,14 @@ CREATED := $(VENV)/.stamp-created
 BENCH := $(VENV)/.stamp-bench
 TEST := $(VENV)/.stamp-test
 NATIVE := $(VENV)/.stamp-native
+PEERS_READY := $(VENV)/.stamp-peers
+# Other caches, each in an environment of its own, made by the benchmark itself.
+PEERS ?= .peers
 
 .DEFAULT_GOAL := help
 # One environment: two installations at once would break each other, so `make -j` runs one target at a time too.
 .NOTPARALLEL:
-.PHONY: help demo native test check fuzz soak engines test-engines test-engines-full
+.PHONY: help demo native test check fuzz soak engines test-engines test-engines-full bench-peers
 
 help:
 	@echo "make demo    install, then run the main job: mmcache bench media"
@@ -30,6 +33,7 @@ help:
 	@echo "make check   install, then run ruff, mypy and the import contracts"
 	@echo "make fuzz    install, then give every fuzz target FUZZ_BYTES=10000000 bytes"
 	@echo "make soak    install, then run eight clients against a server for five minutes, then 10,000 connections"
+	@echo "make bench-peers   install other caches into .peers, then measure them and mmcache (half an hour; QUICK=1: minutes)"
 	@echo "make test-engines        install the real vLLM and SGLang (CPU) into .engines, then run the engine suites"
 	@echo "make test-engines-full   the same, with every case (half an hour)"
 	@echo "PYTHON=...   the Python to build .venv with (default: python3; 3.11 or newer)"
@@ -56,6 +60,9 @@ fuzz: $(TEST)
 soak: $(BENCH)
 	$(BIN)/python benchmarks/soak.py --minutes 5 --connects 10000
 
+bench-peers: $(PEERS_READY)
+	$(BIN)/python -m benchmarks.peers --environments $(PEERS) $(if $(QUICK),--quick) $(ARGS)
+
 $(CREATED):
 	@command -v $(PYTHON) >/dev/null || \
 	    { echo "error: no $(PYTHON) here; install Python 3.11 or newer, or name one: make PYTHON=/path/to/python"; exit 1; }
@@ -72,6 +79,10 @@ $(CREATED):
 $(BENCH): $(CREATED) pyproject.toml mmcache/_version.py
 	@echo "installing mmcache[bench] into $(VENV): about half a minute"
 	@$(PIP) install --editable '.[bench]'
+	@touch $@
+
+$(PEERS_READY): $(BENCH)
+	@$(PIP) install --editable '.[bench,grpc]'
 	@touch $@
 
 # Brings torch, which the tests use and mmcache does not need.
