@@ -112,6 +112,15 @@ TlsClientCa = Annotated[
         "tls_client_ca", "Ask for client certificates signed by these CAs; needed without --access.", metavar="FILE"
     ),
 ]
+Nixl = Annotated[
+    str | None,
+    _setting(
+        "nixl",
+        "Let clients read the memory by NIXL (RDMA) over these devices, as UCX names them: lo, mlx5_0:1. UCX asks "
+        "nobody who they are: only on a network you trust, and for one tenant. Needs the extra nixl.",
+        metavar="DEVICES",
+    ),
+]
 
 
 @app.command(
@@ -150,6 +159,7 @@ def serve(
     tls_cert: TlsCert = None,
     tls_key: TlsKey = None,
     tls_client_ca: TlsClientCa = None,
+    nixl: Nixl = None,
     verbose: Annotated[bool, typer.Option("--verbose", "-v", help="Log every dropped connection.")] = False,
     as_json: Json = False,
 ) -> None:
@@ -176,6 +186,7 @@ def serve(
         tls_cert=tls_cert,
         tls_key=tls_key,
         tls_client_ca=tls_client_ca,
+        nixl=nixl,
     )
     log_to_stderr(config.log, logging.DEBUG if verbose else logging.WARNING)
     _run_until_signal(config, as_json=as_json)
@@ -222,6 +233,7 @@ def stat(url: Url = DEFAULT_URL, as_json: Json = False) -> None:
     for name, value in report["counters"].items():
         table.add_row(name, size_text(value) if "bytes" in name.split("_") else f"{value:,}")
     Console().print(table)
+    print(f"read by {report['transport']}: {report['transport_why']}")
     if "bytes_capacity" not in report["counters"]:
         print(f"mmcache: {ADMINS_ONLY}", file=sys.stderr)
 
