@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import socket
+import time
 from collections.abc import Callable, Generator
 from functools import partial
 from typing import Any, Final, NamedTuple, Protocol, TypeVar
@@ -33,6 +35,7 @@ from mmcache.transport.tcp import close_fds
 E = TypeVar("E")
 T = TypeVar("T")
 FAREWELL_S: Final = 0.1
+NIXL_AGAIN_S: Final = 5.0
 
 
 class Wire(Protocol):
@@ -75,6 +78,8 @@ class Session:
         self.joined, self.arena, self.ring, self.reader, self.no_reader = joined
         self.deadline = 0.0  # of the call under way
         self.why = ""  # it goes by this path and no faster one
+        # On monotonic time. One that was to read by NIXL makes room for another that might.
+        self.good_until = time.monotonic() + NIXL_AGAIN_S if self.no_reader else math.inf
         self.conversation = Conversation()
         self.declared: set[NamespaceId] = set()
         self.kept = False  # used before: the server may have gone away since

@@ -34,13 +34,16 @@ class NixlAgent:
         self._changed = threading.Condition()
         self._stopping = False
         self._offer: pb.NixlOffer | None = None
-        self._process = self._start()
+        self._process: subprocess.Popen[bytes]
+        self._start()
         self._thread = threading.Thread(target=self._watch, name="mmcache-nixl", daemon=True)
         self._thread.start()
 
     def offer(self) -> pb.NixlOffer:
         """What a client needs to read the arena, or why it gets nothing."""
         with self._changed:
+            if self._offer is not None and not _runs(self._process):  # the thread that watches it is about to know
+                self._offer = None
             self._changed.wait_for(lambda: self._offer is not None or self._stopping, JOIN_WAIT_S)
             return self._offer or pb.NixlOffer(why="the server's NIXL agent does not run now")
 
@@ -52,7 +55,7 @@ class NixlAgent:
             self._changed.notify_all()
         self._thread.join()
 
-    def _start(self) -> subprocess.Popen[bytes]:
+    def _start(self) -> None:
         ours, report = os.pipe()
         try:
             process = subprocess.Popen(
@@ -76,9 +79,11 @@ class NixlAgent:
             _bury(process)
             raise
         with self._changed:
-            self._offer = offer if not self._stopping else None
+            self._process, self._offer = process, offer
+            if self._stopping:
+                self._offer = None
+                process.kill()
             self._changed.notify_all()
-        return process
 
     def _environment(self) -> dict[str, str]:
         passed = {name: value for name, value in os.environ.items() if name.startswith("UCX_") or name in _PASSED_ON}
@@ -113,22 +118,25 @@ class NixlAgent:
             pause_s = AGAIN_S
             while not self._sleep(pause_s):
                 try:
-                    process = self._start()
+                    self._start()
+                    break
                 except TransportError as error:
                     log.warning("%s; until it starts, clients read by TCP", error)
                     pause_s = AGAIN_SLOWLY_S
-                    continue
-                with self._changed:
-                    self._process = process
-                    if self._stopping:
-                        process.kill()
-                break
 
     def _sleep(self, pause_s: float) -> bool:
         """True as soon as it is to stop."""
         until = time.monotonic() + pause_s
         with self._changed:
             return self._changed.wait_for(lambda: self._stopping, max(0.0, until - time.monotonic()))
+
+
+def _runs(process: subprocess.Popen[bytes]) -> bool:
+    """Whether it has not ended, asked beside a thread that waits for that."""
+    try:
+        return os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is None
+    except ChildProcessError:
+        return False
 
 
 def _bury(process: subprocess.Popen[bytes]) -> int:

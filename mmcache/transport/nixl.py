@@ -33,9 +33,11 @@ DEVICES_VARIABLE: Final = "UCX_NET_DEVICES"
 LOOPBACK: Final = "lo"
 STAGED_NBYTES: Final = 64 << 20  # one Acquire brings so much at most, or a single frame
 MAX_ABANDONED_NBYTES: Final = 256 << 20
+MAX_IDLE_PEERS: Final = 64
 PROGRESS_US: Final = 1000  # below 100 the progress thread spins
 SHORTEST_PAUSE_S, LONGEST_PAUSE_S = 20e-6, 500e-6
 ALIGNMENT: Final = 64
+_QUIET: Final = {"NIXL_LOG_LEVEL": "FATAL", "UCX_LOG_LEVEL": "fatal"}  # else they write to stdout and stderr
 _NAMES: Final = (
     "nixlAgent", "nixlAgentConfig", "nixlRegDList", "nixlXferDList", "DRAM_SEG", "NIXL_READ", "NIXL_SUCCESS",
     "NIXL_IN_PROG",
@@ -51,7 +53,7 @@ def load_bindings() -> Any:
     troubles = []
     for package in PACKAGES:
         try:
-            with _environment(NIXL_LOG_LEVEL=os.environ.get("NIXL_LOG_LEVEL", "FATAL")):
+            with _environment():
                 bindings = importlib.import_module(f"{package}._bindings")
         except ModuleNotFoundError as error:
             if error.name != package:
@@ -80,7 +82,9 @@ def lacks(bindings: Any) -> list[str]:
 
 @contextlib.contextmanager
 def _environment(**values: str) -> Iterator[None]:
-    """With these variables set; afterwards as before, since others in this process may use UCX too."""
+    """With these variables set, and logs off unless they are asked for; afterwards as before, since others in this
+    process may use UCX too."""
+    values = {name: os.environ.get(name, value) for name, value in _QUIET.items()} | values
     before = {name: os.environ.get(name) for name in values}
     os.environ.update(values)
     try:
@@ -104,7 +108,7 @@ class Agent:
         config = self.bindings.nixlAgentConfig()
         config.useProgThread, config.pthrDelay = True, PROGRESS_US
         try:
-            with _environment(**{DEVICES_VARIABLE: devices}):
+            with _environment(**{DEVICES_VARIABLE: devices}):  # the plugin with UCX is loaded here
                 self.agent = self.bindings.nixlAgent(f"mmcache-{uuid.uuid4()}", config)
                 self._backends = [self.agent.createBackend("UCX", {})]
         except Exception as error:
@@ -210,8 +214,9 @@ class ClientAgent:
             self._less(peer)
 
     def _less(self, peer: _Peer) -> None:
+        """A peer that nobody uses is kept for the next user: each removal leaves a socket open in UCX."""
         peer.users -= 1
-        if not peer.users:
+        if not peer.users and (peer.broken or len(self._peers) > MAX_IDLE_PEERS):
             self._remove(peer)
             self._peers.pop(peer.metadata, None)
 
