@@ -188,6 +188,7 @@ def test_the_help_of_serve_tells_every_default_and_environment_variable() -> Non
         "TLS_CERT": "none",
         "TLS_KEY": "none",
         "TLS_CLIENT_CA": "none",
+        "NIXL": "none",
     }
     assert parse_nbytes(told["MEMORY"]) == ServerConfig().memory_nbytes
     server_config({f"MMCACHE_{name}": {"off": "no", "none": ""}.get(value, value) for name, value in told.items()})

@@ -165,6 +165,38 @@ def test_a_place_outside_the_arena_is_refused_before_anything_is_asked(server: S
         Reader(RemoteArena(b"no metadata", 0, 1), deadline)
 
 
+@pytest.mark.parametrize("server", [{}, OVER_TCP], indirect=True, ids=["same-host", "tcp"])
+def test_a_peer_that_writes_changes_nothing(server: ServerProcess) -> None:
+    """UCX lets it try: over TCP the agent ends by the attempt, as its map is read-only, and is started again."""
+    with nixl_client(server, deadline_s=3) as cache:
+        keys = stored(cache, "written", 2)
+        assert outcomes(cache, keys) == {"hit"}
+        reader = cache._pool._idle[0].reader
+        assert reader is not None
+        agent, staging = client_agent().agent, reader._staging
+        assert staging is not None
+        staging.data[:] = 0xEE
+        rows = [
+            agent.bindings.nixlXferDList(agent.bindings.DRAM_SEG, np.array([(base, MiB, 0)], np.uint64))
+            for base in (staging.data.ctypes.data, reader._arena.base)
+        ]
+        nixl, name = agent.agent, reader._peer.name
+        handle = nixl.createXferReq(agent.bindings.NIXL_WRITE, *rows, name, b"", agent._backends)
+
+        def write() -> None:
+            nixl.postXferReq(handle, b"")
+            until = time.monotonic() + PATIENCE_S
+            while time.monotonic() < until:
+                nixl.getXferStatus(handle)
+
+        with pytest.raises(Exception, match="NIXL_ERR_REMOTE_DISCONNECT"):
+            write()
+        with mmcache.connect(server.url) as neighbour:  # shared memory: the very bytes
+            assert neighbour.stat()["transport"] == "shm"
+            assert outcomes(neighbour, keys) == {"hit"}
+        eventually(lambda: outcomes(cache, keys) == {"hit"}, "the agent is there again")
+
+
 def test_values_larger_than_the_staging_memory_and_several_threads() -> None:
     with ServerProcess("512MiB", "--nixl", "lo") as server, nixl_client(server, deadline_s=20) as cache:
         large = keys_of(1, "large")
