@@ -118,6 +118,23 @@ TlsClientCa = Annotated[
         "tls_client_ca", "Ask for client certificates signed by these CAs; needed without --access.", metavar="FILE"
     ),
 ]
+InsecureNetwork = Annotated[
+    bool | None,
+    _setting(
+        "insecure_network",
+        "Allow an address other hosts can reach without TLS and access control.",
+        "--insecure-network",
+    ),
+]
+Nixl = Annotated[
+    str | None,
+    _setting(
+        "nixl",
+        "Let clients read the memory by NIXL (RDMA) over these devices, as UCX names them: lo, mlx5_0:1. UCX asks "
+        "nobody who they are: only on a network you trust, and for one tenant. Needs the extra nixl.",
+        metavar="DEVICES",
+    ),
+]
 
 
 @app.command(
@@ -141,14 +158,7 @@ def serve(
     lease_s: Annotated[float | None, _setting("lease_s", "Seconds a reader may hold an entry.")] = None,
     policy: PolicyName = None,
     max_connections: Annotated[int | None, _setting("max_connections", "Connections at once.")] = None,
-    insecure_network: Annotated[
-        bool | None,
-        _setting(
-            "insecure_network",
-            "Allow an address other hosts can reach without TLS and access control.",
-            "--insecure-network",
-        ),
-    ] = None,
+    insecure_network: InsecureNetwork = None,
     metrics: Metrics = None,
     mode: Mode = None,
     log: LogForm = None,
@@ -157,6 +167,7 @@ def serve(
     tls_cert: TlsCert = None,
     tls_key: TlsKey = None,
     tls_client_ca: TlsClientCa = None,
+    nixl: Nixl = None,
     verbose: Annotated[bool, typer.Option("--verbose", "-v", help="Log every dropped connection.")] = False,
     as_json: Json = False,
 ) -> None:
@@ -185,6 +196,7 @@ def serve(
         tls_cert=tls_cert,
         tls_key=tls_key,
         tls_client_ca=tls_client_ca,
+        nixl=nixl,
     )
     log_to_stderr(config.log, logging.DEBUG if verbose else logging.WARNING)
     if not config.listen and not config.unix_path:
@@ -256,6 +268,7 @@ def stat(url: Url = DEFAULT_URL, as_json: Json = False) -> None:
     for name, value in report["counters"].items():
         table.add_row(name, size_text(value) if "bytes" in name.split("_") else f"{value:,}")
     Console().print(table)
+    print(f"read by {report['transport']}: {report['transport_why']}")
     if "bytes_capacity" not in report["counters"]:
         print(f"mmcache: {ADMINS_ONLY}", file=sys.stderr)
 

@@ -75,6 +75,7 @@ class ServerConfig:
     tls_cert: str = ""  # PEM chain; empty: no TLS
     tls_key: str = ""
     tls_client_ca: str = ""  # PEM; who signs client certificates; empty: none are asked for
+    nixl: str = ""  # network devices, as UCX names them, by which trusted clients read the memory; empty: none
 
     def __post_init__(self) -> None:
         positive = ("memory_nbytes", "lease_s", "max_connections", "max_batch_keys", "max_body_nbytes",
@@ -125,7 +126,8 @@ class ServerConfig:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ClientConfig:
-    """How a client reaches a server. `transport`: auto (shared memory on the same host, else TCP), shm or tcp."""
+    """How a client reaches a server. `transport`: auto (shared memory on the same host, else TCP), shm, tcp, or
+    nixl (reads by NIXL, everything else by TCP)."""
 
     scheme: str = "mmcache"
     host: str = "127.0.0.1"
@@ -148,8 +150,10 @@ class ClientConfig:
     insecure_network: bool = False  # let a token travel unencrypted to another host
 
     def __post_init__(self) -> None:
-        if self.transport not in ("auto", "shm", "tcp"):
-            raise ConfigError(f"transport={self.transport!r} is unknown; use auto, shm or tcp")
+        if self.transport not in ("auto", "shm", "tcp", "nixl"):
+            raise ConfigError(f"transport={self.transport!r} is unknown; use auto, shm, tcp or nixl")
+        if self.transport == "nixl" and self.scheme == "embedded":
+            raise ConfigError("transport=nixl needs a server in a process of its own, not embedded://; use auto")
         if self.transport == "shm" and self.is_network and self.host not in ("127.0.0.1", "localhost", "::1"):
             raise ConfigError(f"transport=shm needs a server on this host, not {self.host}; use auto or tcp")
         if self.token and self.token_file:

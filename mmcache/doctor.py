@@ -20,6 +20,7 @@ from mmcache.connect import connect
 from mmcache.errors import AccessDenied, MMCacheError, TransportError
 from mmcache.store.arena import MEMORY_SHARE, Arena, memory_left_nbytes
 from mmcache.transport import native
+from mmcache.transport.nixl import DEVICES_VARIABLE, LOOPBACK, load_bindings
 
 GROUP: Final = "mmcache.doctor"
 GOOD: Final = "yes"
@@ -44,6 +45,7 @@ def examine(url: str) -> list[Finding]:
         "native": _native,
         "server": lambda: _server(url),
         "access": lambda: _access(url),
+        "nixl": _nixl,
         "packages": _added,
     }
     found: list[Finding] = []
@@ -95,11 +97,15 @@ def _server(url: str) -> Iterable[Finding]:
         return
     how = {
         "shm": "read in shared memory",
+        "nixl": "read by NIXL, as the URL asks",
         "unix": "read over its unix socket, as the URL asks",
         "tls": "read over TLS: its unix socket is off, on another host or not for this client, or the URL asks for it",
         "tcp": "read over TCP: its unix socket is off or on another host, or the URL asks for it",
     }
-    yield Finding("server", GOOD, f"{stat['server']} at {url} answers; {how[stat['transport']]}")
+    text = f"{stat['server']} at {url} answers; {how[stat['transport']]}"
+    if "NIXL" in stat["transport_why"]:
+        text = f"{stat['server']} at {url} answers, read by {stat['transport']}: {stat['transport_why']}"
+    yield Finding("server", GOOD, text)
 
 
 def _access(url: str) -> Iterable[Finding]:
@@ -126,6 +132,17 @@ def _access(url: str) -> Iterable[Finding]:
             yield Finding("access", GOOD, f"{encrypted}; {what} is needed, and the URL's is good")
     else:
         yield Finding("access", "open", f"{encrypted}; whoever reaches the server may read and write: nothing is asked")
+
+
+def _nixl() -> Iterable[Finding]:
+    """Whether the bindings are there and have what is used; devices are tried by who reads."""
+    try:
+        bindings = load_bindings()
+    except TransportError as error:
+        yield Finding("nixl", BAD, f"{error}; transport=nixl and serve --nixl need it, nothing else does")
+    else:
+        devices = os.environ.get(DEVICES_VARIABLE) or f"{LOOPBACK}, so this host only; set {DEVICES_VARIABLE}"
+        yield Finding("nixl", GOOD, f"{bindings.__package__}, over {devices}; for transport=nixl")
 
 
 def _added() -> Iterable[Finding]:

@@ -38,7 +38,7 @@ class Workers:
 
     async def run(self, work: Work) -> Any:
         """What the work returns. It is over when this ends, however it ends: cancelling waits for what has begun."""
-        if work.nbytes <= INLINE_NBYTES or self._closed:
+        if (work.nbytes <= INLINE_NBYTES and not work.waits) or self._closed:
             return work.call()
         job = self._executor.submit(work.call)
         done = asyncio.wrap_future(job)
@@ -118,6 +118,7 @@ class AsyncLink(Session):
 
     async def run(self, flow: Flow[T], deadline: float) -> T:
         """Perform a flow to its end. Raises TransportError; the link is unusable then, unless it is RequestRefused."""
+        self.deadline = deadline
         return await within(run(self.channel, self._workers, flow), deadline)
 
     def say_goodbye(self) -> None:
@@ -156,7 +157,8 @@ class AsyncDialer:
             channel = await self._connect(effect.path, deadline)
             try:
                 token = self._credentials.token_for(channel)
-                joining = join(shared=effect.shared, known=self._route.known, token=token)
+                nixl_by = deadline if effect.nixl else None
+                joining = join(shared=effect.shared, nixl_by=nixl_by, known=self._route.known, token=token)
                 joined = await run(channel, self.workers, joining)
                 return AsyncLink(channel, joined, self.workers)
             except BaseException:

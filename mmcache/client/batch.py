@@ -12,15 +12,16 @@ import xxhash
 from mmcache._version import __version__
 from mmcache.client.protocol import PLANNING_NBYTES, Flow, Work, put_result
 from mmcache.client.session import Session
-from mmcache.errors import KeyInputError
+from mmcache.errors import KeyInputError, TransportError
 from mmcache.frame import FrameMeta, Kind, frame_segments, pack_header
 from mmcache.keyset import Keys, NamespaceId
 from mmcache.media import Media
 from mmcache.pb import cache_pb2 as pb
-from mmcache.tensors import HostTensor, specs_of
+from mmcache.tensors import Bytes, HostTensor, specs_of
 from mmcache.transport.base import Found, Op, Outcome, Result
+from mmcache.transport.nixl import STAGED_NBYTES, Reader
 from mmcache.transport.planned import plan_frames
-from mmcache.transport.shm import ArenaMap, Copier
+from mmcache.transport.shm import Copier
 
 WRITER: Final = f"mmcache/{__version__}"
 
@@ -35,15 +36,25 @@ def get_run(
     verify: bool,
 ) -> Flow[int]:
     """Read the keys of `run` that one Acquire covers; returns where the next one starts."""
-    conversation, arena = session.conversation, session.arena
+    conversation, arena, reader = session.conversation, session.arena, session.reader
     column = b"".join(digests[run.start : run.stop])
     limit = session.joined.limits.inline_nbytes
-    acquired = yield from conversation.acquire(column, inline=arena is None, max_nbytes=limit)
+    if reader is not None:
+        limit = min(limit, STAGED_NBYTES)
+    acquired = yield from conversation.acquire(column, inline=arena is None and reader is None, max_nbytes=limit)
     found = [(position, place) for position, place in zip(run, acquired.entries, strict=True) if place]
     read: list[Result] = []
+    nbytes = sum([place.nbytes for _, place in found]) + len(found) * PLANNING_NBYTES
     if arena is not None:
-        nbytes = sum([place.nbytes for _, place in found]) + len(found) * PLANNING_NBYTES
-        read = yield Work(partial(_copy, copier, arena, found, digests, targets, verify), nbytes)
+        places = [place for _, place in found]
+        read = yield Work(partial(_copy, copier, arena.data, places, found, digests, targets, verify), nbytes)
+    elif reader is not None:
+        try:
+            fetch = partial(_fetch, reader, session.deadline, copier, found, digests, targets, verify)
+            read = yield Work(fetch, nbytes, waits=True)
+        except TransportError:  # the link ends with it, the lease does not
+            yield from conversation.release_quietly(acquired.lease_id)
+            raise
     else:
         for position, place in found:
             frame = conversation.receive_frame(place, digests[position], targets[position], verify)
@@ -65,9 +76,24 @@ def get_run(
     return run.start + acquired.later_from
 
 
+def _fetch(
+    reader: Reader,
+    deadline: float,
+    copier: Copier,
+    found: Sequence[tuple[int, Found]],
+    digests: Sequence[bytes],
+    targets: Sequence[Mapping[str, HostTensor]],
+    verify: bool,
+) -> list[Result]:
+    """By NIXL into memory of the reader's, and from there as out of a mapped arena."""
+    memory, places = reader.read([place for _, place in found], deadline)
+    return _copy(copier, memory, places, found, digests, targets, verify)
+
+
 def _copy(
     copier: Copier,
-    arena: ArenaMap,
+    memory: Bytes,
+    places: Sequence[Found],
     found: Sequence[tuple[int, Found]],
     digests: Sequence[bytes],
     targets: Sequence[Mapping[str, HostTensor]],
@@ -75,7 +101,7 @@ def _copy(
 ) -> list[Result]:
     positions = [at for at, _ in found]
     keys, into = [digests[at] for at in positions], [targets[at] for at in positions]
-    return copier.copy(plan_frames(arena.data, [place for _, place in found], keys, into, verify), verify)
+    return copier.copy(plan_frames(memory, places, keys, into, verify), verify)
 
 
 def described(namespace: bytes) -> NamespaceId:

@@ -180,6 +180,7 @@ def stat(session: Session) -> Flow[dict[str, Any]]:
         "server_id": reply.server_id.hex(),
         "uptime_s": reply.uptime_s,
         "transport": session.path,
+        "transport_why": session.why,
         "counters": dict(sorted(reply.counters.items())),
     }
 

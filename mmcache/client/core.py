@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import threading
 import time
 from collections import Counter
@@ -62,6 +63,9 @@ class Lent(Generic[L]):
     ) -> bool:
         link, pool = self._link, self._pool
         kept, link.kept = link.kept, error is None or isinstance(error, RequestRefused)
+        if link.kept and link.good_until < math.inf and link.good_until < time.monotonic():
+            pool.drop(link)
+            return False
         if link.kept:
             pool.give_back(link)
             return False

@@ -18,11 +18,13 @@ L = TypeVar("L", bound=Session)
 
 
 class Dial(NamedTuple):
-    """Connect, and join with or without shared memory: to the unix socket at `path`, or, where that is empty, to the
-    settings' host and port, or to the server in this process. The answer is the link; TransportError is thrown."""
+    """Connect, and join with or without shared memory, and ready for NIXL or not: to the unix socket at `path`, or,
+    where that is empty, to the settings' host and port, or to the server in this process. The answer is the link;
+    TransportError is thrown."""
 
     path: str
     shared: bool
+    nixl: bool = False
 
 
 class Route(Generic[L]):
@@ -33,19 +35,21 @@ class Route(Generic[L]):
         self.known: tuple[bytes, ArenaMap] | None = None
         self._attached = attached
         self._unix_path = ""
-        self._warned = False
+        self._warned = self._warned_of_nixl = False
 
     def open(self) -> Generator[Dial, L, L]:
         """A joined link. Raises TransportError when no way works."""
         config = self.config
         shared = config.transport != "tcp"
+        if config.transport == "nixl":
+            return self._note((yield Dial(config.path, False, nixl=True)))
         if self._attached or config.scheme == "mmcache+unix":
             try:
                 return self._note((yield Dial(config.path, shared)))
             except NoSharedMemory:
                 if config.transport != "auto":
                     raise
-                return self._note((yield Dial(config.path, False)))
+                return self._note((yield Dial(config.path, False)), "the server shares no memory with this client")
         if shared and self._unix_path:
             link = yield from self._try_unix(self._unix_path, None)
             if link is not None:
@@ -53,6 +57,7 @@ class Route(Generic[L]):
         link = self._note((yield Dial("", False)))
         if not shared:
             return link
+        link.why = "its unix socket is off, on another host, or not for this client"
         path = link.joined.unix_path if link.channel.is_loopback else ""
         try:
             faster = (yield from self._try_unix(path, link.joined.server_id)) if path else None
@@ -83,7 +88,14 @@ class Route(Generic[L]):
         self._unix_path = path
         return link
 
-    def _note(self, link: L) -> L:
+    def _note(self, link: L, why: str = "") -> L:
+        asked = self.config.transport != "auto"
+        link.why = why or ("the URL asks for it" if asked else "the server is on this host and shares its memory")
+        if trouble := link.no_reader:
+            link.why = f"NIXL cannot be used: {trouble}"
+            if not self._warned_of_nixl:
+                self._warned_of_nixl = True
+                log.warning("reads go by %s, not by NIXL: %s", link.path, trouble)
         if link.joined.lease_s < LEASE_PER_DEADLINE * self.config.deadline_s and not self._warned:
             self._warned = True
             log.warning(

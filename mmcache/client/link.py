@@ -62,6 +62,7 @@ class Link(Session):
 
     def run(self, flow: Flow[T], deadline: float) -> T:
         """Perform a flow to its end. Raises TransportError; the link is unusable then, unless it is RequestRefused."""
+        self.deadline = deadline
         return run(self.channel, flow, deadline)
 
     def say_goodbye(self) -> None:
@@ -98,7 +99,8 @@ class Dialer:
             channel = self._connect(effect.path, deadline)
             try:
                 token = self._credentials.token_for(channel)
-                joining = join(shared=effect.shared, known=self._route.known, token=token)
+                nixl_by = deadline if effect.nixl else None
+                joining = join(shared=effect.shared, nixl_by=nixl_by, known=self._route.known, token=token)
                 return Link(channel, run(channel, joining, deadline))
             except BaseException:
                 channel.close()

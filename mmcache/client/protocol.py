@@ -72,11 +72,13 @@ class RecvInto(NamedTuple):
 
 
 class Work(NamedTuple):
-    """Call this, which copies or hashes about `nbytes` bytes, mostly outside the GIL. It is over when the answer comes,
-    and when an error does: nothing is written afterwards."""
+    """Call this, which copies or hashes about `nbytes` bytes, mostly outside the GIL; with `waits`, it also waits for
+    somebody, until the session's deadline at most. It is over when the answer comes, and when an error does: nothing is
+    written afterwards."""
 
     call: Callable[[], Any]
     nbytes: int
+    waits: bool = False
 
 
 class SendWithFds(NamedTuple):

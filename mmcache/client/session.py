@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import socket
+import time
 from collections.abc import Callable, Generator
+from functools import partial
 from typing import Any, Final, NamedTuple, Protocol, TypeVar
 
 from mmcache._version import __version__
@@ -25,12 +28,14 @@ from mmcache.frame import layout_of
 from mmcache.keyset import NamespaceId
 from mmcache.pb import cache_pb2 as pb
 from mmcache.transport.base import MAX_BODY_NBYTES, OLDEST_PROTOCOL, PRELUDE_NBYTES, PROTOCOL, Op, parse_prelude
+from mmcache.transport.nixl import Reader, RemoteArena
 from mmcache.transport.shm import ArenaMap, Ring
 from mmcache.transport.tcp import close_fds
 
 E = TypeVar("E")
 T = TypeVar("T")
 FAREWELL_S: Final = 0.1
+NIXL_AGAIN_S: Final = 5.0
 
 
 class Wire(Protocol):
@@ -55,11 +60,14 @@ class Wire(Protocol):
 
 
 class Joined(NamedTuple):
-    """What Join gave: the server's reply, and with shared memory the arena's map and the ring."""
+    """What Join gave: the server's reply; with shared memory the arena's map and the ring; with NIXL the way to read
+    the arena, or why there is none."""
 
     reply: pb.JoinReply
     arena: ArenaMap | None
     ring: Ring | None
+    reader: Reader | None = None
+    no_reader: str = ""
 
 
 class Session:
@@ -67,7 +75,11 @@ class Session:
 
     def __init__(self, channel: Wire, joined: Joined) -> None:
         self.channel = channel
-        self.joined, self.arena, self.ring = joined
+        self.joined, self.arena, self.ring, self.reader, self.no_reader = joined
+        self.deadline = 0.0  # of the call under way
+        self.why = ""  # it goes by this path and no faster one
+        # On monotonic time. One that was to read by NIXL makes room for another that might.
+        self.good_until = time.monotonic() + NIXL_AGAIN_S if self.no_reader else math.inf
         self.conversation = Conversation()
         self.declared: set[NamespaceId] = set()
         self.kept = False  # used before: the server may have gone away since
@@ -85,9 +97,11 @@ class Session:
 
     @property
     def path(self) -> str:
-        """How the bytes travel: shm, unix, tls or tcp."""
+        """How the bytes that are read travel: shm, nixl, unix, tls or tcp."""
         if self.arena is not None:
             return "shm"
+        if self.reader is not None:
+            return "nixl"
         if self.channel.is_tls:
             return "tls"
         return "unix" if self.channel.is_unix else "tcp"
@@ -95,6 +109,8 @@ class Session:
     def close(self) -> None:
         """Close this process's end, and let go of the ring: whoever still holds the link in a traceback holds less."""
         self.ring = None
+        if self.reader is not None:
+            self.reader.close()
         self.channel.close()
 
 
@@ -118,8 +134,11 @@ class NoSharedMemory(TransportError):
     """The server lets this client in, but not into its memory."""
 
 
-def join(*, shared: bool, known: tuple[bytes, ArenaMap] | None = None, token: str = "") -> Flow[Joined]:
-    """Join over a fresh channel; with `shared` (unix sockets only), map the arena and offer a ring.
+def join(
+    *, shared: bool, nixl_by: float | None = None, known: tuple[bytes, ArenaMap] | None = None, token: str = ""
+) -> Flow[Joined]:
+    """Join over a fresh channel; with `shared` (unix sockets only), map the arena and offer a ring; with `nixl_by`, a
+    deadline, get ready to read it by NIXL, if that can be.
 
     `known` is a server id with the map of its arena, so that a process maps each arena once. Raises TransportError:
     close the channel then.
@@ -128,6 +147,7 @@ def join(*, shared: bool, known: tuple[bytes, ArenaMap] | None = None, token: st
     fds: list[int] = []
     try:
         request = pb.JoinRequest(protocol=PROTOCOL, client=f"mmcache-python/{__version__}", token=token)
+        request.want_nixl = nixl_by is not None
         if shared:
             ring = Ring()
             request.want_arena = True
@@ -152,11 +172,23 @@ def join(*, shared: bool, known: tuple[bytes, ArenaMap] | None = None, token: st
                 arena = yield Work(map_arena, reply.arena_nbytes if reply.arena_prefaulted else 0)
         if shared and arena is None:
             raise NoSharedMemory("the server offered no shared memory on its unix socket; use transport=tcp")
-        return Joined(reply, arena, ring)
+        if nixl_by is None:
+            return Joined(reply, arena, ring)
+        return Joined(reply, arena, ring, *(yield Work(partial(_reader, reply, nixl_by), 0, waits=True)))
     finally:
         close_fds(fds)
         if ring is not None:
             ring.close_fd()
+
+
+def _reader(reply: pb.JoinReply, deadline: float) -> tuple[Reader | None, str]:
+    offer = reply.nixl
+    if not offer.metadata:
+        return None, offer.why or "the server is an older release and does not offer NIXL"
+    try:
+        return Reader(RemoteArena(offer.metadata, offer.base, offer.nbytes), deadline), ""
+    except TransportError as error:
+        return None, str(error)
 
 
 def _read_join(head: bytes) -> Flow[pb.JoinReply]:

@@ -96,23 +96,25 @@ READS_STOPPED: Why
 OTHER_TENANT: Why
 
 class JoinRequest(_message.Message):
-    __slots__ = ("protocol", "client", "want_arena", "ring_slots", "ring_slot_nbytes", "token")
+    __slots__ = ("protocol", "client", "want_arena", "ring_slots", "ring_slot_nbytes", "token", "want_nixl")
     PROTOCOL_FIELD_NUMBER: _ClassVar[int]
     CLIENT_FIELD_NUMBER: _ClassVar[int]
     WANT_ARENA_FIELD_NUMBER: _ClassVar[int]
     RING_SLOTS_FIELD_NUMBER: _ClassVar[int]
     RING_SLOT_NBYTES_FIELD_NUMBER: _ClassVar[int]
     TOKEN_FIELD_NUMBER: _ClassVar[int]
+    WANT_NIXL_FIELD_NUMBER: _ClassVar[int]
     protocol: int
     client: str
     want_arena: bool
     ring_slots: int
     ring_slot_nbytes: int
     token: str
-    def __init__(self, protocol: _Optional[int] = ..., client: _Optional[str] = ..., want_arena: bool = ..., ring_slots: _Optional[int] = ..., ring_slot_nbytes: _Optional[int] = ..., token: _Optional[str] = ...) -> None: ...
+    want_nixl: bool
+    def __init__(self, protocol: _Optional[int] = ..., client: _Optional[str] = ..., want_arena: bool = ..., ring_slots: _Optional[int] = ..., ring_slot_nbytes: _Optional[int] = ..., token: _Optional[str] = ..., want_nixl: bool = ...) -> None: ...
 
 class JoinReply(_message.Message):
-    __slots__ = ("protocol", "server", "server_id", "arena_nbytes", "alignment", "lease_s", "unix_path", "limits", "arena_prefaulted", "mode")
+    __slots__ = ("protocol", "server", "server_id", "arena_nbytes", "alignment", "lease_s", "unix_path", "limits", "arena_prefaulted", "nixl", "mode")
     PROTOCOL_FIELD_NUMBER: _ClassVar[int]
     SERVER_FIELD_NUMBER: _ClassVar[int]
     SERVER_ID_FIELD_NUMBER: _ClassVar[int]
@@ -122,6 +124,7 @@ class JoinReply(_message.Message):
     UNIX_PATH_FIELD_NUMBER: _ClassVar[int]
     LIMITS_FIELD_NUMBER: _ClassVar[int]
     ARENA_PREFAULTED_FIELD_NUMBER: _ClassVar[int]
+    NIXL_FIELD_NUMBER: _ClassVar[int]
     MODE_FIELD_NUMBER: _ClassVar[int]
     protocol: int
     server: str
@@ -132,8 +135,21 @@ class JoinReply(_message.Message):
     unix_path: str
     limits: Limits
     arena_prefaulted: bool
+    nixl: NixlOffer
     mode: Mode
-    def __init__(self, protocol: _Optional[int] = ..., server: _Optional[str] = ..., server_id: _Optional[bytes] = ..., arena_nbytes: _Optional[int] = ..., alignment: _Optional[int] = ..., lease_s: _Optional[float] = ..., unix_path: _Optional[str] = ..., limits: _Optional[_Union[Limits, _Mapping]] = ..., arena_prefaulted: bool = ..., mode: _Optional[_Union[Mode, str]] = ...) -> None: ...
+    def __init__(self, protocol: _Optional[int] = ..., server: _Optional[str] = ..., server_id: _Optional[bytes] = ..., arena_nbytes: _Optional[int] = ..., alignment: _Optional[int] = ..., lease_s: _Optional[float] = ..., unix_path: _Optional[str] = ..., limits: _Optional[_Union[Limits, _Mapping]] = ..., arena_prefaulted: bool = ..., nixl: _Optional[_Union[NixlOffer, _Mapping]] = ..., mode: _Optional[_Union[Mode, str]] = ...) -> None: ...
+
+class NixlOffer(_message.Message):
+    __slots__ = ("metadata", "base", "nbytes", "why")
+    METADATA_FIELD_NUMBER: _ClassVar[int]
+    BASE_FIELD_NUMBER: _ClassVar[int]
+    NBYTES_FIELD_NUMBER: _ClassVar[int]
+    WHY_FIELD_NUMBER: _ClassVar[int]
+    metadata: bytes
+    base: int
+    nbytes: int
+    why: str
+    def __init__(self, metadata: _Optional[bytes] = ..., base: _Optional[int] = ..., nbytes: _Optional[int] = ..., why: _Optional[str] = ...) -> None: ...
 
 class Limits(_message.Message):
     __slots__ = ("batch_keys", "inline_nbytes")

@@ -202,7 +202,10 @@ class Connection:
                 raise BadRequest(str(error)) from None
         with_arena = self.same_host and request.want_arena and admitted.shared_memory
         reply = self.service.join_reply(request, with_arena=with_arena)
-        self.admitted, self.caller = admitted._replace(shared_memory=with_arena), admitted.caller
+        if request.want_nixl:
+            reply.nixl.CopyFrom(self.service.nixl_offer(admitted))
+        reads_memory = with_arena or bool(reply.nixl.metadata)
+        self.admitted, self.caller = admitted._replace(shared_memory=reads_memory), admitted.caller
         if not self.service.still(self.admitted):  # revoked just now, before it could be seen here
             raise BadRequest(DENIED, pb.ErrorReply.DENIED)
         self._joined, self._protocol = True, reply.protocol

@@ -23,6 +23,7 @@ from mmcache.errors import ConfigError, TransportError
 from mmcache.pb import cache_pb2 as pb
 from mmcache.server.access import Access
 from mmcache.server.connection import Connection, pack_error
+from mmcache.server.nixl import NixlAgent
 from mmcache.server.service import Service
 from mmcache.server.watched import Watched
 from mmcache.store.arena import Progress
@@ -37,6 +38,7 @@ if TYPE_CHECKING:
 log = logging.getLogger("mmcache.server")
 TICK_S: Final = 1.0
 BACKLOG: Final = 128
+MANY_TENANTS: Final = "shows every client the whole memory, and the access file has more than one tenant"
 LEAST_STRANGERS: Final = 16  # connections that may be about to say who they are: so many, or a quarter of all
 _PREFIX: Final = "mmcache-"
 _SOCKET: Final = "shard.sock"
@@ -63,6 +65,8 @@ class Server:
         self._grpc_at = _resolve(config, config.grpc, "--grpc")[0][1] if config.grpc else None
         self._rpc: RpcServer | None = None
         self.access = Access(config.access_file) if config.access_file else None
+        if config.nixl and self._many_tenants:
+            raise ConfigError(f"--nixl {MANY_TENANTS}; give each a server of its own, or leave --nixl out")
         self._tls = _watch_tls(config)
         self.shard = Shard(config, progress=progress)
         self.service = Service(self.shard, config, self.access)
@@ -127,6 +131,8 @@ class Server:
         threading.Thread(target=self._tick, name="mmcache-tick", daemon=True).start()
 
     def _open(self) -> None:
+        if self.config.nixl:
+            self.service.nixl = NixlAgent(self.shard.arena, self.config.nixl)
         if self.config.unix_path:
             self._listen_unix()
         if self._metrics_at is not None:
@@ -146,6 +152,10 @@ class Server:
     def grpc_address(self) -> tuple[str, int] | None:
         """Where the public carrier listens; None: nowhere."""
         return self._rpc.address if self._rpc is not None else None
+
+    @property
+    def _many_tenants(self) -> bool:
+        return self.access is not None and len(self.access.quotas) > 1
 
     def attach(self, sock: socket.socket) -> None:
         """Serve one already connected unix socket as a client on this host."""
@@ -174,6 +184,7 @@ class Server:
             next(iter(connections.values())).join(0.02)
         if self._rpc is not None:
             self._rpc.stop(deadline)
+        self._stop_nixl()
         if self._private_dir:
             self._private_dir.cleanup()
         elif self.unix_path:
@@ -236,6 +247,11 @@ class Server:
             except Exception:
                 log.exception("a second's work was not done (claims, access file, certificates); it is tried again")
 
+    def _stop_nixl(self) -> None:
+        agent, self.service.nixl = self.service.nixl, None
+        if agent is not None:
+            agent.stop()
+
     def _set_quotas(self) -> None:
         if self.access is not None:
             self.shard.index.usage.quotas = self.access.quotas
@@ -246,6 +262,9 @@ class Server:
             self._tls.refresh()
         changed = self.access is not None and self.access.refresh()
         self._set_quotas()
+        if self.service.nixl is not None and self._many_tenants:
+            log.warning("NIXL is off from now on: it %s", MANY_TENANTS)
+            self._stop_nixl()
         with self._lock:
             connections = list(self._connections)
         now_s = time.time()

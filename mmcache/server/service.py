@@ -22,6 +22,7 @@ from mmcache.pb import cache_pb2 as pb
 from mmcache.server.access import DENIED, Access, Pass
 from mmcache.server.admin import Admin
 from mmcache.server.caller import LOCAL, Caller
+from mmcache.server.nixl import NixlAgent
 from mmcache.server.refuse import BadRequest, parse
 from mmcache.server.tenants import Tenants
 from mmcache.store.answers import Found, Modality, Refusal, pack_media
@@ -61,6 +62,7 @@ class Service:
         self.shard, self.config, self.access = shard, config, access
         self.server_id = secrets.token_bytes(16)
         self.unix_path = ""
+        self.nixl: NixlAgent | None = None
         self.started_at = time.monotonic()
         self.connections = 0
         self.tenants = access.tenants if access is not None else Tenants()
@@ -134,6 +136,14 @@ class Service:
             ),
             mode=self.mode,
         )
+
+    def nixl_offer(self, admitted: Pass) -> pb.NixlOffer:
+        """How who joined with this reads the arena by NIXL, which shows it whole, or why not."""
+        if self.nixl is None:
+            return pb.NixlOffer(why="the server runs without --nixl")
+        if not admitted.shared_memory:
+            return pb.NixlOffer(why="this client may not see the server's whole memory (docs/access.md)")
+        return self.nixl.offer()
 
     def acquire(self, caller: Caller, body: bytes) -> tuple[pb.AcquireReply, list[Found], bool]:
         """Look up and pin: the reply, the found frames in order, and whether the client wants them inline.

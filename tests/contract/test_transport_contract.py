@@ -1,4 +1,5 @@
-"""What every way to a shard must do alike, whoever waits for it: embedded, shared memory, unix without it, TCP, TLS.
+"""What every way to a shard must do alike, whoever waits for it: embedded, shared memory, unix without it, TCP, TLS,
+and NIXL where it is installed.
 
 The servers have small limits, so that batches and inline payloads are split on every path.
 """
@@ -18,11 +19,12 @@ import mmcache
 from mmcache.client.blocking import Client
 from mmcache.config import ClientConfig, ServerConfig
 from mmcache.embedded import EmbeddedClient
-from mmcache.errors import TensorError, UsageError
+from mmcache.errors import TensorError, TransportError, UsageError
 from mmcache.keyset import Keys
 from mmcache.tensors import Pieces, as_dtype, as_numpy
 from mmcache.testing.process import ServerProcess
 from mmcache.transport.base import RING_SLOTS, SLICE_NBYTES, Outcome
+from mmcache.transport.nixl import load_bindings
 from tests.integration.certificates import Authority
 from tests.integration.on_a_loop import OnALoop
 from tests.integration.support import blanks, eventually, keys_of, value_of, values_of
@@ -51,12 +53,22 @@ def tls_url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
         yield f"{process.url}?ca={authority.ca}&transport=tcp"
 
 
+@pytest.fixture(scope="module")
+def nixl_url() -> Iterator[str]:
+    try:
+        load_bindings()
+    except TransportError as error:
+        pytest.skip(str(error))
+    with ServerProcess(str(MEMORY), "--nixl", "lo", environment=LIMITS) as process:
+        yield f"{process.url}?transport=nixl"
+
+
 @pytest.fixture(scope="module", params=["blocking", "asyncio"])
 def waits_by(request: pytest.FixtureRequest) -> str:
     return str(request.param)
 
 
-@pytest.fixture(scope="module", params=["embedded", "shm", "shm in Python", "unix", "tcp", "tls"])
+@pytest.fixture(scope="module", params=["embedded", "shm", "shm in Python", "unix", "tcp", "tls", "nixl"])
 def cache(request: pytest.FixtureRequest, waits_by: str, server: ServerProcess) -> Iterator[Any]:
     urls = {
         "shm": f"{server.url}?transport=shm",
@@ -75,7 +87,7 @@ def cache(request: pytest.FixtureRequest, waits_by: str, server: ServerProcess) 
         else:
             client = EmbeddedClient(config, limits)
     else:
-        url = urls[request.param] if request.param in urls else request.getfixturevalue("tls_url")
+        url = urls[request.param] if request.param in urls else request.getfixturevalue(f"{request.param}_url")
         if waits_by == "asyncio":
             client = OnALoop(mmcache.AsyncClient(url, deadline_s=20))
         else:

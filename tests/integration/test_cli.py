@@ -112,7 +112,8 @@ BAD_URLS = [
     ("mmcache://127.0.0.1/path", "mmcache://HOST:PORT"),
     ("mmcache://me:secret@127.0.0.1", "user, password"),
     ("mmcache://127.0.0.1?speed=fast", "unknown option 'speed'"),
-    ("mmcache://127.0.0.1?transport=pigeon", "auto, shm or tcp"),
+    ("mmcache://127.0.0.1?transport=pigeon", "auto, shm, tcp or nixl"),
+    ("embedded://?transport=nixl", "a process of its own"),
     ("mmcache://10.0.0.1?transport=shm", "use auto or tcp"),
     ("mmcache://127.0.0.1?deadline_s=soon", "deadline_s"),
     ("mmcache://127.0.0.1?deadline_s=-1", "greater than 0"),
@@ -188,6 +189,7 @@ def test_the_help_of_serve_tells_every_default_and_environment_variable() -> Non
         "TLS_CERT": "none",
         "TLS_KEY": "none",
         "TLS_CLIENT_CA": "none",
+        "NIXL": "none",
     }
     assert parse_nbytes(told["MEMORY"]) == ServerConfig().memory_nbytes
     server_config({f"MMCACHE_{name}": {"off": "no", "none": ""}.get(value, value) for name, value in told.items()})

@@ -128,7 +128,7 @@ def test_a_keyword_is_stronger_than_the_url_and_none_says_nothing() -> None:
         ("mmcache://h?verify=maybe", "verify is 'maybe', which is not a valid bool"),
         ("mmcache://h?max_connections=2.5", "not a valid int"),
         ("embedded://?memory=lots", "for example 512MiB"),
-        ("mmcache://h?transport=rdma", "use auto, shm or tcp"),
+        ("mmcache://h?transport=rdma", "use auto, shm, tcp or nixl"),
         ("mmcache://h?transport=shm", "on this host, not h"),
         ("mmcache://h?deadline_s=0", "must be greater than 0"),
         ("mmcache://h?deadline_s=-1", "must be greater than 0"),
