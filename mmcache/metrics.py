@@ -41,6 +41,7 @@ METRICS: Final[Mapping[str, Meaning]] = {
     "held_bytes": Meaning("held_bytes", False, "Bytes under claims, which cannot be evicted."),
     "connections": Meaning("connections", False, "Clients' connections now."),
     "inflight_bytes": Meaning("inflight_bytes", False, "Bytes being received now."),
+    "longest_step_bytes": Meaning("longest_step_bytes", False, "Most bytes copied or hashed without a break so far."),
     "lookups": Meaning("lookups", True, "Keys that match_prefix found."),
     "hits": Meaning("hits", True, "Keys asked for that were there."),
     "misses": Meaning("misses", True, "Keys asked for that were not there."),

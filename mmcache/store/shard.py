@@ -27,6 +27,7 @@ from mmcache.store.index import Index
 from mmcache.store.namespaces import Known, Namespaces, Stopped
 from mmcache.store.policies import POLICIES
 from mmcache.store.usage import UNKNOWN
+from mmcache.transport.base import SLICE_NBYTES
 from mmcache.why import Why
 
 COUNTERS: Final = ("hits", "misses", "lookups", "stored", "bytes_read", "bytes_written", "corrupt_dropped")
@@ -56,6 +57,7 @@ class Shard:
         self.config = config
         self.arena = Arena(config.memory_nbytes, prefault=config.prefault, progress=progress)
         self.counters: Counter[str] = Counter(dict.fromkeys(COUNTERS, 0))
+        self.longest_step_nbytes = 0  # the most bytes copied or hashed in one go
         self.lock = threading.Lock()
         self._clock = clock
         self._wall_ms = wall_ms
@@ -244,9 +246,11 @@ class Shard:
             self.release(tenant, lease_id)
 
     def _is_sound(self, key: bytes, found: Found) -> bool:
+        with self.lock:
+            self.longest_step_nbytes = max(self.longest_step_nbytes, min(found.nbytes, SLICE_NBYTES))
         try:
             frame = Frame.parse(self.view(found), checksum=found.header_sum)
-            frame.verify()
+            frame.verify(step_nbytes=SLICE_NBYTES)
         except FrameError:
             return False
         return frame.header.meta.key == key
@@ -267,6 +271,7 @@ class Shard:
                 **self.index.stats()._asdict(),
                 **self.index.usage.numbers(),
                 **self.counters,
+                "longest_step_bytes": self.longest_step_nbytes,
                 "namespaces_forgotten": self.namespaces.forgotten,
             }
 
@@ -333,6 +338,7 @@ class Landing:
             count = fill(scratch[:limit])
             self.landed_nbytes += count
             return count
+        before = self.landed_nbytes
         try:
             count = fill(self._view[self.landed_nbytes : self.landed_nbytes + limit])
             self.landed_nbytes += count
@@ -342,6 +348,7 @@ class Landing:
         finally:
             with shard.lock:
                 shard.index.end_write(self._reservation_id)
+                shard.longest_step_nbytes = max(shard.longest_step_nbytes, self.landed_nbytes - before)
         return count
 
     def commit(self) -> Refusal | None:
