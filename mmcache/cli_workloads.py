@@ -117,10 +117,18 @@ def bench_diffusion(
 @workloads_app.command(
     "transfer",
     epilog="Examples: **mmcache bench transfer** · **mmcache bench transfer --quick --json -** · "
-    "**mmcache bench transfer --html transfer.html**",
+    "**mmcache bench transfer --transport shm --clients 4** · **mmcache bench transfer --html transfer.html**",
 )
 def bench_transfer(
     quick: Annotated[bool, typer.Option("--quick", help="Fewer rows and rounds: seconds instead of a minute.")] = False,
+    transports: Annotated[
+        list[str] | None,
+        typer.Option("--transport", metavar="NAME", help="shm, unix or tcp; may repeat; default: all."),
+    ] = None,
+    clients: Annotated[
+        list[int] | None,
+        typer.Option("--clients", metavar="N", help="Processes at once, 1 to 16; may repeat; default: 1 and 2."),
+    ] = None,
     verify: Verify = True,
     copy_threads: Annotated[int, typer.Option(help="Of a client, for large batches from shared memory.")] = 2,
     seed: Annotated[int, typer.Option(help="Of the values; 0 or more.")] = 0,
@@ -130,11 +138,19 @@ def bench_transfer(
     """How fast values move between a client and a server in another process, beside memcpy in the same process.
 
     Over shared memory, unix sockets and TCP; get, put and acquire (no copy); 64 KiB to 16 MiB, alone and in batches, by
-    one and two clients. What was delivered is compared after each timing; exits 1 if any of it was wrong.
+    one client and several. CPU time at both ends; small gets while another client streams. What was delivered is
+    compared after each timing; exits 1 if any of it was wrong, or if the server worked too long without a break.
     """
-    from mmcache.bench.transfer import TransferOptions, run
+    from mmcache.bench.transfer import CLIENTS, TRANSPORTS, TransferOptions, run
 
-    options = TransferOptions(quick=quick, verify=verify, copy_threads=copy_threads, seed=seed)
+    options = TransferOptions(
+        quick=quick,
+        transports=tuple(transports or TRANSPORTS),
+        clients=tuple(clients or CLIENTS),
+        verify=verify,
+        copy_threads=copy_threads,
+        seed=seed,
+    )
     check_files(json_to, html_to)
     with progress_bar("measurements") as show:
         report = run(options, show)

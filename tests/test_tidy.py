@@ -34,6 +34,7 @@ PURE = {
     "mmcache.bench.serving_text",
     "mmcache.bench.stream",
     "mmcache.bench.transfer_page",
+    "mmcache.bench.transfer_rows",
     "mmcache.keys",
     "mmcache.media",
     "mmcache.frame",

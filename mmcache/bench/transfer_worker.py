@@ -8,6 +8,7 @@ the timed part; the source is not read again for that, which would warm it for t
 from __future__ import annotations
 
 import json
+import select
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -59,7 +60,10 @@ class Measurer:
         self.reason = ""
 
     def prepare(self, op: str, size_bytes: int, batch: int, calls: int) -> None:
-        """Choose what the following rounds do: "get", "put" or "acquire", `calls` calls of `batch` values each."""
+        """Choose what the following rounds do, `calls` calls of `batch` values each.
+
+        `op`: "get", "put", "acquire", or "get+read", a get and then a read of all that it delivered.
+        """
         count, self._op, self._batch = batch * calls, op, batch
         self._turn += 1
         label = self._salt + self._turn.to_bytes(4, "little")
@@ -77,10 +81,12 @@ class Measurer:
         self.client.delete(self._keys)
 
     def copy(self) -> int:
-        """Nanoseconds that memcpy takes for the same values, a copy each."""
+        """Nanoseconds that memcpy takes for the same values, a copy each; with the same read after it as the calls."""
         started_ns = time.perf_counter_ns()
         for source, target in zip(self.sources, self.targets, strict=True):
             np.copyto(target, source)
+        if self._op == "get+read":
+            read(self.targets)
         return time.perf_counter_ns() - started_ns
 
     def reset(self) -> None:
@@ -90,18 +96,20 @@ class Measurer:
         if self._op == "put":
             self.client.delete(self._keys)
 
-    def call(self) -> list[int]:
-        """Nanoseconds of each call of a round."""
+    def call(self) -> tuple[list[int], int]:
+        """Nanoseconds of each call of a round, and of CPU time that this process used in all of them."""
         calls: dict[str, Callable[[Keys, Sequence[Bytes], Sequence[Bytes]], int]] = {
             "get": self._get,
+            "get+read": self._get,
             "put": self._put,
             "acquire": self._acquire,
         }
         each, batch, call = [], self._batch, calls[self._op]
+        self._cpu_ns = 0
         for at, keys in enumerate(self._runs):
             part = slice(at * batch, (at + 1) * batch)
             each.append(call(keys, self.sources[part], self.targets[part]))
-        return each
+        return each, self._cpu_ns
 
     def check(self) -> None:
         """Compare what a round delivered. A put is read back for it."""
@@ -110,24 +118,26 @@ class Measurer:
         self.wrong += sum(_digest(target) != digest for target, digest in zip(self.targets, self._digests, strict=True))
 
     def _get(self, keys: Keys, sources: Sequence[Bytes], targets: Sequence[Bytes]) -> int:
-        started_ns = time.perf_counter_ns()
+        self._begin()
         results = self.client.get_into(keys, targets)
-        taken_ns = time.perf_counter_ns() - started_ns
+        if self._op == "get+read":
+            read(targets)
+        taken_ns = self._taken_ns()
         self._note(results)
         return taken_ns
 
     def _put(self, keys: Keys, sources: Sequence[Bytes], targets: Sequence[Bytes]) -> int:
-        started_ns = time.perf_counter_ns()
+        self._begin()
         results = self.client.put(keys, sources)
-        taken_ns = time.perf_counter_ns() - started_ns
+        taken_ns = self._taken_ns()
         self._note(results)
         return taken_ns
 
     def _acquire(self, keys: Keys, sources: Sequence[Bytes], targets: Sequence[Bytes]) -> int:
         """Time to the views and from giving them back; in between, untimed, what they show is copied to be compared."""
-        started_ns = time.perf_counter_ns()
+        self._begin()
         leased = self.client.acquire(keys)
-        taken_ns = time.perf_counter_ns() - started_ns
+        taken_ns = self._taken_ns()
         for frame, target in zip(leased.frames, targets, strict=True):
             if frame is None:
                 self.failed += 1
@@ -135,13 +145,44 @@ class Measurer:
             else:
                 np.copyto(target, np.frombuffer(frame.payload(frame.header.tensors[0]), np.uint8))
             frame = None  # no view outlives the lease
-        started_ns = time.perf_counter_ns()
+        self._begin()
         held = leased.release()
-        taken_ns += time.perf_counter_ns() - started_ns
+        taken_ns += self._taken_ns()
         if not held:
             self.failed += len(keys)
             self.reason = self.reason or "the lease expired"
         return taken_ns
+
+    def _begin(self) -> None:
+        self._cpu_from_ns = time.process_time_ns()
+        self._from_ns = time.perf_counter_ns()
+
+    def _taken_ns(self) -> int:
+        taken_ns = time.perf_counter_ns() - self._from_ns
+        self._cpu_ns += time.process_time_ns() - self._cpu_from_ns
+        return taken_ns
+
+    def stream(self, size_bytes: int, stopped: Callable[[], bool], begun: Callable[[], None]) -> dict[str, int]:
+        """Put and get values of `size_bytes`, one after the other, until `stopped()`; `begun` hears of the first.
+
+        Returns the bytes moved, how many nanoseconds it took, and how many values were compared at the end.
+        """
+        self.prepare("put", size_bytes, 1, self.source.nbytes // size_bytes)
+        turns, started_ns = 0, time.perf_counter_ns()
+        while not stopped() or turns < len(self._runs):
+            at = turns % len(self._runs)
+            self.client.delete(self._runs[at])
+            self._note(self.client.put(self._runs[at], self.sources[at : at + 1]))
+            self._note(self.client.get_into(self._runs[at], self.targets[at : at + 1]))
+            turns += 1
+            if turns == 1:
+                begun()
+        taken_ns = time.perf_counter_ns() - started_ns
+        for target in self.targets:
+            target.fill(POISON)
+        self.check()
+        self.finish()
+        return {"nbytes": 2 * turns * size_bytes, "ns": taken_ns, "compared": len(self.targets)}
 
     def _note(self, results: Sequence[Result]) -> None:
         for result in results:
@@ -151,15 +192,18 @@ class Measurer:
 
 
 def memcpy_gbps(measurer: Measurer, rounds: int) -> dict[str, list[float]]:
-    """GB/s of one copy of the whole source, and of the same bytes in slices, in turns."""
+    """GB/s of one copy of the whole source, and of the same bytes in slices, in turns; and with a read after each."""
     source, target = measurer.source, measurer.target
-    found: dict[str, list[float]] = {"single": [], "sliced": []}
+    found: dict[str, list[float]] = {"single": [], "sliced": [], "single_read": [], "sliced_read": []}
     for _ in range(rounds):
         for name, step in (("single", source.nbytes), ("sliced", SLICE_NBYTES)):
             started_ns = time.perf_counter_ns()
             for at in range(0, source.nbytes, step):
                 np.copyto(target[at : at + step], source[at : at + step])
-            found[name].append(source.nbytes / (time.perf_counter_ns() - started_ns))
+            copied_ns = time.perf_counter_ns()
+            read([target])
+            found[name].append(source.nbytes / (copied_ns - started_ns))
+            found[f"{name}_read"].append(source.nbytes / (time.perf_counter_ns() - started_ns))
     return found
 
 
@@ -167,6 +211,11 @@ def raw_tcp_gbps(measurer: Measurer, rounds: int) -> list[float]:
     """GB/s of as many bytes as the target holds over a bare TCP socket from another process."""
     with RawPeer(measurer.target) as peer:
         return [peer.gbps() for _ in range(rounds + 1)][1:]  # the first only warms up
+
+
+def read(targets: Sequence[Bytes]) -> int:
+    """Read every byte once, in words of eight: their sum. What a copy has left to be done later is paid for here."""
+    return sum(int(np.add.reduce(target.view(np.uint64))) for target in targets)
 
 
 def _digest(data: Bytes) -> bytes:
@@ -194,15 +243,24 @@ def _obey(measurer: Measurer, orders: Iterator[dict[str, Any]]) -> dict[str, Any
         "finish": measurer.finish,
         "copy": measurer.copy,
         "reset": measurer.reset,
-        "call": measurer.call,
         "check": measurer.check,
     }
+    streamed: dict[str, int] = {}
     for order in orders:
         what = order.pop("do")
         if what == "open":
             return order
         if what == "totals":
             _answer(wrong=measurer.wrong, failed=measurer.failed, reason=measurer.reason)
+        elif what == "call":
+            each, cpu_ns = measurer.call()
+            _answer(ns=each, cpu_ns=cpu_ns)
+        elif what == "stream":  # until the next order comes, which asks how much it was
+            streamed = measurer.stream(order["size_bytes"], _has_order, _answer)
+        elif what == "streamed":
+            _answer(**streamed)
+        elif what == "longest_step":
+            _answer(nbytes=measurer.client.stat()["counters"]["longest_step_bytes"])
         elif what == "memcpy":
             _answer(**memcpy_gbps(measurer, **order))
         elif what == "raw":
@@ -210,6 +268,10 @@ def _obey(measurer: Measurer, orders: Iterator[dict[str, Any]]) -> dict[str, Any
         else:
             _answer(ns=work[what](**order))
     return None
+
+
+def _has_order() -> bool:
+    return bool(select.select([sys.stdin], [], [], 0)[0])
 
 
 def _answer(**fields: Any) -> None:

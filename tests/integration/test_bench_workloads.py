@@ -18,7 +18,8 @@ from tests.integration.support import run_cli
 
 RUNS: dict[str, Callable[..., Report]] = {"chat": chat.run, "diffusion": diffusion.run}
 ROW_FIELDS = {
-    "transport", "op", "size_bytes", "batch", "clients", "gbps", "ratio_to_memcpy", "p50_us", "p99_us", "verified",
+    "transport", "op", "size_bytes", "batch", "clients", "rounds", "gbps", "ratio_to_memcpy", "ratio_quartiles",
+    "p50_us", "p99_us", "p999_us", "client_cpu_s_per_gb", "server_cpu_s_per_gb", "verified",
 }  # fmt: skip
 
 
@@ -98,12 +99,40 @@ def test_transfer_measures_every_row_and_checks_what_arrived(tmp_path: Path) -> 
     rows = found["rows"]
     assert {frozenset(row) for row in rows} == {frozenset(ROW_FIELDS)}
     assert {row["transport"] for row in rows} == {"shm", "unix", "tcp"}
-    assert {(row["op"], row["verified"]) for row in rows} == {("get", True), ("put", True), ("acquire", False)}
+    verified = {"get": True, "get+read": True, "put": True, "acquire": False}
+    assert {row["op"]: row["verified"] for row in rows} == verified
     assert {row["clients"] for row in rows} == {1, 2}
-    assert len(rows) == 36
-    assert all(row["gbps"] > 0 and row["ratio_to_memcpy"] > 0 and 0 < row["p50_us"] <= row["p99_us"] for row in rows)
-    assert set(found["memcpy_gbps"]) == {"single", "sliced"}
+    assert len(rows) == 42
+    for row in rows:
+        assert row["gbps"] > 0
+        assert 0 < row["ratio_quartiles"][0] <= row["ratio_to_memcpy"] <= row["ratio_quartiles"][1]
+        assert 0 < row["p50_us"] <= row["p99_us"]
+        assert row["client_cpu_s_per_gb"] > 0
+        assert row["server_cpu_s_per_gb"] > 0
+    by_ops = {(row["transport"], row["op"]): row for row in rows if (row["clients"], row["batch"]) == (1, 4)}
+    assert by_ops["shm", "get"]["server_cpu_s_per_gb"] < by_ops["tcp", "get"]["server_cpu_s_per_gb"]  # it moves nothing
+    assert [row["transport"] for row in found["mixed"]] == ["shm", "unix", "tcp"]
+    for row in found["mixed"]:
+        assert row["calls"] == 128
+        assert 0 < row["idle_p50_us"] <= row["idle_p99_us"]
+        assert 0 < row["busy_p50_us"] <= row["busy_p99_us"]
+        assert row["streamed_gbps"] > 0.05
+    assert found["longest_step_nbytes"] == 256 << 10
+    assert set(found["memcpy_gbps"]) == {"single", "sliced", "single_read", "sliced_read"}
     assert all(rate > 0.05 for rate in found["memcpy_gbps"].values())
     assert (found["ok"], found["wrong"], found["failed"]) == (True, 0, 0)
     assert found["compared"] > 1000
     check_html(file, "")
+
+
+def test_transfer_measures_only_what_was_asked_for() -> None:
+    words = ("--quick", "--transport", "tcp", "--clients", "3", "--no-verify", "--json", "-")
+    ended = run_cli("bench", "transfer", *words)
+    assert ended.returncode == 0
+    found = json.loads(ended.stdout)
+    assert {(row["transport"], row["clients"]) for row in found["rows"]} == {("tcp", 3)}
+    assert {row["op"] for row in found["rows"] if row["verified"]} == {"put"}
+    assert [row["transport"] for row in found["mixed"]] == ["tcp"]
+    assert (found["workload"]["transports"], found["workload"]["clients"]) == (["tcp"], [3])
+    ended = run_cli("bench", "transfer", "--transport", "rdma")
+    assert (ended.returncode, ended.stderr) == (2, "mmcache: transport 'rdma' is unknown; choose shm, unix, tcp\n")

@@ -1,4 +1,4 @@
-"""How much a server does in one go: slices, however large the value, and the counter that says so can be seen to rise."""
+"""How much a server does in one go: slices, however large the value; and the counter that says so can rise."""
 
 from __future__ import annotations
 

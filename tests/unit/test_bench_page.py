@@ -16,11 +16,12 @@ from mmcache.bench.report import Latency, Report
 from mmcache.bench.samples import Sample
 from mmcache.bench.serving import ServeOptions
 from mmcache.bench.serving_report import Served, ServeReport
-from mmcache.bench.transfer import Row, TransferOptions, TransferReport
+from mmcache.bench.transfer_report import TransferReport
+from mmcache.bench.transfer_rows import MixedRow, Row
 
 VOID = {"meta"}
 CLOSED = {"rect", "line", "polyline", "circle", "path"}  # of SVG: they close themselves
-UNITS = re.compile(r"^requests$|, (%|(B|kB|MB|GB|GB/s|µs|ms)\b)|multiple of")
+UNITS = re.compile(r"^requests$|, (%|(B|kB|MB|GB|GB/s|s/GB|µs|ms)\b)|multiple of")
 
 
 def tallies(*counts: tuple[int, int]) -> Tallies:
@@ -62,13 +63,25 @@ REPORT = Report(
     modelled=("KV values",),
 )
 ROWS = [
-    Row(transport, op, size, batch, clients, 1.5, 0.25, 80.0, 160.0, op != "acquire")
+    Row(transport, op, size, batch, clients, 15, 1.5, 0.25, (0.2, 0.3), 80.0, 160.0, 200.0, 0.5, 0.01, op != "acquire")
     for transport in ("shm", "unix", "tcp")
-    for op in ("get", "put", "acquire")
+    for op in ("get", "get+read", "put", "acquire")
     for size, batch in ((65536, 1), (1 << 20, 64))
     for clients in (1, 2)
 ]
-TRANSFER = TransferReport(ROWS, {"single": 12.0, "sliced": 7.0}, 4.5, 100, 0, 0, "", TransferOptions(), 9.0)
+TRANSFER = TransferReport(
+    rows=ROWS,
+    mixed=[MixedRow(name, 65536, 16 << 20, 480, 80.0, 160.0, 90.0, 2000.0, 3.5) for name in ("shm", "unix", "tcp")],
+    longest_step_nbytes=262_144,
+    memcpy_gbps={"single": 12.0, "sliced": 7.0, "single_read": 6.0, "sliced_read": 5.0},
+    raw_tcp_gbps=4.5,
+    compared=100,
+    wrong=0,
+    failed=0,
+    reason="",
+    wall_s=9.0,
+    workload={"transports": ["shm", "unix", "tcp"], "clients": [1, 2]},
+)
 SAMPLE = Sample(0.001, 0.25, 0.01, 0.02, 0.5, 800, 8, 768, "abc")
 FAILED = Sample(error="HTTP 500: <b>no</b>")
 SERVING = ServeReport(
