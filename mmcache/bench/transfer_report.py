@@ -33,7 +33,7 @@ NOTES = (
     "they were delivered, a put's by the server before it counts as stored; acquire's views are unverified",
     "acquire: over shared memory no byte moves, so its GB/s says how much came into view a second; over sockets it "
     "receives whole values into new memory",
-    "p99.9: of small gets; of fewer than 1,000 calls it is not shown",
+    "p99.9: shown for 1,000 calls and more: of small gets, always",
     "CPU: what the kernel does in interrupts, for no process, is in neither",
 )
 
