@@ -31,6 +31,9 @@ from mmcache.errors import ConfigError, FrameError, MMCacheError, UsageError
 from mmcache.frame import parse_header
 from mmcache.logs import log_to_stderr
 from mmcache.server.serve import Server
+from mmcache.server.shard_plan import place_text, shard_configs
+from mmcache.server.supervisor import STOP_SIGNALS, Supervisor
+from mmcache.store.arena import check_room
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -45,7 +48,6 @@ cli_explain.register(app)
 cli_size.register(app)
 app.add_typer(token_app, name="token")
 
-STOP_SIGNALS = {signal.SIGTERM, signal.SIGINT}
 DEFAULTS = ServerConfig()
 
 
@@ -84,6 +86,10 @@ UnixPath = Annotated[
         "--unix",
         metavar="PATH",
     ),
+]
+Shards = Annotated[
+    int | None,
+    _setting("shards", "Processes, each with a share of the memory; ports, and --unix PATH, count up.", metavar="N"),
 ]
 Metrics = Annotated[
     str | None,
@@ -124,6 +130,7 @@ def serve(
     memory: Annotated[
         str | None, _setting("memory_nbytes", "Memory for stored values, such as 8GiB.", metavar="SIZE")
     ] = None,
+    shards: Shards = None,
     max_entries: Annotated[int | None, _setting("max_entries", "Entries in the index; 0: one per 16 KiB.")] = None,
     alignment: Annotated[
         int | None, _setting("alignment", "Of tensors in memory, bytes, a power of two; 4096 for RDMA.")
@@ -155,12 +162,14 @@ def serve(
 ) -> None:
     """Run a shard: keep values in memory and serve them until SIGTERM or Ctrl-C, then drain and exit 0.
 
-    An option not given is read from its environment variable. Prints one ready line once it accepts.
+    An option not given is read from its environment variable. Prints one ready line once it accepts. With --shards,
+    that line names all addresses, and what dies is started again. A client uses one address: it does not spread yet.
     """
     config = server_config(
         listen=listen,
         unix_path=unix_path,
         memory_nbytes=None if memory is None else parse_nbytes(memory),
+        shards=shards,
         max_entries=max_entries,
         alignment=alignment,
         prefault=prefault,
@@ -178,21 +187,46 @@ def serve(
         tls_client_ca=tls_client_ca,
     )
     log_to_stderr(config.log, logging.DEBUG if verbose else logging.WARNING)
-    _run_until_signal(config, as_json=as_json)
-
-
-def _run_until_signal(config: ServerConfig, *, as_json: bool) -> None:
     if not config.listen and not config.unix_path:
         raise ConfigError("there is nothing to listen on; give --listen HOST:PORT or --unix PATH")
     signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)  # before any thread starts: all inherit it, one waits
+    if config.shards > 1:
+        _run_shards(config, ["--verbose"] if verbose else [], as_json=as_json)
+    else:
+        _run_until_signal(config, as_json=as_json)
+
+
+def _run_shards(config: ServerConfig, words: list[str], *, as_json: bool) -> None:
+    configs = shard_configs(config)
+    check_room(config.memory_nbytes)  # each shard on its own would find room for its share
+    supervisor = Supervisor(configs, words)
+    try:
+        ready = supervisor.start()
+        if ready is None:
+            return
+        if as_json:
+            print(json.dumps({"ready": True, "memory_nbytes": config.memory_nbytes, "shards": ready}), flush=True)
+        else:
+            size = f"{config.shards} shards of {config.memory_nbytes // config.shards / 2**20:.0f} MiB"
+            names = {"unix_path": "unix socket ", "metrics_url": "metrics ", "grpc_address": "gRPC "}
+            also = [[f"{text}{one[name]}" for name, text in names.items() if one.get(name)] for one in ready]
+            shards = [f"{one['url']} ({'; '.join(more)})" for one, more in zip(ready, also, strict=True)]
+            print(f"mmcache {__version__} ready: {size}: {', '.join(shards)}", flush=True)
+        supervisor.watch()
+    finally:
+        bad = supervisor.stop()
+    if bad:
+        raise MMCacheError(f"did not drain and end as asked: {', '.join(bad)}; look at what they said before")
+
+
+def _run_until_signal(config: ServerConfig, *, as_json: bool) -> None:
     with progress_bar("taking memory") as show:
         server = Server(config, progress=show)
     server.start()
     host, port = server.address or ("", 0)
     scheme = "mmcaches" if config.tls_cert else "mmcache"
-    url = f"{scheme}://{f'[{host}]' if ':' in host else host}:{port}" if host else f"mmcache+unix://{server.unix_path}"
-    grpc_host, grpc_port = server.grpc_address or ("", 0)
-    grpc = f"{f'[{grpc_host}]' if ':' in grpc_host else grpc_host}:{grpc_port}" if grpc_host else ""
+    url = f"{scheme}://{place_text(host, port)}" if host else f"mmcache+unix://{server.unix_path}"
+    grpc = place_text(*server.grpc_address) if server.grpc_address else ""
     if as_json:
         ready = {"ready": True, "url": url, "unix_path": server.unix_path, "memory_nbytes": config.memory_nbytes}
         ready |= {"metrics_url": server.metrics_url} if server.metrics_url else {}

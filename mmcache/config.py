@@ -21,7 +21,8 @@ from mmcache.units import parse_nbytes as parse_nbytes
 DEFAULT_PORT: Final = 7600
 BODY_NBYTES_PER_KEY: Final = 128  # a Reserve's key, parent, namespace, size, kind and media, with room to spare
 POLICY_NAMES: Final = ("value", "lru", "s3-fifo")
-_ENV_PREFIX: Final = "MMCACHE_"
+ENV_PREFIX: Final = "MMCACHE_"
+MAX_SHARDS: Final = 256
 _LONGEST_S: Final = 86400.0  # the kernel's timers take no infinity, and what waits longer than a day is not waiting
 
 
@@ -49,6 +50,7 @@ class ServerConfig:
 
     listen: str = f"127.0.0.1:{DEFAULT_PORT}"  # HOST:PORT; port 0 picks a free one; empty: no TCP
     unix_path: str = "auto"  # auto: a private directory; empty: no unix socket, so no shared memory
+    shards: int = 1  # processes of `mmcache serve`, which share out memory and count up ports; one server has one
     memory_nbytes: int = GiB
     max_entries: int = 0  # 0: one per 16 KiB of memory
     alignment: int = 64
@@ -89,6 +91,8 @@ class ServerConfig:
                 f"allow {BODY_NBYTES_PER_KEY} bytes a key, or lower max_batch_keys"
             )
         _check_times(self, "lease_s", "io_timeout_s", "drain_s")
+        if not 1 <= self.shards <= MAX_SHARDS:
+            raise ConfigError(f"shards is {self.shards}; it must be 1 to {MAX_SHARDS}")
         if self.mode not in ("both", "read", "write", "off"):
             raise ConfigError(f"mode is {self.mode!r}; it must be both, read, write or off")
         if self.log not in ("text", "json"):
@@ -233,12 +237,12 @@ def server_config(environ: Mapping[str, str] | None = None, **overrides: Any) ->
     known = {field.name for field in fields(ServerConfig)}
     settings: dict[str, Any] = {}
     for variable, value in environ.items():
-        if not variable.startswith(_ENV_PREFIX):
+        if not variable.startswith(ENV_PREFIX):
             continue
-        name = variable[len(_ENV_PREFIX) :].lower()
+        name = variable[len(ENV_PREFIX) :].lower()
         name = "memory_nbytes" if name == "memory" else name
         if name not in known:
             names = sorted(name.upper() for name in (known - {"memory_nbytes"}) | {"memory"})
-            raise ConfigError(f"{variable} is not a setting; {_ENV_PREFIX} goes before {', '.join(names)}")
+            raise ConfigError(f"{variable} is not a setting; {ENV_PREFIX} goes before {', '.join(names)}")
         settings[name] = _convert(ServerConfig, name, value, variable)
     return ServerConfig(**(settings | {name: value for name, value in overrides.items() if value is not None}))

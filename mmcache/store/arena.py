@@ -73,16 +73,21 @@ def _meminfo_available(proc: Path) -> int:
     return 1 << 62
 
 
+def check_room(nbytes: int) -> None:
+    """Raise StoreError, with the remedy, if there is not so much memory left, and some more for the server itself."""
+    left, source = memory_left_nbytes()
+    if nbytes > left * MEMORY_SHARE:
+        raise StoreError(
+            f"memory {nbytes / 2**20:.0f} MiB is more than {MEMORY_SHARE:.0%} of the {left / 2**20:.0f} MiB that "
+            f"{source} leaves; give it less (--memory, or ?memory= of embedded://), or raise that limit"
+        )
+
+
 class Arena:
     """`nbytes` of shared memory, writable here and read-only for everybody else. Close it when no view is in use."""
 
     def __init__(self, nbytes: int, *, prefault: bool = False, progress: Progress | None = None) -> None:
-        left, source = memory_left_nbytes()
-        if nbytes > left * MEMORY_SHARE:
-            raise StoreError(
-                f"memory {nbytes / 2**20:.0f} MiB is more than {MEMORY_SHARE:.0%} of the {left / 2**20:.0f} MiB that "
-                f"{source} leaves; give it less (--memory, or ?memory= of embedded://), or raise that limit"
-            )
+        check_room(nbytes)
         self.nbytes = nbytes
         self.fd = os.memfd_create("mmcache-arena", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
         try:

@@ -11,13 +11,15 @@ import sys
 import tempfile
 from collections.abc import Mapping, Sequence
 from types import TracebackType
-from typing import IO
+from typing import IO, Any
 
 from mmcache.errors import TransportError
 
 
 class ServerProcess:
     """Starts a server on a free loopback port and stops it on leaving; `url` reaches it. Use as a context manager.
+
+    `shards` has what each said when it was ready; `url` and the like are the first one's.
 
     Extra words go to `mmcache serve` as they are; `environment` adds MMCACHE_ settings, of which none are inherited;
     `under` comes before the command, and must become it (`ip netns exec NAME`).
@@ -53,6 +55,7 @@ class ServerProcess:
         self._stderr: IO[bytes] | None = None
         self.process: subprocess.Popen[str] | None = None
         self.url = self.unix_path = self.grpc_address = self.said = ""
+        self.shards: list[dict[str, Any]] = []
 
     def start(self) -> ServerProcess:
         """Start it and wait until it accepts."""
@@ -72,8 +75,10 @@ class ServerProcess:
             raise TransportError(f"`mmcache serve` did not become ready: {self.said.strip() or 'it said nothing'}")
         ready = json.loads(line)
         self.process = process
-        self.url, self.unix_path = ready["url"], ready["unix_path"]
-        self.grpc_address = ready.get("grpc_address", "")
+        self.shards = ready.get("shards", [ready])
+        first = self.shards[0]
+        self.url, self.unix_path = first["url"], first["unix_path"]
+        self.grpc_address = first.get("grpc_address", "")
         return self
 
     @property

@@ -172,6 +172,7 @@ def test_the_help_of_serve_tells_every_default_and_environment_variable() -> Non
         "LISTEN": ServerConfig().listen,
         "UNIX_PATH": ServerConfig().unix_path,
         "MEMORY": "1.0 GiB",
+        "SHARDS": "1",
         "MAX_ENTRIES": "0",
         "ALIGNMENT": "64",
         "PREFAULT": "off",
