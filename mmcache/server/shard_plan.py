@@ -31,8 +31,7 @@ def shard_configs(config: ServerConfig) -> list[ServerConfig]:
             if owner != name:
                 both = " and ".join(f"{one} {getattr(config, one)}" for one in _PORTS if one in (owner, name))
                 raise ConfigError(
-                    f"{both} would want the same port with {count} shards; leave room for {count} ports from each on, or "
-                    "use port 0"
+                    f"{both} would want the same port with {count} shards; leave {count} from each on, or use port 0"
                 )
         if config.unix_path not in ("", "auto"):
             changed["unix_path"] = f"{config.unix_path}.{number}"
