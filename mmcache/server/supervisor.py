@@ -117,7 +117,7 @@ class Supervisor:
     def _look_after(self, shard: _Shard, now_s: float) -> None:
         if shard.process is None:
             if now_s >= shard.again_s:
-                shard.start(self._words)
+                self._start_again(shard, now_s)
             return
         if not shard.ready:
             shard.hear()
@@ -125,11 +125,19 @@ class Supervisor:
                 log.warning("shard %d is back at %s, empty", shard.number, shard.ready["url"])
         code = shard.ended()
         if code is not None:
-            steady = now_s - shard.began_s >= STEADY_S
-            shard.deaths = 1 if steady else shard.deaths + 1
-            wait_s = pause_s(shard.deaths)
-            shard.again_s = now_s + wait_s
-            log.error("shard %d died (exit %d); it is started again in %g s", shard.number, code, wait_s)
+            self._note_death(shard, now_s, f"died (exit {code})")
+
+    def _start_again(self, shard: _Shard, now_s: float) -> None:
+        try:
+            shard.start(self._words)
+        except OSError as error:  # no memory or no process to be had: perhaps later
+            self._note_death(shard, now_s, f"could not be started ({error})")
+
+    def _note_death(self, shard: _Shard, now_s: float, how: str) -> None:
+        shard.deaths = 1 if now_s - shard.began_s >= STEADY_S and shard.ready else shard.deaths + 1
+        wait_s = pause_s(shard.deaths)
+        shard.ready, shard.again_s = {}, now_s + wait_s
+        log.error("shard %d %s; it is started again in %g s", shard.number, how, wait_s)
 
     def stop(self) -> list[str]:
         """Have all drain at once, and wait; kill what does not end. The shards, in words, that did not end well."""

@@ -19,6 +19,35 @@ from mmcache.testing.process import ServerProcess
 from tests.integration.support import MiB, blanks, eventually, keys_of, run_cli, values_of
 
 NBYTES = 64 << 10
+LOSES_ITS_PYTHON = """
+import logging, os, signal, sys, threading, time
+from pathlib import Path
+from mmcache.config import ServerConfig
+from mmcache.server.shard_plan import shard_configs
+from mmcache.server.supervisor import STOP_SIGNALS, Supervisor
+
+said, python = [], sys.executable
+def hear(record):
+    said.append(record.getMessage())
+    print(said[-1], file=sys.stderr)
+    return False
+logging.getLogger("mmcache.supervisor").addFilter(hear)
+signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
+supervisor = Supervisor(shard_configs(ServerConfig(listen="127.0.0.1:0", memory_nbytes=2 << 20, shards=2)))
+supervisor.start()
+sys.executable = "/no/such/python"
+os.kill(int(Path(f"/proc/self/task/{os.getpid()}/children").read_text().split()[0]), signal.SIGKILL)
+def act():
+    while not any("could not be started" in line for line in said):
+        time.sleep(0.05)
+    sys.executable = python
+    while not any("is back" in line for line in said):
+        time.sleep(0.05)
+    os.kill(os.getpid(), signal.SIGTERM)
+threading.Thread(target=act, daemon=True).start()
+supervisor.watch()
+print(supervisor.stop())
+"""
 
 
 def children_of(pid: int) -> list[int]:
@@ -100,6 +129,16 @@ def test_a_shard_that_is_killed_comes_back_at_its_address_after_a_pause_that_gro
     assert "it is started again in 0.5 s" in server.said
     assert "it is started again in 1 s" in server.said
     assert f"shard 1 is back at {urls[1]}, empty" in server.said
+
+
+def test_a_shard_that_cannot_be_started_again_is_tried_later() -> None:
+    ended = subprocess.run([sys.executable, "-c", LOSES_ITS_PYTHON], capture_output=True, text=True, timeout=60)
+    assert ended.stdout == "[]\n"
+    died, failed, back = ended.stderr.splitlines()[:3]
+    assert died == "shard 0 died (exit -9); it is started again in 0.5 s"
+    assert failed.startswith("shard 0 could not be started (")
+    assert failed.endswith("it is started again in 1 s")
+    assert back.startswith("shard 0 is back at mmcache://127.0.0.1:")
 
 
 def test_a_stop_that_comes_before_all_are_ready_is_heeded() -> None:
