@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from benchmarks.peers.report import BAD
+from benchmarks.peers.report import BAD, figure
 from mmcache.bench import html, plots
 from mmcache.bench.html import Section
 from mmcache.bench.transfer_page import case_text, size_text
@@ -85,7 +85,7 @@ def _ratios(found: Mapping[str, Any], rows: Sequence[Row], op: str, clients: int
 def _ratio(row: Row | None) -> str:
     if row is None:
         return "not measured"
-    return BAD if row["wrong"] else f"{row['ratio']:.2f}"
+    return BAD if row["wrong"] else figure(row["ratio"])
 
 
 def _latency(found: Mapping[str, Any], rows: Sequence[Row]) -> str:
@@ -110,7 +110,7 @@ def _table(found: Mapping[str, Any], rows: Sequence[Row]) -> str:
             row["op"],
             case_text(row["size_bytes"], row["batch"]),
             _ratio(row),
-            f"{row['ratio_q1']:.2f} to {row['ratio_q3']:.2f}",
+            f"{figure(row['ratio_q1'])} to {figure(row['ratio_q3'])}",
             f"{row['gbps']:,.2f}",
             f"{row['memcpy_gbps']:,.2f}",
             f"{row['memcpy_whole_gbps']:,.2f}",

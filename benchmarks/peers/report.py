@@ -100,11 +100,16 @@ def heading(case: Case) -> str:
     return text.removesuffix(", alone").removesuffix(" a call")
 
 
+def figure(ratio: float) -> str:
+    """A ratio with two digits that mean something."""
+    return f"{ratio:.2f}" if ratio >= 0.1 else f"{ratio:.3f}"
+
+
 def cell_of(row: Row | None) -> str:
     """A ratio with its quartiles."""
     if row is None:
         return ""
-    return BAD if row.wrong else f"{row.ratio:.2f} [{row.ratio_q1:.2f}, {row.ratio_q3:.2f}]"
+    return BAD if row.wrong else f"{figure(row.ratio)} [{figure(row.ratio_q1)}, {figure(row.ratio_q3)}]"
 
 
 def table(report: Report) -> tuple[list[str], list[list[str]]]:

@@ -17,7 +17,7 @@ from benchmarks.peers.install import REQUIREMENTS, WITH_TORCH, PeerError, instal
 from benchmarks.peers.page import peers_page
 from benchmarks.peers.plan import FULL, OPS, QUICK, Case, Plan, Row, Sample, name_of, readers_of, row_of
 from benchmarks.peers.registry import CONTROLS, PEERS
-from benchmarks.peers.report import Report, markdown, table
+from benchmarks.peers.report import Report, figure, markdown, table
 from benchmarks.peers.team import Source
 
 CASES = (Case(1 << 16, 1, 4), Case(1 << 20, 8, 1))
@@ -64,6 +64,11 @@ def test_another_process_reads_unless_memory_is_its_own(clients: int) -> None:
     assert len(set(readers)) == clients
     assert all(reader != writer for writer, reader in enumerate(readers))
     assert readers_of(clients, alone=True) == list(range(clients))
+
+
+@pytest.mark.parametrize(("ratio", "text"), [(1.234, "1.23"), (0.1, "0.10"), (0.0994, "0.099"), (0.004, "0.004")])
+def test_a_slow_peer_keeps_its_digits(ratio: float, text: str) -> None:
+    assert figure(ratio) == text
 
 
 def test_names_are_never_used_twice_unless_a_peer_cannot_delete() -> None:
