@@ -23,11 +23,20 @@ from mmcache.errors import ProtocolError, TransportError
 from mmcache.server.access_edit import with_token
 from mmcache.server.grants import digest_of
 from mmcache.testing.process import ServerProcess
-from mmcache.transport.base import Found
+from mmcache.transport.base import Found, Outcome
 from mmcache.transport.nixl import Reader, RemoteArena, client_agent
 from tests.integration.access_bed import write_access
-from tests.integration.nixl_bed import OVER_TCP, agent_of, needs_nixl, nixl_client, one_tenant, outcomes, stored
-from tests.integration.support import PATIENCE_S, MiB, eventually, keys_of, run_cli, suspend
+from tests.integration.nixl_bed import (
+    OVER_TCP,
+    VALUE_NBYTES,
+    agent_of,
+    needs_nixl,
+    nixl_client,
+    one_tenant,
+    outcomes,
+    stored,
+)
+from tests.integration.support import PATIENCE_S, MiB, blanks, eventually, keys_of, run_cli, suspend
 
 pytestmark = needs_nixl
 
@@ -113,8 +122,12 @@ def test_a_stopped_agent_is_unavailable_in_time_and_what_it_sends_late_harms_nob
         pid = agent_of(server)
         suspend(pid)
         began = time.monotonic()
-        assert outcomes(cache, keys) == {"unavailable"}
+        (result,) = cache.get_into(keys[:1], blanks(1, VALUE_NBYTES))
+        assert result.outcome is Outcome.UNAVAILABLE
+        assert "by NIXL before the deadline" in result.reason
         assert 0.9 < time.monotonic() - began < 3
+        with mmcache.connect(server.url) as neighbour:
+            eventually(lambda: neighbour.stat()["counters"]["leases"] == 0, "the lease is given back")
         assert client_agent().abandoned_nbytes > 0
         assert outcomes(cache, keys) == {"unavailable"}  # at once: it is left alone for a while
         os.kill(pid, signal.SIGCONT)
