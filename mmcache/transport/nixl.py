@@ -259,6 +259,8 @@ class ClientAgent:
         handle, ended = 0, False
         try:
             with self._turn(deadline):
+                if self._abandoned:
+                    self._sweep()
                 handle = self.agent.post_read(peer.name, local, remote)
                 state = agent.postXferReq(handle, b"")
             pause_s = SHORTEST_PAUSE_S

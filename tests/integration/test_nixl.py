@@ -5,7 +5,6 @@ Skipped where NIXL is not installed; test_nixl_missing.py is not.
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
 import signal
@@ -30,9 +29,11 @@ from tests.integration.nixl_bed import (
     OVER_TCP,
     VALUE_NBYTES,
     agent_of,
+    listens_on,
     needs_nixl,
     nixl_client,
     one_tenant,
+    open_files,
     outcomes,
     stored,
 )
@@ -46,23 +47,6 @@ def server(request: pytest.FixtureRequest) -> Iterator[ServerProcess]:
     environment = {"AN_ENGINES_SECRET": "of the server only", **getattr(request, "param", {})}
     with ServerProcess("64MiB", "--nixl", "lo", environment=environment) as process:
         yield process
-
-
-def open_files(pid: int) -> set[str]:
-    """What this process has open; in this one the look itself comes and goes."""
-    links = set()
-    for name in os.listdir(f"/proc/{pid}/fd"):
-        with contextlib.suppress(FileNotFoundError):
-            links.add(os.readlink(f"/proc/{pid}/fd/{name}"))
-    return links
-
-
-def listens_on(pid: int) -> list[str]:
-    """The addresses, as the kernel writes them, of the sockets on which this process listens."""
-    inodes = {link[8:-1] for link in open_files(pid) if link.startswith("socket:[")}
-    tables = [Path(f"/proc/{pid}/net/{name}").read_text() for name in ("tcp", "tcp6")]
-    rows = [line.split() for table in tables for line in table.splitlines()]
-    return [row[1].partition(":")[0] for row in rows if row[3] == "0A" and row[9] in inodes]
 
 
 def test_the_agent_has_the_arena_to_read_and_nothing_else(server: ServerProcess) -> None:
