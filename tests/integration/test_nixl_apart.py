@@ -9,7 +9,6 @@ import sys
 import time
 from collections.abc import Iterator
 
-import numpy as np
 import pytest
 
 import mmcache
@@ -61,7 +60,7 @@ def server(wire: Wire) -> Iterator[ServerProcess]:
 
 def address(text: str) -> str:
     """As the kernel lists it."""
-    return np.frombuffer(bytes(map(int, text.split("."))), "<u4").item().to_bytes(4, "big").hex().upper()
+    return "".join(f"{int(part):02X}" for part in reversed(text.split(".")))
 
 
 def test_reads_over_named_devices_and_through_a_cut(wire: Wire, server: ServerProcess) -> None:
