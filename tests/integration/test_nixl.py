@@ -27,6 +27,7 @@ from mmcache.testing.process import ServerProcess
 from mmcache.transport.base import Found, Outcome
 from mmcache.transport.nixl import Reader, RemoteArena, client_agent
 from tests.integration.access_bed import write_access
+from tests.integration.certificates import Authority
 from tests.integration.nixl_bed import (
     OVER_TCP,
     VALUE_NBYTES,
@@ -273,6 +274,17 @@ def test_a_second_tenant_ends_it(tmp_path: Path) -> None:
             assert cache.stat()["transport"] == "tcp"
             assert "runs without --nixl" in cache.stat()["transport_why"]
     assert "more than one tenant" in server.said
+
+
+def test_where_it_is_told_over_tls_too(tmp_path: Path) -> None:
+    authority = Authority(tmp_path)
+    cert, key = authority.issue("server")
+    with (
+        ServerProcess("64MiB", "--nixl", "lo", "--tls-cert", cert, "--tls-key", key) as server,
+        mmcache.connect(f"{server.url}?transport=nixl&ca={authority.ca}") as cache,
+    ):
+        assert outcomes(cache, stored(cache, "tls")) == {"hit"}
+        assert by_nixl(cache)
 
 
 def test_who_may_not_see_the_memory_is_not_told_where_it_is(tmp_path: Path) -> None:
