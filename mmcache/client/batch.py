@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
@@ -23,6 +24,7 @@ from mmcache.transport.nixl import STAGED_NBYTES, Reader
 from mmcache.transport.planned import plan_frames
 from mmcache.transport.shm import Copier
 
+GIVE_BACK_S: Final = 0.05  # of a call's time, to give a lease back after its deadline for reading
 WRITER: Final = f"mmcache/{__version__}"
 
 
@@ -50,10 +52,13 @@ def get_run(
         read = yield Work(partial(_copy, copier, arena.data, places, found, digests, targets, verify), nbytes)
     elif reader is not None:
         try:
-            fetch = partial(_fetch, reader, session.deadline, copier, found, digests, targets, verify)
+            until = session.deadline - GIVE_BACK_S
+            fetch = partial(_fetch, reader, until, copier, found, digests, targets, verify)
             read = yield Work(fetch, nbytes, waits=True)
         except TransportError:  # the link ends with it, the lease does not
-            yield from conversation.release_quietly(acquired.lease_id)
+            if acquired.lease_id:
+                with contextlib.suppress(TransportError):
+                    yield from conversation.release_quietly(acquired.lease_id)
             raise
     else:
         for position, place in found:

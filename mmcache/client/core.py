@@ -15,7 +15,7 @@ from mmcache.client.plan import Breaker
 from mmcache.client.protocol import STOPPED_WORDS
 from mmcache.client.session import Session
 from mmcache.config import ClientConfig
-from mmcache.errors import AccessDenied, MMCacheError, RequestRefused, TransportError
+from mmcache.errors import AccessDenied, DeadlineExceeded, MMCacheError, RequestRefused, TransportError
 from mmcache.transport.native import COPY_HASHED
 from mmcache.transport.shm import ArenaMap, Copier
 
@@ -69,7 +69,8 @@ class Lent(Generic[L]):
         if link.kept:
             pool.give_back(link)
             return False
-        again = kept and isinstance(error, TransportError) and time.monotonic() < self._deadline
+        slow = isinstance(error, DeadlineExceeded)
+        again = kept and isinstance(error, TransportError) and not slow and time.monotonic() < self._deadline
         if again:
             pool.forget()
         pool.drop(link)

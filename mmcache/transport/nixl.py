@@ -190,11 +190,12 @@ class ClientAgent:
         return sum(staging.data.nbytes for _, _, staging in self._abandoned)
 
     def add(self, metadata: bytes, deadline: float) -> _Peer:
-        """The peer of this metadata; one that broke is removed and added again."""
+        """The peer of this metadata; one that broke is removed and added again, unless it may still write here."""
         with self._turn(deadline):
+            self._sweep()
             peer = self._peers.setdefault(metadata, _Peer(metadata))
             try:
-                if peer.broken:
+                if peer.broken and not any(one is peer for _, one, _ in self._abandoned):
                     self._remove(peer)
                 if not peer.name:
                     name = self.agent.agent.loadRemoteMD(metadata)
@@ -259,6 +260,8 @@ class ClientAgent:
         handle, ended = 0, False
         try:
             with self._turn(deadline):
+                if self._abandoned:
+                    self._sweep()
                 handle = self.agent.post_read(peer.name, local, remote)
                 state = agent.postXferReq(handle, b"")
             pause_s = SHORTEST_PAUSE_S

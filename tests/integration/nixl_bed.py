@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
 from pathlib import Path
 from typing import Any, Final
 
@@ -46,6 +48,23 @@ def agent_of(server: ServerProcess) -> int:
     pid = eventually(child, "the agent runs")
     assert isinstance(pid, int)
     return pid
+
+
+def open_files(pid: int) -> set[str]:
+    """What this process has open; in this one the look itself comes and goes."""
+    links = set()
+    for name in os.listdir(f"/proc/{pid}/fd"):
+        with contextlib.suppress(FileNotFoundError):
+            links.add(os.readlink(f"/proc/{pid}/fd/{name}"))
+    return links
+
+
+def listens_on(pid: int) -> list[str]:
+    """The addresses, as the kernel writes them, of the sockets on which this process listens."""
+    inodes = {link[8:-1] for link in open_files(pid) if link.startswith("socket:[")}
+    tables = [Path(f"/proc/{pid}/net/{name}").read_text() for name in ("tcp", "tcp6")]
+    rows = [line.split() for table in tables for line in table.splitlines()]
+    return [row[1].partition(":")[0] for row in rows if row[3] == "0A" and row[9] in inodes]
 
 
 def stored(cache: Client, label: str, count: int = 4) -> Keys:

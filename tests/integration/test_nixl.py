@@ -5,7 +5,6 @@ Skipped where NIXL is not installed; test_nixl_missing.py is not.
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
 import signal
@@ -13,21 +12,35 @@ import socket
 import threading
 import time
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 import mmcache
+from mmcache.client.blocking import Client
 from mmcache.errors import ProtocolError, TransportError
 from mmcache.server.access_edit import with_token
 from mmcache.server.grants import digest_of
 from mmcache.testing.process import ServerProcess
-from mmcache.transport.base import Found
+from mmcache.transport.base import Found, Outcome
 from mmcache.transport.nixl import Reader, RemoteArena, client_agent
 from tests.integration.access_bed import write_access
-from tests.integration.nixl_bed import OVER_TCP, agent_of, needs_nixl, nixl_client, one_tenant, outcomes, stored
-from tests.integration.support import PATIENCE_S, MiB, eventually, keys_of, run_cli, suspend
+from tests.integration.certificates import Authority
+from tests.integration.nixl_bed import (
+    OVER_TCP,
+    VALUE_NBYTES,
+    agent_of,
+    listens_on,
+    needs_nixl,
+    nixl_client,
+    one_tenant,
+    open_files,
+    outcomes,
+    stored,
+)
+from tests.integration.support import PATIENCE_S, MiB, blanks, eventually, keys_of, run_cli, suspend
 
 pytestmark = needs_nixl
 
@@ -37,23 +50,6 @@ def server(request: pytest.FixtureRequest) -> Iterator[ServerProcess]:
     environment = {"AN_ENGINES_SECRET": "of the server only", **getattr(request, "param", {})}
     with ServerProcess("64MiB", "--nixl", "lo", environment=environment) as process:
         yield process
-
-
-def open_files(pid: int) -> set[str]:
-    """What this process has open; in this one the look itself comes and goes."""
-    links = set()
-    for name in os.listdir(f"/proc/{pid}/fd"):
-        with contextlib.suppress(FileNotFoundError):
-            links.add(os.readlink(f"/proc/{pid}/fd/{name}"))
-    return links
-
-
-def listens_on(pid: int) -> list[str]:
-    """The addresses, as the kernel writes them, of the sockets on which this process listens."""
-    inodes = {link[8:-1] for link in open_files(pid) if link.startswith("socket:[")}
-    tables = [Path(f"/proc/{pid}/net/{name}").read_text() for name in ("tcp", "tcp6")]
-    rows = [line.split() for table in tables for line in table.splitlines()]
-    return [row[1].partition(":")[0] for row in rows if row[3] == "0A" and row[9] in inodes]
 
 
 def test_the_agent_has_the_arena_to_read_and_nothing_else(server: ServerProcess) -> None:
@@ -87,6 +83,14 @@ def test_stat_says_which_path_is_used_and_why(server: ServerProcess) -> None:
     assert "over lo" in run_cli("doctor", "-c", f"{server.url}?transport=nixl").stdout
 
 
+def is_another(server: ServerProcess, pid: int) -> bool:
+    return agent_of(server) != pid
+
+
+def by_nixl(cache: Client) -> bool:
+    return bool(cache.stat()["transport"] == "nixl")
+
+
 def test_a_killed_agent_is_unavailable_in_time_and_then_used_again(server: ServerProcess) -> None:
     with nixl_client(server, deadline_s=3) as cache:
         keys = stored(cache, "killed")
@@ -97,11 +101,9 @@ def test_a_killed_agent_is_unavailable_in_time_and_then_used_again(server: Serve
             began = time.monotonic()
             assert outcomes(cache, keys) <= {"hit", "unavailable"}
             assert time.monotonic() - began < 4
-            eventually(lambda: outcomes(cache, keys) == {"hit"}, "reads are hits again")
             # Until the server knows that it is gone, it sends clients to it; these read by TCP for some seconds.
-            eventually(lambda: cache.stat()["transport"] == "nixl", "reads go by NIXL again")
-            assert outcomes(cache, keys) == {"hit"}
-            assert agent_of(server) != pid
+            eventually(partial(is_another, server, pid), "the agent is started again")
+            eventually(lambda: outcomes(cache, keys) == {"hit"} and by_nixl(cache), "reads go by NIXL again")
 
 
 @pytest.mark.alone
@@ -113,8 +115,12 @@ def test_a_stopped_agent_is_unavailable_in_time_and_what_it_sends_late_harms_nob
         pid = agent_of(server)
         suspend(pid)
         began = time.monotonic()
-        assert outcomes(cache, keys) == {"unavailable"}
+        (result,) = cache.get_into(keys[:1], blanks(1, VALUE_NBYTES))
+        assert result.outcome is Outcome.UNAVAILABLE
+        assert "by NIXL before the deadline" in result.reason
         assert 0.9 < time.monotonic() - began < 3
+        with mmcache.connect(server.url) as neighbour:
+            eventually(lambda: neighbour.stat()["counters"]["leases"] == 0, "the lease is given back")
         assert client_agent().abandoned_nbytes > 0
         assert outcomes(cache, keys) == {"unavailable"}  # at once: it is left alone for a while
         os.kill(pid, signal.SIGCONT)
@@ -268,6 +274,17 @@ def test_a_second_tenant_ends_it(tmp_path: Path) -> None:
             assert cache.stat()["transport"] == "tcp"
             assert "runs without --nixl" in cache.stat()["transport_why"]
     assert "more than one tenant" in server.said
+
+
+def test_where_it_is_told_over_tls_too(tmp_path: Path) -> None:
+    authority = Authority(tmp_path)
+    cert, key = authority.issue("server")
+    with (
+        ServerProcess("64MiB", "--nixl", "lo", "--tls-cert", cert, "--tls-key", key) as server,
+        mmcache.connect(f"{server.url}?transport=nixl&ca={authority.ca}") as cache,
+    ):
+        assert outcomes(cache, stored(cache, "tls")) == {"hit"}
+        assert by_nixl(cache)
 
 
 def test_who_may_not_see_the_memory_is_not_told_where_it_is(tmp_path: Path) -> None:

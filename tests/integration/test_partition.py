@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import shutil
-import subprocess
 import threading
 import time
 from collections.abc import Iterator
@@ -16,49 +13,16 @@ import mmcache
 from mmcache.client.blocking import Client
 from mmcache.testing.process import ServerProcess
 from tests.integration.support import MiB, blanks, eventually, keys_of, values_of
+from tests.integration.wire_bed import NAMESPACE, NOTHING, SLOW, THERE, Wire, network
 
-NAMESPACE = f"mmcache-{os.getpid()}"
-OUTSIDE, INSIDE = f"mmo{os.getpid()}"[:15], f"mmi{os.getpid()}"[:15]
-HERE, THERE = "198.18.213.1", "198.18.213.2"  # a range for tests between networks: RFC 2544
 DEADLINE_S, SLACK_S = 1.5, 2.0
 NBYTES, COUNT = 8 * MiB, 2
-SLOW = "tbf rate 160mbit burst 256kb latency 400ms"  # a get of them all takes most of a second
-NOTHING = "tbf rate 8bit burst 10b limit 10b"  # no packet is that small: each is dropped
-
-
-def run(*words: str) -> None:
-    """One command of iproute2; skips the test where it is not permitted."""
-    done = subprocess.run(words, capture_output=True, text=True, check=False)
-    if done.returncode:
-        pytest.skip(f"no network namespace to be had: {' '.join(words)}: {done.stderr.strip()}")
-
-
-class Wire:
-    """The link between this process and a namespace with a server in it; `limit` says what it lets through."""
-
-    def limit(self, rule: str) -> None:
-        run("tc", "qdisc", "replace", "dev", OUTSIDE, "root", *rule.split())
-        run("ip", "netns", "exec", NAMESPACE, "tc", "qdisc", "replace", "dev", INSIDE, "root", *rule.split())
 
 
 @pytest.fixture(scope="module")
 def wire() -> Iterator[Wire]:
-    if os.geteuid() or not (shutil.which("ip") and shutil.which("tc")):
-        pytest.skip("network namespaces need root, ip and tc (iproute2)")
-    inside = ("ip", "netns", "exec", NAMESPACE, "ip")
-    try:
-        run("ip", "netns", "add", NAMESPACE)
-        run("ip", "link", "add", OUTSIDE, "type", "veth", "peer", "name", INSIDE, "netns", NAMESPACE)
-        run("ip", "address", "add", f"{HERE}/30", "dev", OUTSIDE)
-        run("ip", "link", "set", OUTSIDE, "up")
-        run(*inside, "address", "add", f"{THERE}/30", "dev", INSIDE)
-        run(*inside, "link", "set", INSIDE, "up")
-        run(*inside, "link", "set", "lo", "up")
-        between = Wire()
-        between.limit(SLOW)
+    with network() as between:
         yield between
-    finally:
-        subprocess.run(["ip", "netns", "delete", NAMESPACE], capture_output=True, check=False)  # and the link with it
 
 
 @pytest.fixture(scope="module")
