@@ -146,7 +146,7 @@ def host_tensor(value: Any, *, writable: bool = False) -> HostTensor:
         return _from_torch(value, writable=writable)
     try:
         view = memoryview(value)
-        data = np.frombuffer(view.cast("B") if view.nbytes else b"", np.uint8)
+        data = np.frombuffer(view.cast("B"), np.uint8) if view.nbytes else np.empty(0, np.uint8)
     except (TypeError, ValueError, BufferError) as error:
         wanted = "pass an ndarray, torch tensor or contiguous buffer"
         raise TensorError(f"{type(value).__name__} is not a tensor ({error}); {wanted}") from None

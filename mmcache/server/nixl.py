@@ -56,7 +56,10 @@ class NixlAgent:
         self._thread.join()
 
     def _start(self) -> None:
-        ours, report = os.pipe()
+        try:
+            ours, report = os.pipe()
+        except OSError as error:
+            raise TransportError(f"the NIXL agent cannot be started: {error}") from error
         try:
             process = subprocess.Popen(
                 [sys.executable, "-P", "-m", "mmcache.transport.nixl_agent"]
@@ -67,7 +70,7 @@ class NixlAgent:
                 pass_fds=(self._arena.fd, report),
                 env=self._environment(),
             )
-        except OSError as error:
+        except (OSError, subprocess.SubprocessError) as error:
             close_fds([ours])
             raise TransportError(f"the NIXL agent cannot be started: {error}") from error
         finally:
@@ -120,7 +123,7 @@ class NixlAgent:
                 try:
                     self._start()
                     break
-                except TransportError as error:
+                except Exception as error:  # whatever it is, it may be over later
                     log.warning("%s; until it starts, clients read by TCP", error)
                     pause_s = AGAIN_SLOWLY_S
 

@@ -17,6 +17,7 @@ import sys
 import time
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, Final
 
 from mmcache.config import ENV_PREFIX, ServerConfig
@@ -32,9 +33,11 @@ PR_SET_PDEATHSIG: Final = 1  # linux/prctl.h
 _libc = ctypes.CDLL(None)
 
 
-def _end_with_parent() -> None:
-    """In a new process: SIGTERM when the supervisor ends, however it does (man 2 PR_SET_PDEATHSIG)."""
+def _end_with(supervisor: int) -> None:
+    """In a new process: SIGTERM when the supervisor ends, however it does (man 2 PR_SET_PDEATHSIG); if it has, end."""
     _libc.prctl(PR_SET_PDEATHSIG, signal.SIGTERM, 0, 0, 0)
+    if os.getppid() != supervisor:
+        os._exit(1)
 
 
 @dataclass
@@ -56,7 +59,7 @@ class _Shard:
             stdout=subprocess.PIPE,
             env=others | environment_of(self.config),
             process_group=0,  # Ctrl-C is for the supervisor, which then asks each
-            preexec_fn=_end_with_parent,
+            preexec_fn=partial(_end_with, os.getpid()),
         )
         assert self.process.stdout is not None
         os.set_blocking(self.process.stdout.fileno(), False)

@@ -151,14 +151,15 @@ class _Peer:
 
     def __init__(self, metadata: bytes) -> None:
         self.metadata, self.name = metadata, ""
-        self.users = 0
+        self.users = self.reads = 0  # links; transfers under way
         self.broken = False
 
 
 class _Staging:
-    """Registered memory that reads land in."""
+    """Registered memory that reads land in. `lost`: a transfer that was given up may still write here."""
 
     def __init__(self, agent: Agent, nbytes: int) -> None:
+        self.lost = False
         try:
             self.data: Bytes = np.frombuffer(mmap.mmap(-1, nbytes), np.uint8)
         except (OSError, ValueError, OverflowError) as error:
@@ -195,7 +196,7 @@ class ClientAgent:
             self._sweep()
             peer = self._peers.setdefault(metadata, _Peer(metadata))
             try:
-                if peer.broken and not any(one is peer for _, one, _ in self._abandoned):
+                if peer.broken and not peer.reads and not any(one is peer for _, one, _ in self._abandoned):
                     self._remove(peer)
                 if not peer.name:
                     name = self.agent.agent.loadRemoteMD(metadata)
@@ -247,6 +248,7 @@ class ClientAgent:
                     continue
             with contextlib.suppress(Exception):
                 agent.releaseXferReq(handle)
+            with contextlib.suppress(Exception):
                 self.agent.deregister(staging.rows)
             self._less(peer)
         self._abandoned = still
@@ -254,8 +256,8 @@ class ClientAgent:
     def read(
         self, peer: _Peer, staging: _Staging, local: NDArray[np.uint64], remote: NDArray[np.uint64], deadline: float
     ) -> None:
-        """Have these rows of the peer's memory in ours. Raises TransportError; if the staging is in use still, it is
-        `abandoned` and no longer the caller's."""
+        """Have these rows of the peer's memory in ours. Raises TransportError; if the staging may still be
+        written, it is `lost` and no longer the caller's."""
         bindings, agent = self.agent.bindings, self.agent.agent
         handle, ended = 0, False
         try:
@@ -263,6 +265,7 @@ class ClientAgent:
                 if self._abandoned:
                     self._sweep()
                 handle = self.agent.post_read(peer.name, local, remote)
+                peer.reads += 1
                 state = agent.postXferReq(handle, b"")
             pause_s = SHORTEST_PAUSE_S
             while state == bindings.NIXL_IN_PROG:
@@ -287,16 +290,14 @@ class ClientAgent:
 
     def _end(self, handle: int, peer: _Peer, staging: _Staging, ended: bool) -> None:
         with self._lock:
+            peer.reads -= 1
             if ended:
                 with contextlib.suppress(Exception):
                     self.agent.agent.releaseXferReq(handle)
             else:
                 peer.users += 1
+                staging.lost = True
                 self._abandoned.append((handle, peer, staging))
-
-    def holds(self, staging: _Staging) -> bool:
-        """Whether a transfer that was given up may still write here."""
-        return any(one is staging for _, _, one in self._abandoned)
 
 
 class Reader:
@@ -331,7 +332,7 @@ class Reader:
         try:
             self._agent.read(self._peer, staging, local, remote, deadline)
         finally:
-            if self._agent.holds(staging):
+            if staging.lost:
                 self._staging = None
         return staging.data, staged
 

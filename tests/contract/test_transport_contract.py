@@ -237,6 +237,7 @@ def test_tensors_without_elements_are_values_too(cache: Client, shape: tuple[int
     value = np.empty(shape, np.float16)
     assert outcomes(cache.put(keys, [value, {}])) == ["stored"] * 2
     assert outcomes(cache.get_into(keys, [np.empty(shape, np.float16), {}])) == ["hit"] * 2
+    assert outcomes(cache.get_into(keys, [bytearray(0), {}])) == ["hit"] * 2
     assert outcomes(cache.get_into(keys[:1], [np.empty((3, 1), np.float16)])) == ["mismatch"]
 
 

@@ -18,7 +18,7 @@ from mmcache.media import Media
 from mmcache.metrics import LABELLED, METRICS
 from mmcache.server.serve import Server
 from mmcache.testing import faults
-from tests.integration.support import blanks, keys_of, run_cli, values_of
+from tests.integration.support import blanks, eventually, keys_of, run_cli, values_of
 
 DOCS = Path(__file__).resolve().parents[2] / "docs"
 
@@ -49,6 +49,9 @@ def test_the_page_shows_what_stat_shows_after_real_work() -> None:
         client.get_into(keys, blanks(5, 5000))
         faults.flip_bit(server.shard, keys.digests[0], 8 * 1000)
         client.get_into(keys[:1], blanks(1, 5000))
+        eventually(
+            lambda: client.stat()["counters"]["connections"] == 1, "the connection that led to shared memory goes"
+        )
         stat = client.stat()["counters"]
         page = scrape(server.metrics_url)
     assert page["mmcache_hits_total"] == 5  # flip_bit looked one up, too

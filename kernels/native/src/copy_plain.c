@@ -12,7 +12,12 @@
     } while (0)
 #define STREAM_FENCE() _mm_sfence()
 #else
-#define COPY_LINE(buffer, target, source) (memcpy(buffer, source, 64), memcpy(target, buffer, 64))
+#define COPY_LINE(buffer, target, source)                                                                              \
+    do {                                                                                                               \
+        memcpy(buffer, source, 64);                                                                                    \
+        __asm__ volatile("" : : "r"(buffer) : "memory");                                                               \
+        memcpy(target, buffer, 64);                                                                                    \
+    } while (0)
 #define STREAM_FENCE() ((void)0)
 #endif
 #include "fused.h"

@@ -14,6 +14,8 @@
 
 #define LINE 64
 #define CHUNK 4096 /* bytes hashed at a time: in the first cache still, and far more than a call of the hash costs */
+/* The buffer is in memory now, and only there: without this a compiler may read the source a second time. */
+#define KEEP(buffer) __asm__ volatile("" : : "r"(buffer) : "memory")
 #define AHEAD 8192 /* bytes: memory that far on is on its way while a chunk is hashed */
 
 static void copy_chunk(char *buffer, char *target, const char *source, size_t nbytes)
@@ -24,6 +26,7 @@ static void copy_chunk(char *buffer, char *target, const char *source, size_t nb
         __builtin_prefetch(source + at + AHEAD, 0, 3);
     }
     memcpy(buffer + at, source + at, nbytes - at);
+    KEEP(buffer);
     memcpy(target + at, buffer + at, nbytes - at);
 }
 
@@ -39,6 +42,7 @@ static void copy_run(XXH3_state_t *state, const char *source, char *target, size
             if (stream && count > LINE - off)
                 count = LINE - off; /* to the next line, once: every later chunk begins on one */
             memcpy(buffer, source, count);
+            KEEP(buffer);
             memcpy(target, buffer, count);
         }
         XXH3_128bits_update(state, buffer, count);
