@@ -93,7 +93,7 @@ $(TEST): $(BENCH)
 
 $(NATIVE): $(CREATED) $(wildcard kernels/native/src/* kernels/native/pyproject.toml kernels/native/install.sh)
 	@bash kernels/native/install.sh $(abspath $(BIN))/python
-	@touch $@
+	@! $(BIN)/python -c 'import mmcache_native' 2>/dev/null || touch $@
 
 engines:
 	bash tests/engines/install-vllm.sh $(ENGINES)/vllm

@@ -15,7 +15,7 @@
 #define COPY_LINE(buffer, target, source)                                                                              \
     do {                                                                                                               \
         memcpy(buffer, source, 64);                                                                                    \
-        __asm__ volatile("" : : "r"(buffer) : "memory");                                                               \
+        KEEP(buffer);                                                                                                  \
         memcpy(target, buffer, 64);                                                                                    \
     } while (0)
 #define STREAM_FENCE() ((void)0)
