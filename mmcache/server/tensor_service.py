@@ -37,7 +37,7 @@ from mmcache.server.large_bodies import EntryIn, Malformed, Piece, TooMany, entr
 from mmcache.server.refuse import BadRequest, parse
 from mmcache.server.service import KEY_NBYTES, Service, status_of
 from mmcache.store.answers import Found, Refusal
-from mmcache.store.shard import Landing
+from mmcache.store.landing import Landing
 from mmcache.transport.base import SLICE_NBYTES, Op
 
 log = logging.getLogger("mmcache.server")
