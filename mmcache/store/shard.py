@@ -58,7 +58,9 @@ class Shard:
         hasher: Callable[[], Hasher] = PlainHasher,
     ) -> None:
         self.config, self.hasher = config, hasher
-        self.arena = Arena(config.memory_nbytes, prefault=config.prefault, progress=progress)
+        self.arena = Arena(
+            config.memory_nbytes, prefault=config.prefault, huge_pages=config.huge_pages, progress=progress
+        )
         self.counters: Counter[str] = Counter(dict.fromkeys(COUNTERS, 0))
         self.longest_step_nbytes = 0  # the most bytes copied or hashed in one go
         self.lock = threading.Lock()
