@@ -51,8 +51,8 @@ class Channel:
     `deadline` is a `time.monotonic()` instant; `None` waits for ever (a server waiting for the next request).
     """
 
-    __slots__ = ("_ahead", "_end", "_poll", "_recv_timeout_s", "_rest_s", "_send_timeout_s", "_spin_from", "_start",
-                 "sock", "spin_s")  # fmt: skip
+    __slots__ = ("_ahead", "_end", "_poll", "_recv_timeout_s", "_rest_s", "_send_timeout_s", "_soon", "_spin_from",
+                 "_start", "sock", "spin_s")  # fmt: skip
 
     def __init__(self, sock: socket.socket) -> None:
         sock.setblocking(True)
@@ -66,6 +66,7 @@ class Channel:
         self._poll.register(sock)
         self.spin_s = SPIN_S
         self._spin_from = self._rest_s = 0.0
+        self._soon = True  # the next message is expected within `spin_s`, as the last one came within that
 
     def _arm(self, option: int, current_s: float, deadline: float | None) -> float:
         """Have a kernel timeout of 90 to 100% of what is left; returns it. A call it ends early is tried again."""
@@ -134,9 +135,16 @@ class Channel:
         return bytes(self._ahead[start : start + nbytes])
 
     def wait_message(self) -> None:
-        """Wait, as long as it takes, for the first byte of what comes next."""
-        if self._start == self._end:
+        """Wait, as long as it takes, for what comes next: awake for a moment, if the last message came soon."""
+        if self._start < self._end:
+            return
+        began = time.perf_counter()
+        if self._soon:
             self._start, self._end = 0, self._spin(self._ahead)
+        self._sleep_for_message()
+        self._soon = time.perf_counter() - began < self.spin_s
+
+    def _sleep_for_message(self) -> None:
         while self._start == self._end:
             self._recv_timeout_s = self._arm(socket.SO_RCVTIMEO, self._recv_timeout_s, None)
             try:
@@ -147,7 +155,7 @@ class Channel:
                 raise as_transport_error(error) from error
             if count == 0:
                 raise TransportError("the peer closed the connection")
-            self._end = count
+            self._start, self._end = 0, count
 
     def recv_available_into(self, view: memoryview) -> int:
         """What has already arrived, at most `view`: 0 when nothing has. Never waits. Raises on a closed peer."""

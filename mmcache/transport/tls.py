@@ -178,12 +178,9 @@ class TlsChannel(Channel):
     def _recv_some(self, views: Sequence[memoryview], deadline: float | None, flags: int = 0) -> int:
         return self._until(lambda: self._read(views[0]), deadline)
 
-    def wait_message(self) -> None:
-        """See Channel."""
+    def _sleep_for_message(self) -> None:
         if self._start == self._end:
-            self._start, self._end = 0, self._spin(self._ahead)
-        if self._start == self._end:
-            self._end = self._until(lambda: self._read(self._ahead), None)
+            self._start, self._end = 0, self._until(lambda: self._read(self._ahead), None)
 
     def recv_available_into(self, view: memoryview) -> int:
         """See Channel. What OpenSSL holds decrypted already counts as arrived."""
