@@ -85,7 +85,7 @@ $(PEERS_READY): $(BENCH)
 	@$(PIP) install --editable '.[bench,grpc]'
 	@touch $@
 
-# Brings torch, which the tests use and mmcache does not need.
+# Brings torch and NIXL, which the tests use and mmcache does not need.
 $(TEST): $(BENCH)
 	@echo "installing mmcache[test] into $(VENV): minutes where torch has to be downloaded"
 	@$(PIP) install --editable '.[test]'
