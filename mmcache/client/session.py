@@ -77,7 +77,7 @@ class Session:
         self.channel = channel
         self.joined, self.arena, self.ring, self.reader, self.no_reader = joined
         self.deadline = 0.0  # of the call under way
-        self.why = ""  # it goes by this path and no faster one
+        self.why = ""  # it goes by this path and no faster one, in words
         # On monotonic time. One that was to read by NIXL makes room for another that might.
         self.good_until = time.monotonic() + NIXL_AGAIN_S if self.no_reader else math.inf
         self.conversation = Conversation()
@@ -171,7 +171,9 @@ def join(
 
                 arena = yield Work(map_arena, reply.arena_nbytes if reply.arena_prefaulted else 0)
         if shared and arena is None:
-            raise NoSharedMemory("the server offered no shared memory on its unix socket; use transport=tcp")
+            if reply.arena_nbytes:
+                raise NoSharedMemory("the server's memory was offered, but did not come through its unix socket")
+            raise NoSharedMemory("the server does not share its memory with this client's tenant (docs/access.md)")
         if nixl_by is None:
             return Joined(reply, arena, ring)
         return Joined(reply, arena, ring, *(yield Work(partial(_reader, reply, nixl_by), 0, waits=True)))
