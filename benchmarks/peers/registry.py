@@ -50,6 +50,11 @@ PEERS: Final[dict[str, Peer]] = {
         client="mmcache:Unix", serve=mmcache.serve, verified=True, note="framed protocol, unix socket",
     ),
     "mmcache-tcp": Peer(client="mmcache:Tcp", serve=mmcache.serve, verified=True, note="framed protocol, TCP"),
+    "mmcache-nixl": Peer(
+        client="mmcache:Nixl", serve=mmcache.serve_nixl, settings=mmcache.ON_LOOPBACK, verified=True,
+        note="gets are NIXL's one-sided reads, which UCX makes on one host by copying from the server's agent; puts go "
+        "by TCP",
+    ),
     "mmcache-grpc": Peer(
         client="mmcache:Grpc", serve=mmcache.serve, verified=True, note="unary gRPC calls; checksums by the client",
     ),

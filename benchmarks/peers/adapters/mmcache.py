@@ -14,6 +14,7 @@ from benchmarks.peers.adapters.base import Bytes, Client, MiB
 MEMORY = "1GiB"
 GRPC_NBYTES = 128 * MiB
 DEADLINE_S = 30.0
+ON_LOOPBACK = {"UCX_NET_DEVICES": "lo"}
 
 
 def serve(run: Path, environments: Path, stack: ExitStack) -> dict[str, Any]:
@@ -30,6 +31,16 @@ def serve(run: Path, environments: Path, stack: ExitStack) -> dict[str, Any]:
     server = ServerProcess(MEMORY, *words, *grpc_words, environment={"MMCACHE_MAX_GRPC_NBYTES": str(GRPC_NBYTES)})
     stack.enter_context(server)
     return {"url": server.url, "unix_path": server.unix_path, "grpc_address": server.grpc_address}
+
+
+def serve_nixl(run: Path, environments: Path, stack: ExitStack) -> dict[str, Any]:
+    """Start a server whose memory NIXL reads. Raises TransportError where NIXL is not installed."""
+    from mmcache.testing.process import ServerProcess
+
+    words = ["--prefault", "--unix", "", "--nixl", ON_LOOPBACK["UCX_NET_DEVICES"]]
+    server = ServerProcess(MEMORY, *words)
+    stack.enter_context(server)
+    return {"url": server.url}
 
 
 def _keys(names: Sequence[str]) -> tuple[Any, list[Any]]:
@@ -49,9 +60,10 @@ class Framed(Client):
         from mmcache.connect import connect
 
         self._client = connect(self._url(options), deadline_s=DEADLINE_S)
-        path = self._client.stat()["transport"]
-        if path != self.TRANSPORT:
-            raise RuntimeError(f"asked for {self.TRANSPORT}, but the values would travel by {path}")
+        said = self._client.stat()
+        if said["transport"] != self.TRANSPORT:
+            found = f"{said['transport']}: {said['transport_why']}"
+            raise RuntimeError(f"asked for {self.TRANSPORT}, but the values would travel by {found}")
 
     def _url(self, options: Mapping[str, Any]) -> str:
         return f"{options['url']}?transport={self.TRANSPORT}"
@@ -91,6 +103,12 @@ class Tcp(Framed):
     """Framed TCP."""
 
     TRANSPORT = "tcp"
+
+
+class Nixl(Framed):
+    """Gets by NIXL, puts by framed TCP."""
+
+    TRANSPORT = "nixl"
 
 
 class Unix(Framed):
