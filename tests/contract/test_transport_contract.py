@@ -63,12 +63,20 @@ def nixl_url() -> Iterator[str]:
         yield f"{process.url}?transport=nixl"
 
 
+@pytest.fixture(scope="module")
+def grpc_url() -> Iterator[str]:
+    with ServerProcess(
+        str(MEMORY), "--grpc", "127.0.0.1:0", environment=LIMITS | {"MMCACHE_MAX_GRPC_NBYTES": str(2 * MEMORY)}
+    ) as process:
+        yield f"mmcache://{process.grpc_address}?transport=grpc"
+
+
 @pytest.fixture(scope="module", params=["blocking", "asyncio"])
 def waits_by(request: pytest.FixtureRequest) -> str:
     return str(request.param)
 
 
-@pytest.fixture(scope="module", params=["embedded", "shm", "shm in Python", "unix", "tcp", "tls", "nixl"])
+@pytest.fixture(scope="module", params=["embedded", "shm", "shm in Python", "unix", "tcp", "tls", "nixl", "grpc"])
 def cache(request: pytest.FixtureRequest, waits_by: str, server: ServerProcess) -> Iterator[Any]:
     urls = {
         "shm": f"{server.url}?transport=shm",
