@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import math
-import socket
 import time
 from collections.abc import Callable, Generator
 from functools import partial
@@ -41,8 +40,6 @@ NIXL_AGAIN_S: Final = 5.0
 class Wire(Protocol):
     """What a session asks of its channel itself."""
 
-    sock: socket.socket
-
     @property
     def is_unix(self) -> bool:
         """True for a unix socket."""
@@ -72,6 +69,8 @@ class Joined(NamedTuple):
 
 class Session:
     """A channel after Join. One call at a time; when anything goes wrong in it, it is closed and never used again."""
+
+    rpc: Callable[[str, bytes], bytes] | None = None  # over gRPC: calls a method with a body, for its reply's
 
     def __init__(self, channel: Wire, joined: Joined) -> None:
         self.channel = channel

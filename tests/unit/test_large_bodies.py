@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from mmcache.frame import DTYPES, MAX_DIMS, MAX_FRAME_NBYTES, MAX_NAME_NBYTES, StoredTensor, TensorSpec, layout_of
 from mmcache.pb import cache_pb2 as pb
-from mmcache.server.large_bodies import MESSAGE_FIELDS, Malformed, TooMany, entry_pieces, open_put
+from mmcache.transport.large_bodies import MESSAGE_FIELDS, Malformed, TooMany, entry_pieces, open_put
 
 ENDLESS = 1 << 40
 numbers = st.integers(0, (1 << 64) - 1)
@@ -141,7 +141,7 @@ def test_an_entry_of_a_reply_is_never_larger_than_its_frame() -> None:
     shape = (MAX_FRAME_NBYTES - 1,) * MAX_DIMS
     entry = pb.Entry(
         status=pb.FOUND, kind="embedding", namespace=bytes(32), parent=bytes(32), home=bytes(32),
-        chain_index=(1 << 64) - 1, created_ms=(1 << 64) - 1, expires_ms=(1 << 64) - 1,
+        chain_index=(1 << 64) - 1, created_ms=(1 << 64) - 1, expires_ms=(1 << 64) - 1, key=bytes(32),
     )  # fmt: skip
     stored = StoredTensor(TensorSpec("n" * MAX_NAME_NBYTES, most, shape), 0, 0, bytes(16))
     for count in (0, 1, 2, 1024):
