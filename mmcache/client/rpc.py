@@ -53,6 +53,10 @@ from mmcache.transport.large_bodies import (
 
 REPLY_FIELDS: Final = 1 << 20  # that one Get's reply may have: some tens of MiB while they are looked at
 ASK_FIRST_NBYTES: Final = 64 << 10  # to store more than this, first ask what is there: that costs a round trip
+# A message's values, unless one alone is larger: much larger blocks are mapped, faulted in and unmapped each time, by
+# glibc, at both ends, and move at half the rate or less. benchmarks/grpc_floor.py shows it.
+MESSAGE_NBYTES: Final = 8 << 20
+REPLY_NBYTES_PER_KEY: Final = 16  # of an entry that is not there, and to spare
 FULL: Final = "too much memory is leased; release leases or raise --memory"
 Ask = Callable[[str, bytes], bytes]
 M = TypeVar("M", bound=Message)
@@ -98,7 +102,10 @@ def get(
     """Read into the destinations; one Result a key."""
     position = 0
     while position < len(digests):
-        for entry in (yield from _some(session, digests[position:])):
+        rest = digests[position:]
+        layout = layout_of([one.data.nbytes for one in targets[position].values()], session.joined.alignment)
+        room = layout.frame_nbytes + REPLY_NBYTES_PER_KEY * (1 + len(rest))
+        for entry in (yield from _some(session, rest, max(MESSAGE_NBYTES, room))):
             if isinstance(entry, EntryOut):
                 results[position] = _land(entry, session.joined, digests[position], targets[position], verify)
             else:
@@ -110,23 +117,24 @@ def take(session: Session, digests: Sequence[bytes]) -> Flow[list[Frame | None]]
     """Receive entries whole; a frame or None a key. The frames are this process's own: no lease is needed."""
     frames: list[Frame | None] = []
     while len(frames) < len(digests):
-        for entry in (yield from _some(session, digests[len(frames) :])):
+        for entry in (yield from _some(session, digests[len(frames) :], MESSAGE_NBYTES)):
             key = digests[len(frames)]
             frames.append(_frame(entry, session.joined, key) if isinstance(entry, EntryOut) else None)
     return frames
 
 
-def _some(session: Session, digests: Sequence[bytes]) -> Flow[list[EntryOut | Result]]:
-    """What one Get answers of the first keys: at least one, as many as the limits allow."""
+def _some(session: Session, digests: Sequence[bytes], room: int) -> Flow[list[EntryOut | Result]]:
+    """What one Get answers of the first keys: at least one, as many as the limits and `room` bytes allow; one that is
+    larger than that is asked for again, alone."""
     limits = session.joined.limits
-    keys = digests[: limits.batch_keys]
-    request = pb.GetRequest(keys=b"".join(keys), max_nbytes=limits.message_nbytes)
+    keys, room = digests[: limits.batch_keys], min(room, limits.message_nbytes)
+    request = pb.GetRequest(keys=b"".join(keys), max_nbytes=room)
     try:
         body = yield from _ask(session, "Get", request.SerializeToString())
         reply, entries = open_get(body, REPLY_FIELDS)
     except (OverLimit, TooMany) as error:
-        if len(keys) > 1:
-            return (yield from _some(session, keys[:1]))
+        if len(keys) > 1 or room < limits.message_nbytes:
+            return (yield from _some(session, keys[:1], limits.message_nbytes))
         return [Result(Outcome.MISS, str(error) or "an entry of more parts than this client reads over gRPC")]
     except Malformed as error:
         raise ProtocolError(f"the server's reply cannot be read: {error}") from None
@@ -248,7 +256,7 @@ def put(
     costs = [(1, size, fields_of(specs_of(value))) for size, value in zip(sizes, values, strict=True)]
     most = (
         limits.batch_keys,
-        min(limits.inline_nbytes, room),
+        min(limits.inline_nbytes, room, MESSAGE_NBYTES),
         FIELDS_PER_KEY * limits.batch_keys - max(map(_facts_of, heads), default=0),
     )
     for run in _runs(rows, [at for at in waiting if sizes[at] <= room], costs, most):

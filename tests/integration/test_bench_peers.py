@@ -34,7 +34,7 @@ def assert_controls_are_caught(report: Report) -> None:
 
 
 def test_controls_are_caught_and_what_does_not_start_is_in_the_table(tmp_path: Path) -> None:
-    names = ["vineyard", "mmcache-shm", "mmcache-nixl", "mmcache-grpc"]
+    names = ["vineyard", "mmcache-shm", "mmcache-nixl", "mmcache-grpc", "grpc-floor"]
     report, told = measured(names, Plan(2, 1, CASES, clients=(2,)), tmp_path)
     assert_controls_are_caught(report)
     assert report.ok, report.complaints()
@@ -45,7 +45,7 @@ def test_controls_are_caught_and_what_does_not_start_is_in_the_table(tmp_path: P
     assert told.count("turn 1 of 2: vineyard") == 1
     assert "turn 2 of 2: vineyard" not in told
     rows = [row for row in report.rows if row.peer not in CONTROLS]
-    assert {row.peer for row in rows} == {"mmcache-shm", "mmcache-nixl", "mmcache-grpc"} - set(reasons)
+    assert {row.peer for row in rows} == {"mmcache-shm", "mmcache-nixl", "mmcache-grpc", "grpc-floor"} - set(reasons)
     assert all(row.pairs == 2 and row.ratio > 0 and row.wrong == 0 for row in rows)
     assert markdown(report, "").count("BAD DATA") == len(CONTROLS) * len(CASES) + 1  # and the note that explains it
 
