@@ -37,7 +37,7 @@ class RpcLink(Link):
         self._token = token
         self.rpc = self._ask
         self.conversation = RpcConversation(self._ask)
-        self.why = "the URL asks for it"
+        self.why = "the URL asks for it (transport=grpc)"
 
     def _ask(self, method: str, body: bytes) -> bytes:
         return self.channel.call(method, body, self._token(), self.deadline)

@@ -121,6 +121,19 @@ def test_a_user_who_may_not_use_the_unix_socket() -> None:
         assert "Permission denied" in found["transport_why"]
 
 
+def test_grpc_is_taken_only_where_it_is_asked_for(tmp_path: Path) -> None:
+    authority = Authority(tmp_path)
+    cert, key = authority.issue("server")
+    for words, scheme, options, path in (
+        ((), "mmcache", "", "grpc"),
+        (("--tls-cert", cert, "--tls-key", key), "mmcaches", f"&ca={authority.ca}", "grpc-tls"),
+    ):
+        with ServerProcess("4MiB", "--grpc", "127.0.0.1:0", *words) as server:
+            with mmcache.connect(f"{scheme}://{server.grpc_address}?transport=grpc{options}") as cache:
+                report = cache.stat()
+            assert (report["transport"], report["transport_why"]) == (path, "the URL asks for it (transport=grpc)")
+
+
 def test_a_server_on_another_host() -> None:
     under = ("ip", "netns", "exec", NAMESPACE)
     with network(), ServerProcess("4MiB", "--insecure-network", listen=f"{THERE}:0", under=under) as server:
