@@ -60,7 +60,7 @@ PEERS: Final[dict[str, Peer]] = {
     ),
     "grpc-floor": Peer(
         client="grpc_floor:Plain", serve=grpc_floor.serve,
-        note="no cache: a dict behind plain grpcio, a unary call a value; the floor for gRPC from Python",
+        note="no cache: a dict behind plain grpcio, the same messages; the floor for gRPC from Python",
     ),
     "redis-tcp": Peer(
         client="redis:RedisTcp", serve=redis.serve, system=REDIS, environment="redis",

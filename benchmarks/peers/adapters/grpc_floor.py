@@ -1,4 +1,6 @@
-"""The floor for gRPC from Python: values in a dict behind plain grpcio, one unary call each, nothing checked.
+"""The floor for gRPC from Python: bytes in a dict behind plain grpcio, by unary calls, nothing checked.
+
+What goes in one message lies in the dict as it came, under its first name, and is asked for again in the same way.
 
 Run as a module it is the server: it writes its port to the file that is named.
 """
@@ -16,9 +18,10 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.peers.adapters.base import Bytes, Client, spawn
+from benchmarks.peers.adapters.base import Bytes, Client, MiB, spawn
 
 ROOT = Path(__file__).resolve().parents[3]
+MESSAGE_NBYTES = 8 * MiB  # mmcache's
 ENDLESS = [("grpc.max_receive_message_length", -1), ("grpc.max_send_message_length", -1)]
 CALL_S = 30.0
 
@@ -32,7 +35,7 @@ def serve(run: Path, environments: Path, stack: ExitStack) -> dict[str, Any]:
 
 
 class Plain(Client):
-    """A channel, and its three calls; a value's name goes with a put as metadata."""
+    """A channel, and its three calls; the name goes with a put as metadata."""
 
     def __init__(self, options: Mapping[str, Any], source: Bytes, target: Bytes) -> None:
         super().__init__(options, source, target)
@@ -43,13 +46,20 @@ class Plain(Client):
             self._channel.unary_unary(f"/floor/{name}") for name in ("put", "get", "delete")
         )
 
+    def prepare(self, names: Sequence[str], buffers: Sequence[Bytes]) -> Any:
+        step = max(1, MESSAGE_NBYTES // buffers[0].nbytes)
+        return [(names[at], buffers[at : at + step]) for at in range(0, len(names), step)]
+
     def put(self, batch: Any) -> None:
-        for name, buffer in zip(*batch, strict=True):
-            self._put(buffer.tobytes(), timeout=CALL_S, metadata=[("name", name)])
+        for name, buffers in batch:
+            self._put(b"".join(buffers), timeout=CALL_S, metadata=[("name", name)])
 
     def get(self, batch: Any) -> None:
-        for name, buffer in zip(*batch, strict=True):
-            np.copyto(buffer, np.frombuffer(self._get(name.encode(), timeout=CALL_S), np.uint8))
+        for name, buffers in batch:
+            came, position = np.frombuffer(self._get(name.encode(), timeout=CALL_S), np.uint8), 0
+            for buffer in buffers:
+                np.copyto(buffer, came[position : position + buffer.nbytes])
+                position += buffer.nbytes
 
     def delete(self, names: Sequence[str]) -> None:
         for name in names:
