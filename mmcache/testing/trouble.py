@@ -56,9 +56,13 @@ def misses_everything(cache: Client, stored: Stored) -> None:
 
 @_trouble
 def a_killed_server_is_a_miss_and_used_again_once_it_is_back_at_its_address(way: Way) -> None:
-    stored, server = Stored("killed"), way.server(MEMORY).start()
-    address = way.address(server)
-    with way.connect(address, DEADLINE_S) as cache, way.connect(address, DEADLINE_S) as idle:
+    stored = Stored("killed")
+    with (
+        way.server(MEMORY) as server,
+        way.connect(way.address(server), DEADLINE_S) as cache,
+        way.connect(way.address(server), DEADLINE_S) as idle,
+    ):
+        address = way.address(server)
         assert stored.put(cache)
         assert stored.reads(cache)
         assert server.stop(signal.SIGKILL) == -signal.SIGKILL
@@ -73,8 +77,12 @@ def a_killed_server_is_a_miss_and_used_again_once_it_is_back_at_its_address(way:
 
 @_trouble
 def a_server_that_moved_is_found_where_the_address_now_leads(way: Way) -> None:
-    stored, first = Stored("moved"), way.server(MEMORY).start()
-    with led(way, first) as between, way.connect(between.address, DEADLINE_S) as cache:
+    stored = Stored("moved")
+    with (
+        way.server(MEMORY) as first,
+        led(way, first) as between,
+        way.connect(between.address, DEADLINE_S) as cache,
+    ):
         assert stored.put(cache)
         assert stored.reads(cache)
         before = cache.stat()["server_id"]

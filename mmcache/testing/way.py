@@ -1,4 +1,4 @@
-"""A way to a shard, as the contract sees it: how to serve, where that is, which URL leads there; values to try it with."""
+"""A way to a shard, as the contract sees it: how to serve, where that is, which URL leads there; values to try it."""
 
 from __future__ import annotations
 
