@@ -85,6 +85,7 @@ def limits_of(reply: pb.StatReply) -> pb.JoinReply:
         layout_of([], reply.alignment)
     except TensorError as error:
         raise ProtocolError(f"the server's frames make no sense: {error}") from None
+    limits.message_nbytes = min(limits.message_nbytes, GiB)  # more is not received
     return pb.JoinReply(server=reply.server, server_id=reply.server_id, limits=limits, alignment=reply.alignment)
 
 

@@ -175,7 +175,7 @@ def a_peer_too_slow_costs_one_deadline_and_one_in_dribbles_is_read(way: Way) -> 
 
 @_trouble
 def a_killed_client_leaves_nothing_behind(way: Way) -> None:
-    with way.server(MEMORY, MMCACHE_LEASE_S="1") as server:
+    with way.server(MEMORY) as server:
         url = way.url(way.address(server))
         child = subprocess.Popen([sys.executable, "-c", _BUSY, url], stdout=subprocess.PIPE)
         assert child.stdout is not None

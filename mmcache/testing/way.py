@@ -21,6 +21,7 @@ from mmcache.testing.values import Bytes, blanks, eventually, keys_of, values_of
 MEMORY: Final = 64 << 20
 NBYTES: Final = 1 << 20
 DEADLINE_S: Final = 1.0
+LEASE_S: Final = 4 * DEADLINE_S  # whoever is cut off from the answer that leased has nothing to give back
 SLACK_S: Final = 1.5  # a machine that runs other tests too may be that late
 
 
@@ -39,9 +40,9 @@ class Way:
     url: Callable[[str], str]
     environment: Mapping[str, str] = field(default_factory=dict)
 
-    def server(self, memory_nbytes: int, address: str = "", **environment: str) -> ServerProcess:
-        """A server, to be started, that can be reached this way."""
-        settings = {**self.environment, **environment}
+    def server(self, memory_nbytes: int, address: str = "") -> ServerProcess:
+        """A server, to be started, that can be reached this way. Its leases last LEASE_S."""
+        settings = {"MMCACHE_LEASE_S": str(LEASE_S), **self.environment}
         return ServerProcess(str(memory_nbytes), *self.arguments(address), environment=settings)
 
     def connect(self, address: str, deadline_s: float, *, lazy: bool = False) -> Client:
@@ -86,7 +87,7 @@ def led(way: Way, server: ServerProcess) -> Iterator[Between]:
 
 
 def holds_nothing(way: Way, server: ServerProcess) -> None:
-    """No lease, no reservation and no byte in flight is left at the server once its clients are gone."""
+    """No lease, no reservation and no byte in flight is left at the server once its clients are gone and leases end."""
     with way.connect(way.address(server), 5.0) as observer:
 
         def free() -> bool:
