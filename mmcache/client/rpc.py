@@ -19,6 +19,7 @@ from mmcache.client.batch import described
 from mmcache.client.plan import batches, runs_within
 from mmcache.client.protocol import Conversation, Flow, Work, put_result, slices_of
 from mmcache.client.session import Session
+from mmcache.config import GiB
 from mmcache.errors import CorruptFrame, FrameError, MMCacheError, ProtocolError, TensorError
 from mmcache.frame import (
     MAX_FRAME_NBYTES,
