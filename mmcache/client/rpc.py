@@ -19,6 +19,7 @@ from mmcache.client.batch import described
 from mmcache.client.plan import batches, runs_within
 from mmcache.client.protocol import Conversation, Flow, Work, put_result, slices_of
 from mmcache.client.session import Session
+from mmcache.config import GiB
 from mmcache.errors import CorruptFrame, FrameError, MMCacheError, ProtocolError, TensorError
 from mmcache.frame import (
     MAX_FRAME_NBYTES,
@@ -89,6 +90,7 @@ def limits_of(reply: pb.StatReply) -> pb.JoinReply:
         layout_of([], reply.alignment)
     except TensorError as error:
         raise ProtocolError(f"the server's frames make no sense: {error}") from None
+    limits.message_nbytes = min(limits.message_nbytes, GiB)  # more is not received
     return pb.JoinReply(server=reply.server, server_id=reply.server_id, limits=limits, alignment=reply.alignment)
 
 

@@ -21,7 +21,6 @@ from mmcache.transport.large_bodies import OverLimit
 SERVICE: Final = pb.DESCRIPTOR.services_by_name["Cache"].full_name
 MAX_MESSAGE_NBYTES: Final = GiB  # no server has a larger limit
 _CODE: Final = grpc.StatusCode
-_DENIED: Final = (_CODE.UNAUTHENTICATED, _CODE.PERMISSION_DENIED)
 _REFUSED: Final = (_CODE.INVALID_ARGUMENT, _CODE.UNIMPLEMENTED)
 
 
@@ -95,7 +94,11 @@ class RpcChannel:
             return DeadlineExceeded(_TOO_LATE)
         if code is _CODE.RESOURCE_EXHAUSTED:
             return OverLimit(words)
-        if code in _DENIED:
+        if code is _CODE.UNAUTHENTICATED:
+            return AccessDenied(
+                "access denied: no valid token or certificate came with this call; give token_file=PATH"
+            )
+        if code is _CODE.PERMISSION_DENIED:
             return AccessDenied(words)
         if code in _REFUSED:
             return RequestRefused(words)
@@ -109,6 +112,7 @@ class RpcChannel:
             _Process.left.append(self._channel)
 
 
+_UNKNOWN: Final = "access denied: no valid token or certificate came with this call; give token_file=PATH"
 _TOO_LATE: Final = "the deadline passed; raise deadline_s or look at the server's load"
 
 

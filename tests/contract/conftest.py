@@ -4,4 +4,4 @@ from __future__ import annotations
 
 import pytest
 
-pytest.register_assert_rewrite("mmcache.testing.contract", "mmcache.testing.trouble")
+pytest.register_assert_rewrite(*(f"mmcache.testing.{name}" for name in ("contract", "leaks", "trouble", "way")))
