@@ -134,6 +134,7 @@ def test_grpc_is_taken_only_where_it_is_asked_for(tmp_path: Path) -> None:
             assert (report["transport"], report["transport_why"]) == (path, "the URL asks for it (transport=grpc)")
 
 
+@pytest.mark.alone  # one network of these addresses at a time
 def test_a_server_on_another_host() -> None:
     under = ("ip", "netns", "exec", NAMESPACE)
     with network(), ServerProcess("4MiB", "--insecure-network", listen=f"{THERE}:0", under=under) as server:
