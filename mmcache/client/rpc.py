@@ -54,8 +54,8 @@ from mmcache.transport.large_bodies import (
 
 REPLY_FIELDS: Final = 1 << 20  # that one Get's reply may have: some tens of MiB while they are looked at
 ASK_FIRST_NBYTES: Final = 1 << 20  # to store more than this, first ask what is there: less goes in the time of that
-# A message's values, unless one alone is larger: glibc takes much larger blocks from the system and gives them back each
-# time, and faulting them in costs more than copying (docs/grpc.md).
+# A message's values, unless one alone is larger: glibc takes much larger blocks from the system and gives them back
+# each time, and faulting them in costs more than copying (docs/grpc.md).
 MESSAGE_NBYTES: Final = 8 << 20
 REPLY_NBYTES_PER_KEY: Final = 16  # of an entry that is not there, and to spare
 FULL: Final = "too much memory is leased; release leases or raise --memory"
