@@ -82,10 +82,11 @@ def _shared_memory() -> Iterable[Finding]:
 
 
 def _native() -> Iterable[Finding]:
-    if native.COPY_HASHED is None:
-        yield Finding("native", BAD, f"{native.STATE}; large reads are copied and hashed in Python")
+    if native.NATIVE is native.PYTHON:
+        yield Finding("native", BAD, f"{native.STATE}; what is read and written is copied, then hashed")
     else:
-        yield Finding("native", GOOD, f"mmcache-native, {native.STATE}: large reads are copied and hashed in one pass")
+        said = f"mmcache-native, {native.STATE}: what is read and written is copied and hashed in one pass"
+        yield Finding("native", GOOD, said)
 
 
 def _server(url: str) -> Iterable[Finding]:

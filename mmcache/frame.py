@@ -142,6 +142,11 @@ def align_up(nbytes: int, alignment: int) -> int:
 
 def layout_of(sizes: Sequence[int], alignment: int = DEFAULT_ALIGNMENT) -> Layout:
     """The only layout for tensors of these sizes in bytes. Pure arithmetic; raises TensorError over a limit."""
+    return _layout_of(tuple(sizes), alignment)
+
+
+@lru_cache(maxsize=4096)
+def _layout_of(sizes: tuple[int, ...], alignment: int) -> Layout:
     if alignment < 64 or alignment > MAX_ALIGNMENT or alignment & (alignment - 1):
         raise TensorError(f"alignment {alignment} is not a power of two from 64 to {MAX_ALIGNMENT}")
     if len(sizes) > MAX_TENSORS:
@@ -174,6 +179,11 @@ def header_checksum(header: bytes | bytearray | memoryview) -> bytes:
 
 def check_specs(specs: Sequence[TensorSpec]) -> None:
     """Raise TensorError if these tensors cannot be stored in one frame: what `pack_header` checks, without a frame."""
+    _check_specs(tuple(specs))
+
+
+@lru_cache(maxsize=4096)
+def _check_specs(specs: tuple[TensorSpec, ...]) -> None:
     sizes = [spec.nbytes for spec in specs]
     for spec in specs:
         name = spec.name.encode(errors="replace")  # as "?": a lone surrogate is then not what it was
@@ -189,40 +199,67 @@ def check_specs(specs: Sequence[TensorSpec]) -> None:
     layout_of(sizes)
 
 
-def _pack_entry(spec: TensorSpec, offset: int, nbytes: int, checksum: bytes) -> bytes:
+@lru_cache(maxsize=1024)
+def _table(specs: tuple[TensorSpec, ...], alignment: int) -> tuple[Layout, bytes]:
+    """Where these tensors lie, and what follows the prefix: their entries without checksums, padded."""
+    _check_specs(specs)
+    layout = layout_of([spec.nbytes for spec in specs], alignment)
+    entries = [_pack_entry(*row) for row in zip(specs, layout.offsets, strict=True)]
+    return layout, b"".join(entries).ljust(layout.header_nbytes - PREFIX_NBYTES, b"\0")
+
+
+def _pack_entry(spec: TensorSpec, offset: int) -> bytes:
     name = spec.name.encode()
     shape = spec.shape + (0,) * (MAX_DIMS - len(spec.shape))
     code = DTYPES[spec.dtype][0]
-    return _ENTRY.pack(code, len(spec.shape), len(name), 0, offset, nbytes, checksum, *shape, name)
+    return _ENTRY.pack(code, len(spec.shape), len(name), 0, offset, spec.nbytes, _ZERO_SUM, *shape, name)
 
 
 def pack_header(
-    meta: FrameMeta, specs: Sequence[TensorSpec], checksums: Sequence[bytes], alignment: int = DEFAULT_ALIGNMENT
+    meta: FrameMeta,
+    specs: Sequence[TensorSpec],
+    checksums: Sequence[bytes] | None,
+    alignment: int = DEFAULT_ALIGNMENT,
 ) -> bytes:
-    """The header bytes (padded to the alignment) for these tensors with these xxh3-128 digests.
+    """The header bytes (padded to the alignment) for these tensors with these xxh3-128 digests; None: not known yet.
 
     Raises TensorError for what a frame cannot express (too many dimensions, duplicate names, long names), and
     KeyInputError for a key, namespace, parent or home that is not 32 bytes.
     """
-    check_specs(specs)
-    sizes = [spec.nbytes for spec in specs]
-    layout = layout_of(sizes, alignment)
+    layout, table = _table(tuple(specs), alignment)
+    if checksums is not None and len(checksums) != len(specs):
+        raise TensorError(f"{len(checksums)} checksums for {len(specs)} tensors; give one of each")
     for digest in (meta.key, meta.namespace, meta.parent, meta.home):
         if len(digest) != len(NO_KEY):
             raise KeyInputError(f"a digest of {len(digest)} bytes cannot stand in a header; it must have {len(NO_KEY)}")
-    writer = meta.writer.replace("\0", "?").encode("ascii", "replace")[:MAX_WRITER_NBYTES]
-    header = bytearray(layout.header_nbytes)
-    _PREFIX.pack_into(
-        header, 0, MAGIC, VERSION, int(meta.kind), 0, layout.header_nbytes, layout.frame_nbytes, alignment, len(specs),
-        0, _ZERO_SUM, meta.chain_index, meta.created_ms, meta.expires_ms, writer,
+    prefix = _PREFIX.pack(
+        MAGIC, VERSION, int(meta.kind), 0, layout.header_nbytes, layout.frame_nbytes, alignment, len(specs),
+        0, _ZERO_SUM, meta.chain_index, meta.created_ms, meta.expires_ms, _writer(meta.writer),
         meta.key, meta.namespace, meta.parent, meta.home, NO_KEY,
     )  # fmt: skip
-    position = PREFIX_NBYTES
-    for spec, offset, nbytes, checksum in zip(specs, layout.offsets, sizes, checksums, strict=True):
-        header[position : position + ENTRY_NBYTES] = _pack_entry(spec, offset, nbytes, checksum)
+    return sealed(prefix + table, checksums or ())
+
+
+@lru_cache(maxsize=64)
+def _writer(name: str) -> bytes:
+    return name.replace("\0", "?").encode("ascii", "replace")[:MAX_WRITER_NBYTES]
+
+
+def sealed(header: bytes, sums: Sequence[bytes]) -> bytes:
+    """The header of a frame whose tensors' checksums were not known when it was packed, with these."""
+    whole = bytearray(header)
+    position = PREFIX_NBYTES + _ENTRY_HEAD.size
+    for checksum in sums:
+        whole[position : position + SUM_NBYTES] = checksum
         position += ENTRY_NBYTES
-    header[SUM_OFFSET : SUM_OFFSET + SUM_NBYTES] = header_checksum(header)
-    return bytes(header)
+    whole[SUM_OFFSET : SUM_OFFSET + SUM_NBYTES] = header_checksum(whole)
+    return bytes(whole)
+
+
+def sum_of_sums(sums: Sequence[bytes]) -> bytes:
+    """What stands for all tensors of a frame after it, where its header does not have their checksums: the xxh3-128 of
+    those, in order, 16 bytes."""
+    return xxhash.xxh3_128_digest(b"".join(sums))
 
 
 def frame_segments(header: bytes, payloads: Sequence[memoryview], alignment: int) -> list[bytes | memoryview]:

@@ -137,7 +137,7 @@ class LoopClient(ClientCore):
 
         The values must not change until the call has ended.
         """
-        return await self._put(Put.of(keys, tensors, ttl_s, media), self._deadline())
+        return await self._put(Put.of(keys, tensors, ttl_s, media, self._native.hasher), self._deadline())
 
     async def put_many(
         self,
@@ -149,7 +149,7 @@ class LoopClient(ClientCore):
         media: AnyMedia = None,
     ) -> list[Result]:
         """As `put`, in parts like those of `get_many`."""
-        return await self._in_parts(Put.of(keys, tensors, ttl_s, media), concurrency, self._put)
+        return await self._in_parts(Put.of(keys, tensors, ttl_s, media, self._native.hasher), concurrency, self._put)
 
     def acquire(self, keys: AnyKeys) -> AsyncLease:
         """Pin entries and see them without a copy (same host) or received whole: use with `async with`.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any, Final
 
@@ -12,9 +12,11 @@ import xxhash
 
 from mmcache._version import __version__
 from mmcache.client.protocol import PLANNING_NBYTES, Flow, Work, put_result
+from mmcache.client.sending import Outgoing, send_frames
 from mmcache.client.session import Session
 from mmcache.errors import KeyInputError, TransportError
-from mmcache.frame import FrameMeta, Kind, frame_segments, pack_header
+from mmcache.frame import FrameMeta, Kind, pack_header
+from mmcache.hashing import Hasher
 from mmcache.keyset import Keys, NamespaceId
 from mmcache.media import Media
 from mmcache.pb import cache_pb2 as pb
@@ -26,6 +28,7 @@ from mmcache.transport.shm import Copier
 
 GIVE_BACK_S: Final = 0.05  # of a call's time, to give a lease back after its deadline for reading
 WRITER: Final = f"mmcache/{__version__}"
+_KINDS: Final = {kind.name.lower(): kind for kind in Kind}
 
 
 def get_run(
@@ -117,7 +120,7 @@ def described(namespace: bytes) -> NamespaceId:
 
 
 def _kind_of(namespace: bytes) -> Kind:
-    return Kind[described(namespace).kind.upper()]
+    return _KINDS[described(namespace).kind]
 
 
 class PutBatch:
@@ -138,8 +141,9 @@ class PutBatch:
         self.created_ms = time.time_ns() // 1_000_000
         self.expires_ms = self.created_ms + max(1, int(ttl_s * 1000)) if ttl_s is not None else 0
 
-    def send(self, session: Session) -> Flow[list[Result]]:
+    def send(self, session: Session, hasher: Callable[[], Hasher]) -> Flow[list[Result]]:
         """Reserve, send what is wanted, and say what became of each key."""
+        sums_last = session.joined.sums_last
         start, stop = self.run.start, self.run.stop
         rows, conversation = self.rows, session.conversation
         status = yield from conversation.reserve(
@@ -149,12 +153,14 @@ class PutBatch:
             bytes(_kind_of(rows.namespaces[position]) for position in self.run),
             session.ring is not None,
             **(self._provenance() if session.joined.protocol > 1 else {}),
+            **({"sums_last": True} if sums_last else {}),
         )
         wanted = [position for position, code in zip(self.run, status, strict=True) if code == pb.WANTED]
         stored: Iterator[int] = iter(())
         if wanted:
-            frames = (Work(partial(self._segments, position), self.sizes[position]) for position in wanted)
-            stored = iter((yield from conversation.send_frames(frames, len(wanted), session.ring)))
+            frames = (self._frame(position, hashed=not sums_last) for position in wanted)
+            sending = send_frames(frames, hasher() if sums_last else None, conversation, session.ring)
+            stored = iter((yield from conversation.put_done(sending, len(wanted))))
         return [put_result(next(stored) if code == pb.WANTED else code) for code in status]
 
     def _provenance(self) -> dict[str, Any]:
@@ -167,8 +173,12 @@ class PutBatch:
             columns["media_units"] = [one.units if one else 0 for one in self._media]
         return columns
 
-    def _segments(self, position: int) -> list[bytes | memoryview]:
-        rows, value = self.rows, self.values[position]
+    def _frame(self, position: int, *, hashed: bool) -> Flow[Outgoing]:
+        """What to send of a value. With `hashed` its header has the tensors' checksums already."""
+        tensors = list(self.values[position].values())
+        payloads = [tensor.data.data for tensor in tensors]
+        sums = (yield Work(partial(_digests, payloads), self.sizes[position])) if hashed else None
+        rows = self.rows
         namespace = described(rows.namespaces[position])
         meta = FrameMeta(
             kind=_kind_of(namespace),
@@ -181,6 +191,9 @@ class PutBatch:
             expires_ms=self.expires_ms,
             writer=WRITER,
         )
-        sums = [xxhash.xxh3_128_digest(tensor.data.data) for tensor in value.values()]
-        header = pack_header(meta, specs_of(value), sums, self.alignment)
-        return frame_segments(header, [tensor.data.data for tensor in value.values()], self.alignment)
+        header = pack_header(meta, specs_of(self.values[position]), sums, self.alignment)
+        return Outgoing(header, payloads, self.alignment, self.sizes[position])
+
+
+def _digests(payloads: Sequence[memoryview]) -> list[bytes]:
+    return [xxhash.xxh3_128_digest(payload) for payload in payloads]

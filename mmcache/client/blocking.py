@@ -118,7 +118,7 @@ class Client(ClientCore):
         `media` says what the values were computed from, for the server's metrics: one Media, or one or None a key.
         Raises TensorError for values that cannot be stored, UsageError for a `ttl_s` that is not above 0.
         """
-        put = Put.of(keys, tensors, ttl_s, media)
+        put = Put.of(keys, tensors, ttl_s, media, self._native.hasher)
         if put.results:
             self._attempt(put.flow, put.fail, needs=STOPPED_WRITES)
         self._count(put.counts())

@@ -6,7 +6,7 @@ Both clients run these; what differs between them is only who waits for the sock
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from numbers import Real
 from typing import Any, Final
 
@@ -17,6 +17,7 @@ from mmcache.client.protocol import STOPPED_READS, STOPPED_WORDS, STOPPED_WRITES
 from mmcache.client.session import Session
 from mmcache.errors import ProtocolError, UsageError
 from mmcache.frame import check_specs, layout_of
+from mmcache.hashing import Hasher, PlainHasher
 from mmcache.keyset import Key, Keys
 from mmcache.media import Media
 from mmcache.pb import cache_pb2 as pb
@@ -28,6 +29,7 @@ LONGEST_TTL_S: Final = 1e10
 RECHECK_KEYS: Final = 64
 AnyKeys = Keys | Key | Iterable[Key]
 AnyMedia = Media | Sequence[Media | None] | None
+NewHasher = Callable[[], Hasher]
 
 
 class Get:
@@ -101,13 +103,22 @@ class Put:
         values: Sequence[Mapping[str, HostTensor]],
         ttl_s: float | None,
         media: Sequence[Media | None] = (),
+        hasher: NewHasher = PlainHasher,
     ) -> None:
         self.rows, self.values, self.ttl_s, self.media = rows, values, ttl_s, media
+        self._hasher = hasher
         self._namespaces = {described(namespace) for namespace in rows.namespaces}
         self.results = [Result(Outcome.UNAVAILABLE)] * len(rows)
 
     @classmethod
-    def of(cls, keys: AnyKeys, tensors: Sequence[Any], ttl_s: float | None, media: AnyMedia = None) -> Put:
+    def of(
+        cls,
+        keys: AnyKeys,
+        tensors: Sequence[Any],
+        ttl_s: float | None,
+        media: AnyMedia = None,
+        hasher: NewHasher = PlainHasher,
+    ) -> Put:
         """From a caller's arguments. Raises TensorError and UsageError for what can never be stored."""
         if ttl_s is not None and not (isinstance(ttl_s, Real) and 0 < ttl_s < LONGEST_TTL_S):
             raise UsageError(f"ttl_s is {ttl_s!r}; give seconds, above 0 and below {LONGEST_TTL_S:g}, or None")
@@ -119,12 +130,12 @@ class Put:
         known = [media] * len(rows) if isinstance(media, Media) else list(media or ())
         if not all(one is None or isinstance(one, Media) for one in known) or len(known) not in (0, len(rows)):
             raise UsageError("media: give one Media, or one Media or None a key")
-        return cls(rows, values, ttl_s, known)
+        return cls(rows, values, ttl_s, known, hasher)
 
     def part(self, run: range) -> Put:
         """The same for some of the keys."""
         part = slice(run.start, run.stop)
-        return Put(self.rows[part], self.values[part], self.ttl_s, self.media[part])
+        return Put(self.rows[part], self.values[part], self.ttl_s, self.media[part], self._hasher)
 
     def sizes(self) -> list[int]:
         """How many bytes each value has."""
@@ -142,7 +153,7 @@ class Put:
         sizes = [layout_of([t.data.nbytes for t in value.values()], alignment).frame_nbytes for value in self.values]
         for run in put_batches(sizes, limits.batch_keys, limits.inline_nbytes):
             batch = PutBatch(self.rows, self.values, sizes, run, alignment, self.ttl_s, self.media)
-            self.results[run.start : run.stop] = yield from batch.send(session)
+            self.results[run.start : run.stop] = yield from batch.send(session, self._hasher)
 
     def fail(self, reason: str) -> None:
         """What is not known to be stored is unavailable, or, where writes are stopped, refused."""

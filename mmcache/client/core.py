@@ -16,7 +16,7 @@ from mmcache.client.protocol import STOPPED_WORDS
 from mmcache.client.session import Session
 from mmcache.config import ClientConfig
 from mmcache.errors import AccessDenied, DeadlineExceeded, MMCacheError, RequestRefused, TransportError
-from mmcache.transport.native import COPY_HASHED
+from mmcache.transport.native import NATIVE, PYTHON
 from mmcache.transport.shm import ArenaMap, Copier
 
 log = logging.getLogger("mmcache.client")
@@ -87,7 +87,8 @@ class ClientCore:
         self._breaker = Breaker()
         self._stopped, self._asked_at = 0, 0.0
         self._renew_lock()
-        self._copier = Copier(config.copy_threads, COPY_HASHED if config.native else None)
+        self._native = NATIVE if config.native else PYTHON
+        self._copier = Copier(config.copy_threads, self._native.copy_hashed)
 
     def __repr__(self) -> str:
         config = self.config

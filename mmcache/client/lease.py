@@ -14,6 +14,7 @@ from mmcache.errors import FrameError, LeaseLost, RequestRefused
 from mmcache.frame import check_expected, parse_header
 from mmcache.frame_view import Frame
 from mmcache.transport.base import Found
+from mmcache.transport.planned import headers_of_run
 
 LEASE_LOST: Final = "the lease expired before it was given back: drop what was read; use it for less long"
 Taken = tuple[list[Frame | None], list[int]]  # a frame or None for each key, and the leases' ids
@@ -81,8 +82,11 @@ def take_lease(session: Session, digests: Sequence[bytes]) -> Flow[Taken]:
             if count == 0:
                 break
             places = acquired.entries[:count]
-            views = yield from _views(session, places)
-            opening = partial(_open_all, views, places, wanted)
+            if session.arena is not None:
+                opening = partial(_open_mapped, session.arena.view, places, wanted)
+            else:
+                views = yield from _receive(session, places)
+                opening = partial(_open_all, views, places, wanted)
             frames += yield Work(opening, count * PLANNING_NBYTES)
     except RequestRefused:
         for lease_id in lease_ids:
@@ -91,16 +95,23 @@ def take_lease(session: Session, digests: Sequence[bytes]) -> Flow[Taken]:
     return frames + [None] * (len(digests) - len(frames)), lease_ids
 
 
-def _views(session: Session, places: Sequence[Found | None]) -> Flow[list[memoryview | None]]:
+def _receive(session: Session, places: Sequence[Found | None]) -> Flow[list[memoryview | None]]:
     views: list[memoryview | None] = []
     for place in places:
-        if place is None:
-            views.append(None)
-        elif session.arena is None:
-            views.append((yield from session.conversation.receive_whole(place)).toreadonly())
-        else:
-            views.append(session.arena.view[place.offset : place.offset + place.nbytes])
+        views.append((yield from session.conversation.receive_whole(place)).toreadonly() if place else None)
     return views
+
+
+def _open_mapped(memory: memoryview, places: Sequence[Found | None], keys: Sequence[bytes]) -> list[Frame | None]:
+    """The frames where they lie in the arena's memory."""
+    found = [place for place in places if place is not None]
+    if len(found) == len(places) and (run := headers_of_run(memory, found, keys[: len(found)])) is not None:
+        data, (_, _, _, header_nbytes, nbytes, _) = run
+        headers = [data[at : at + header_nbytes] for at in range(0, len(data), header_nbytes)]
+        rows = zip(headers, found, strict=True)
+        return [Frame(header, memory[place[0] : place[0] + nbytes]) for header, place in rows]
+    views = [place and memory[place.offset : place.offset + place.nbytes] for place in places]
+    return _open_all(views, places, keys)
 
 
 def _open_all(

@@ -10,7 +10,8 @@ then drop the connection. Payload checks (checksums, key echo) end in an Outcome
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from operator import gt
 from typing import Any, Final, NamedTuple, TypeVar
 
 import numpy as np
@@ -34,13 +35,11 @@ from mmcache.transport.base import (
     PRELUDE_NBYTES,
     SLICE_NBYTES,
     SLOT_DONE,
-    SLOT_NOTE,
     Found,
     Op,
     Outcome,
     Prelude,
     Result,
-    WriteSlots,
     pack_prelude,
     parse_prelude,
 )
@@ -48,6 +47,7 @@ from mmcache.transport.base import (
 KEY_NBYTES: Final = 32
 STOPPED_WRITES, STOPPED_READS = 1, 2  # bits of a Mode
 _TELL_THE_MODE: Final = frozenset({Op.CONTAINS, Op.ACQUIRE, Op.RESERVE, Op.PUT_DONE})
+_new = tuple.__new__
 _FOUND, _LATER = int(pb.FOUND), int(pb.LATER)
 PLANNING_NBYTES: Final = 64 << 10  # reading a frame's header takes about as long as copying this
 RIDER_NBYTES: Final = 1 << 20  # an idle client may pin this much until its lease expires
@@ -227,47 +227,16 @@ class Conversation:
             raise ProtocolError("the server says a frame is stored that was not sent yet")
         return reply.status
 
-    def send_frames(self, frames: Iterable[Segments | Work], count: int, ring: WriteSlots | None) -> Flow[bytes]:
-        """Send the wanted frames' bytes, through the ring or raw; the answer is one PutStatus byte a frame.
-
-        A frame may be Work that returns its segments: the server copies one frame while the next is being hashed.
-        """
-        if ring is None:
-            for frame in frames:
-                yield Send((yield frame) if isinstance(frame, Work) else frame)
-        else:
-            yield from self._fill_ring(ring, frames)
+    def put_done(self, sending: Flow[None], count: int) -> Flow[bytes]:
+        """Send the wanted frames; the answer is one PutStatus byte a frame."""
+        yield from sending
         reply, prelude = yield from self.reply(Op.PUT_DONE, pb.PutReply())
         if len(reply.status) != count or prelude.payload_nbytes:
             raise ProtocolError("the server answered another number of frames than sent")
         return reply.status
 
-    def _fill_ring(self, ring: WriteSlots, frames: Iterable[Segments | Work]) -> Flow[None]:
-        """Copy the stream slot by slot; before a slot is used again, wait for the server's note that it is done."""
-        number = filled = 0
-        slot = ring.slot(0)
-        for frame in frames:
-            segments: Segments = (yield frame) if isinstance(frame, Work) else frame
-            for segment in segments:
-                source = np.frombuffer(segment, np.uint8)
-                start = 0
-                while start < source.nbytes:
-                    if filled == 0 and number >= ring.slots:
-                        yield from self._slot_done()
-                    count = min(ring.slot_nbytes - filled, source.nbytes - start)
-                    np.copyto(slot[filled : filled + count], source[start : start + count])
-                    filled, start = filled + count, start + count
-                    if filled == ring.slot_nbytes:
-                        yield Send((SLOT_NOTE.pack(filled),))
-                        number, filled = number + 1, 0
-                        slot = ring.slot(number)
-        if filled:
-            yield Send((SLOT_NOTE.pack(filled),))
-            number += 1
-        for _ in range(min(number, ring.slots)):
-            yield from self._slot_done()
-
-    def _slot_done(self) -> Flow[None]:
+    def slot_done(self) -> Flow[None]:
+        """Wait for the server's note that the oldest slot of the ring is free again."""
         note = yield Recv(len(SLOT_DONE))
         if note != SLOT_DONE:
             words = "it cannot be read"
@@ -292,9 +261,12 @@ def _read_acquired(reply: pb.AcquireReply, asked: int, prefix: bool) -> Acquired
         raise ProtocolError(f"{len(status)} statuses for {asked} keys")
     if len(places) != count * PLACE.size:
         raise ProtocolError(f"{len(places)} bytes of places for {count} found keys")
-    found = list(map(Found._make, PLACE.iter_unpack(places)))
-    if any(not 0 < place[2] <= min(place[1], MAX_HEADER_NBYTES) or place[1] > MAX_FRAME_NBYTES for place in found):
-        raise ProtocolError("a frame or a header of an impossible size")
+    found = [_new(Found, place) for place in PLACE.iter_unpack(places)]
+    if found:
+        _, sizes, header_sizes, _ = zip(*found, strict=True)
+        possible = min(header_sizes) > 0 and max(header_sizes) <= MAX_HEADER_NBYTES and max(sizes) <= MAX_FRAME_NBYTES
+        if not possible or any(map(gt, header_sizes, sizes)):
+            raise ProtocolError("a frame or a header of an impossible size")
     entries: list[Found | None] = [*found]
     if count != asked:
         present = iter(found)

@@ -114,7 +114,7 @@ class JoinRequest(_message.Message):
     def __init__(self, protocol: _Optional[int] = ..., client: _Optional[str] = ..., want_arena: bool = ..., ring_slots: _Optional[int] = ..., ring_slot_nbytes: _Optional[int] = ..., token: _Optional[str] = ..., want_nixl: bool = ...) -> None: ...
 
 class JoinReply(_message.Message):
-    __slots__ = ("protocol", "server", "server_id", "arena_nbytes", "alignment", "lease_s", "unix_path", "limits", "arena_prefaulted", "nixl", "mode")
+    __slots__ = ("protocol", "server", "server_id", "arena_nbytes", "alignment", "lease_s", "unix_path", "limits", "arena_prefaulted", "nixl", "sums_last", "mode")
     PROTOCOL_FIELD_NUMBER: _ClassVar[int]
     SERVER_FIELD_NUMBER: _ClassVar[int]
     SERVER_ID_FIELD_NUMBER: _ClassVar[int]
@@ -125,6 +125,7 @@ class JoinReply(_message.Message):
     LIMITS_FIELD_NUMBER: _ClassVar[int]
     ARENA_PREFAULTED_FIELD_NUMBER: _ClassVar[int]
     NIXL_FIELD_NUMBER: _ClassVar[int]
+    SUMS_LAST_FIELD_NUMBER: _ClassVar[int]
     MODE_FIELD_NUMBER: _ClassVar[int]
     protocol: int
     server: str
@@ -136,8 +137,9 @@ class JoinReply(_message.Message):
     limits: Limits
     arena_prefaulted: bool
     nixl: NixlOffer
+    sums_last: bool
     mode: Mode
-    def __init__(self, protocol: _Optional[int] = ..., server: _Optional[str] = ..., server_id: _Optional[bytes] = ..., arena_nbytes: _Optional[int] = ..., alignment: _Optional[int] = ..., lease_s: _Optional[float] = ..., unix_path: _Optional[str] = ..., limits: _Optional[_Union[Limits, _Mapping]] = ..., arena_prefaulted: bool = ..., nixl: _Optional[_Union[NixlOffer, _Mapping]] = ..., mode: _Optional[_Union[Mode, str]] = ...) -> None: ...
+    def __init__(self, protocol: _Optional[int] = ..., server: _Optional[str] = ..., server_id: _Optional[bytes] = ..., arena_nbytes: _Optional[int] = ..., alignment: _Optional[int] = ..., lease_s: _Optional[float] = ..., unix_path: _Optional[str] = ..., limits: _Optional[_Union[Limits, _Mapping]] = ..., arena_prefaulted: bool = ..., nixl: _Optional[_Union[NixlOffer, _Mapping]] = ..., sums_last: bool = ..., mode: _Optional[_Union[Mode, str]] = ...) -> None: ...
 
 class NixlOffer(_message.Message):
     __slots__ = ("metadata", "base", "nbytes", "why")
@@ -225,7 +227,7 @@ class AcquireReply(_message.Message):
     def __init__(self, lease_id: _Optional[int] = ..., status: _Optional[bytes] = ..., places: _Optional[bytes] = ..., mode: _Optional[_Union[Mode, str]] = ...) -> None: ...
 
 class ReserveRequest(_message.Message):
-    __slots__ = ("keys", "parents", "frame_nbytes", "ring", "kinds", "namespaces", "modalities", "media_units")
+    __slots__ = ("keys", "parents", "frame_nbytes", "ring", "kinds", "namespaces", "modalities", "media_units", "sums_last")
     KEYS_FIELD_NUMBER: _ClassVar[int]
     PARENTS_FIELD_NUMBER: _ClassVar[int]
     FRAME_NBYTES_FIELD_NUMBER: _ClassVar[int]
@@ -234,6 +236,7 @@ class ReserveRequest(_message.Message):
     NAMESPACES_FIELD_NUMBER: _ClassVar[int]
     MODALITIES_FIELD_NUMBER: _ClassVar[int]
     MEDIA_UNITS_FIELD_NUMBER: _ClassVar[int]
+    SUMS_LAST_FIELD_NUMBER: _ClassVar[int]
     keys: bytes
     parents: bytes
     frame_nbytes: _containers.RepeatedScalarFieldContainer[int]
@@ -242,7 +245,8 @@ class ReserveRequest(_message.Message):
     namespaces: bytes
     modalities: bytes
     media_units: _containers.RepeatedScalarFieldContainer[int]
-    def __init__(self, keys: _Optional[bytes] = ..., parents: _Optional[bytes] = ..., frame_nbytes: _Optional[_Iterable[int]] = ..., ring: bool = ..., kinds: _Optional[bytes] = ..., namespaces: _Optional[bytes] = ..., modalities: _Optional[bytes] = ..., media_units: _Optional[_Iterable[int]] = ...) -> None: ...
+    sums_last: bool
+    def __init__(self, keys: _Optional[bytes] = ..., parents: _Optional[bytes] = ..., frame_nbytes: _Optional[_Iterable[int]] = ..., ring: bool = ..., kinds: _Optional[bytes] = ..., namespaces: _Optional[bytes] = ..., modalities: _Optional[bytes] = ..., media_units: _Optional[_Iterable[int]] = ..., sums_last: bool = ...) -> None: ...
 
 class ReserveReply(_message.Message):
     __slots__ = ("status", "mode")

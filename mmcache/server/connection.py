@@ -12,23 +12,21 @@ import time
 from collections.abc import Sequence
 from typing import Final
 
-import numpy as np
 from google.protobuf.message import Message
 
 from mmcache.errors import MMCacheError, ProtocolError, TransportError
+from mmcache.frame import SUM_NBYTES
 from mmcache.pb import cache_pb2 as pb
 from mmcache.server.access import DENIED, Pass
 from mmcache.server.caller import LOCAL
+from mmcache.server.incoming import RingStream, SocketStream
 from mmcache.server.refuse import BadRequest, parse
 from mmcache.server.service import Service, status_of
-from mmcache.store.shard import Landing
+from mmcache.store.landing import Landing
 from mmcache.transport.base import (
     MAGIC,
     PRELUDE_NBYTES,
     PROTOCOL,
-    SLICE_NBYTES,
-    SLOT_DONE,
-    SLOT_NOTE,
     Op,
     Prelude,
     is_http,
@@ -73,7 +71,6 @@ class Connection:
         self.idle = True
         self._ring: RingView | None = None
         self._joined = False
-        self._scratch = memoryview(bytearray(0))
 
     @property
     def is_stranger(self) -> bool:
@@ -220,6 +217,7 @@ class Connection:
         reply, found, inline = self.service.acquire(self.caller, body)
         if not inline:
             self._reply(prelude, reply)
+            self.service.shard.tell_uses()
             return
         lease_id, reply.lease_id = reply.lease_id, 0
         try:
@@ -240,8 +238,7 @@ class Connection:
                 mode = self.service.mode
                 self._reply(prelude, pb.ReserveReply(status=self._known(status), mode=mode))
                 if fits and landings:
-                    self._receive_frames(landings, through_ring=request.ring)
-                    results = bytes(status_of(landing.commit()) for landing in landings)
+                    results = self._receive_frames(landings, through_ring=request.ring, sums_last=request.sums_last)
                     self._reply(prelude, pb.PutReply(status=self._known(results), mode=mode), op=Op.PUT_DONE)
         finally:
             for landing in landings:
@@ -251,41 +248,20 @@ class Connection:
         """Put statuses as the peer's protocol knows them."""
         return status.translate(_STATUS_V1) if self._protocol == 1 else status
 
-    def _receive_frames(self, landings: Sequence[Landing], *, through_ring: bool) -> None:
-        if not len(self._scratch):
-            self._scratch = memoryview(bytearray(SLICE_NBYTES))
+    def _receive_frames(self, landings: Sequence[Landing], *, through_ring: bool, sums_last: bool) -> bytes:
+        """Have every frame land, and commit; a PutStatus each. The last one waits for a proper end."""
         deadline = self._deadline(sum(landing.left_nbytes for landing in landings))
-        if through_ring:
-            self._receive_through_ring(landings, deadline)
-            return
+        if through_ring and self._ring is not None:
+            stream: RingStream | SocketStream = RingStream(self.channel, self._ring, self._deadline, deadline)
+        else:
+            stream = SocketStream(self.channel, self._deadline, deadline)
+        status = bytearray()
         for landing in landings:
             while landing.left_nbytes:
-                self.channel.wait_readable(min(deadline, self._deadline()))
-                landing.land(SLICE_NBYTES, self.channel.recv_available_into, self._scratch)
-
-    def _receive_through_ring(self, landings: Sequence[Landing], deadline: float) -> None:
-        ring = self._ring
-        assert ring is not None
-        number = 0
-        filled = used = 0
-        slot = ring.slot(0)
-
-        def copy_slot(target: memoryview) -> int:
-            np.copyto(np.frombuffer(target, np.uint8), slot[used : used + len(target)])
-            return len(target)
-
-        for landing in landings:
-            while landing.left_nbytes:
-                if used == filled:
-                    if filled:
-                        self.channel.send([SLOT_DONE], self._deadline())
-                        number += 1
-                    note = self.channel.recv(SLOT_NOTE.size, min(deadline, self._deadline()))
-                    (filled,) = SLOT_NOTE.unpack(note)
-                    if not 0 < filled <= ring.slot_nbytes:
-                        raise ProtocolError(f"a slot note of {filled} bytes for slots of {ring.slot_nbytes}")
-                    used, slot = 0, ring.slot(number)
-                used += landing.land(min(filled - used, SLICE_NBYTES), copy_slot, self._scratch)
-        if used != filled:
-            raise ProtocolError("more bytes came through the ring than the frames hold")
-        self.channel.send([SLOT_DONE], self._deadline())
+                stream.land(landing)
+            if sums_last:
+                landing.seal(stream.take(SUM_NBYTES))
+            if landing is landings[-1]:
+                stream.end()
+            status.append(status_of(landing.commit()))
+        return bytes(status)

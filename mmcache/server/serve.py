@@ -28,6 +28,7 @@ from mmcache.server.service import Service
 from mmcache.server.watched import Watched
 from mmcache.store.arena import Progress
 from mmcache.store.shard import Shard
+from mmcache.transport.native import NATIVE
 from mmcache.transport.tcp import Channel, connect_unix
 from mmcache.transport.tls import server_context
 
@@ -68,7 +69,7 @@ class Server:
         if config.nixl and self._many_tenants:
             raise ConfigError(f"--nixl {MANY_TENANTS}; give each a server of its own, or leave --nixl out")
         self._tls = _watch_tls(config)
-        self.shard = Shard(config, progress=progress)
+        self.shard = Shard(config, progress=progress, hasher=NATIVE.hasher)
         self.service = Service(self.shard, config, self.access)
         self._set_quotas()
         try:

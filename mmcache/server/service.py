@@ -26,13 +26,15 @@ from mmcache.server.nixl import NixlAgent
 from mmcache.server.refuse import BadRequest, parse
 from mmcache.server.tenants import Tenants
 from mmcache.store.answers import Found, Modality, Refusal, pack_media
-from mmcache.store.shard import Landing, Shard
-from mmcache.transport.base import OLDEST_PROTOCOL, PLACE, PROTOCOL, Op
+from mmcache.store.landing import Landing
+from mmcache.store.shard import Shard
+from mmcache.transport.base import OLDEST_PROTOCOL, PROTOCOL, Op, pack_places
 
 KEY_NBYTES: Final = 32
 MAX_RECHECK_KEYS: Final = 64  # each is hashed whole
 _KINDS: Final = frozenset(map(int, Kind))
 _FOUND, _MISS, _LATER = int(pb.FOUND), int(pb.MISS), int(pb.LATER)
+_ONE_FOUND: Final = bytes([_FOUND])
 _PUT_STATUS: Final[dict[Refusal, int]] = {
     Refusal.PRESENT: pb.PRESENT,
     Refusal.BUSY: pb.BUSY,
@@ -135,6 +137,7 @@ class Service:
                 inline_nbytes=config.max_batch_nbytes,
             ),
             mode=self.mode,
+            sums_last=request.protocol > 1,
         )
 
     def nixl_offer(self, admitted: Pass) -> pb.NixlOffer:
@@ -159,10 +162,12 @@ class Service:
             caller.tenant, keys, prefix=request.prefix, max_nbytes=self._limit(request), lasting=request.inline
         )
         try:
-            status = bytes([_FOUND if type(entry) is Found else _LATER if entry else _MISS for entry in entries])
-            found = [entry for entry in entries if isinstance(entry, Found)]
-            places = b"".join([PLACE.pack(*entry) for entry in found])
-            reply = pb.AcquireReply(lease_id=lease_id, status=status, places=places, mode=self.mode)
+            found = [entry for entry in entries if type(entry) is Found]
+            if len(found) == len(entries):
+                status = _ONE_FOUND * len(found)
+            else:
+                status = bytes([_FOUND if type(entry) is Found else _LATER if entry else _MISS for entry in entries])
+            reply = pb.AcquireReply(lease_id=lease_id, status=status, places=pack_places(found), mode=self.mode)
         except BaseException:
             self.shard.release(caller.tenant, lease_id)
             raise
@@ -195,7 +200,9 @@ class Service:
                 if landings and nbytes > room:
                     status.append(pb.OVERLOADED)
                     continue
-                answer = self.shard.reserve(caller.tenant, key, parent, nbytes, kind, namespace, one)
+                answer = self.shard.reserve(
+                    caller.tenant, key, parent, nbytes, kind, namespace, one, sums_last=request.sums_last
+                )
                 if isinstance(answer, Landing):
                     room -= nbytes
                     landings.append(answer)

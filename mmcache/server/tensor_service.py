@@ -36,7 +36,7 @@ from mmcache.server.caller import Caller
 from mmcache.server.refuse import BadRequest, parse
 from mmcache.server.service import KEY_NBYTES, Service, status_of
 from mmcache.store.answers import Found, Refusal
-from mmcache.store.shard import Landing
+from mmcache.store.landing import Landing
 from mmcache.transport.base import SLICE_NBYTES, Op
 from mmcache.transport.large_bodies import (
     FIELDS_PER_KEY,

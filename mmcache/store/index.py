@@ -132,9 +132,8 @@ class Index(Ledger):
             until = math.inf if lasting else now + self._lease_s
             self._leases.add(lease_id, tenant, until, array("I", pinned))
             if counts:
-                touch, kind, media = rows.policy.touch, rows.kind, rows.media
-                for row in pinned[-2::-2]:
-                    touch(row)
+                kind, media = rows.kind, rows.media
+                rows.policy.note(pinned[-2::-2])
                 self.usage.hit(bytes([kind[row] for row in pinned[::2]]), (media[row] for row in pinned[::2]))
         return found
 

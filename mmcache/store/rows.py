@@ -18,6 +18,7 @@ from struct import Struct
 from mmcache.store.columns import NIL, Memory, column8, column32, column_float, heap
 from mmcache.store.policy import LRU, Factory
 from mmcache.store.table import Table
+from mmcache.store.uses import Uses
 
 FREE, GHOST, RESERVED, LIVE = range(4)
 RECORD = Struct("=QQI16s")  # offset, nbytes, header_nbytes, header_sum
@@ -34,7 +35,7 @@ class Rows:
 
     def __init__(self, max_rows: int, seed: int, policy: Factory = LRU, memory: Memory = heap) -> None:
         self.table = Table(max_rows, seed, memory)
-        self.policy = policy(max_rows, memory, seed)
+        self.policy = Uses(policy(max_rows, memory, seed))
         self.records = memory(RECORD.size * max_rows)
         self.expires_at = column_float(memory, max_rows)
         self.node = column32(memory, max_rows)

@@ -1,6 +1,6 @@
 """A shard: the thin shell that joins the pure index to the arena, under one lock.
 
-It owns time, randomness and memory; the index decides. Bytes are only ever written into the arena here, by `Landing`,
+It owns time, randomness and memory; the index decides. Bytes are only ever written into the arena by `Landing`,
 inside a write the index knows to be in flight, so an expired reservation is never reused under a copy.
 """
 
@@ -16,14 +16,16 @@ from typing import Final
 
 from mmcache.config import ServerConfig
 from mmcache.errors import FrameError, KeyInputError
-from mmcache.frame import FrameHeader, FrameMeta
-from mmcache.frame_view import Frame, FrameCheck
+from mmcache.frame import FrameMeta
+from mmcache.frame_view import Frame
+from mmcache.hashing import Hasher, PlainHasher
 from mmcache.keys import namespace_id
 from mmcache.store.answers import Found, Refusal, Reserved, Unpinned
 from mmcache.store.arena import Arena, Progress
 from mmcache.store.explain import Miss, reason_for
 from mmcache.store.history import Reason
 from mmcache.store.index import Index
+from mmcache.store.landing import Landing
 from mmcache.store.namespaces import Known, Namespaces, Stopped
 from mmcache.store.policies import POLICIES
 from mmcache.store.usage import UNKNOWN
@@ -53,8 +55,9 @@ class Shard:
         clock: Callable[[], float] = time.monotonic,
         wall_ms: Callable[[], int] = lambda: time.time_ns() // 1_000_000,
         progress: Progress | None = None,
+        hasher: Callable[[], Hasher] = PlainHasher,
     ) -> None:
-        self.config = config
+        self.config, self.hasher = config, hasher
         self.arena = Arena(config.memory_nbytes, prefault=config.prefault, progress=progress)
         self.counters: Counter[str] = Counter(dict.fromkeys(COUNTERS, 0))
         self.longest_step_nbytes = 0  # the most bytes copied or hashed in one go
@@ -143,12 +146,13 @@ class Shard:
                     lasting=lasting,
                     counts=counts,
                 )
-            found = [entry.nbytes for entry in entries if isinstance(entry, Found)]
+            found = [entry[1] for entry in entries if type(entry) is Found]
             if counts:
-                self.counters["hits"] += len(found)
-                self.counters["misses"] += entries.count(None)
-                self.counters["bytes_read"] += sum(found)
+                counters = self.counters
+                counters["hits"] += len(found)
+                counters["bytes_read"] += sum(found)
                 if len(found) < len(keys):
+                    counters["misses"] += entries.count(None)
                     self._note_first_miss(tenant, keys, entries, prefix, now)
         return (lease_id if found else 0), entries
 
@@ -167,11 +171,21 @@ class Shard:
             return self.index.release(tenant, lease_id, self._clock())
 
     def reserve(
-        self, tenant: int, key: bytes, parent: bytes, nbytes: int, kind: int, namespace: bytes = b"", media: int = 0
+        self,
+        tenant: int,
+        key: bytes,
+        parent: bytes,
+        nbytes: int,
+        kind: int,
+        namespace: bytes = b"",
+        media: int = 0,
+        *,
+        sums_last: bool = False,
     ) -> Landing | Refusal:
         """Room for a frame of `nbytes`, or why there is none. The caller lands bytes, then commits or aborts.
 
-        `namespace`: what the frame's header will say, if it is known; `media`: see answers.pack_media.
+        `namespace`: what the frame's header will say, if it is known; `media`: see answers.pack_media; `sums_last`: see
+        Landing.
         """
         reservation_id = secrets.randbits(63) + 1
         answer: Reserved | Refusal = Refusal.AGAIN
@@ -197,7 +211,8 @@ class Shard:
                 break
         if isinstance(answer, Reserved):
             view = self.arena.view[answer.offset : answer.offset + nbytes]
-            return Landing(self, tenant, (key, parent, kind, namespace), reservation_id, view)
+            names = (key, parent, kind, namespace)
+            return Landing(self, tenant, names, reservation_id, view, sums_last=sums_last)
         with self.lock:
             self.refused(tenant, key, answer)
         return answer
@@ -263,6 +278,12 @@ class Shard:
         """Drop expired leases and reservations; call it now and then."""
         with self.lock:
             self.index.expire(self._clock())
+        self.tell_uses()
+
+    def tell_uses(self) -> None:
+        """Have the policy told what was used: call it after a reply, when nobody waits. Harmless to leave out."""
+        with self.lock:
+            self.index.rows.policy.tell()
 
     def stat(self) -> dict[str, int]:
         """Counters and gauges by name."""
@@ -298,103 +319,3 @@ class Shard:
     def close(self) -> None:
         """Give the memory back."""
         self.arena.close()
-
-
-class Landing:
-    """One frame on its way into its extent: bytes land front to back, are hashed as they land, then commit.
-
-    `refusal` is set as soon as it cannot succeed; what lands afterwards is dropped. `abort` may follow at any time
-    and is harmless after `commit`.
-    """
-
-    __slots__ = ("_check", "_names", "_reservation_id", "_shard", "_tenant", "_view", "landed_nbytes", "refusal")
-
-    def __init__(
-        self, shard: Shard, tenant: int, names: tuple[bytes, bytes, int, bytes], reservation_id: int, view: memoryview
-    ) -> None:
-        self._shard, self._tenant, self._names = shard, tenant, names
-        self._reservation_id, self._view = reservation_id, view
-        self._check = FrameCheck(view)
-        self.landed_nbytes = 0
-        self.refusal: Refusal | None = None
-
-    @property
-    def left_nbytes(self) -> int:
-        """Bytes still to come."""
-        return len(self._view) - self.landed_nbytes
-
-    def land(self, limit_nbytes: int, fill: Callable[[memoryview], int], scratch: memoryview) -> int:
-        """Let `fill` put up to `limit_nbytes` bytes in place (it must not wait); returns how many it did.
-
-        Once refused, `fill` is given `scratch` instead, so that the stream goes on in step.
-        """
-        limit = min(limit_nbytes, self.left_nbytes)
-        shard = self._shard
-        if self.refusal is None:
-            with shard.lock:
-                if not shard.index.begin_write(self._reservation_id, shard.now()):
-                    self.refusal = Refusal.LOST
-        if self.refusal is not None:
-            count = fill(scratch[:limit])
-            self.landed_nbytes += count
-            return count
-        before = self.landed_nbytes
-        try:
-            count = fill(self._view[self.landed_nbytes : self.landed_nbytes + limit])
-            self.landed_nbytes += count
-            self._check.advance(self.landed_nbytes)
-        except FrameError:
-            self.refusal = Refusal.BAD_FRAME
-        finally:
-            with shard.lock:
-                shard.index.end_write(self._reservation_id)
-                shard.longest_step_nbytes = max(shard.longest_step_nbytes, self.landed_nbytes - before)
-        return count
-
-    def commit(self) -> Refusal | None:
-        """Make the frame visible. None on success; otherwise nothing is stored."""
-        header = self._check.header
-        if self.refusal is None and (header is None or not self._check.done or not self._is_expected(header.meta)):
-            self.refusal = Refusal.BAD_FRAME
-        shard = self._shard
-        if self.refusal is None and header is not None:
-            self.refusal = self._commit(header)
-        if self.refusal is not None:
-            with shard.lock:
-                shard.index.abort(self._reservation_id)
-                shard.refused(self._tenant, self._names[0], self.refusal)
-        return self.refusal
-
-    def _commit(self, header: FrameHeader) -> Refusal | None:
-        shard, meta = self._shard, header.meta
-        expires_at = shard.expiry(meta)
-        with shard.lock:
-            now = shard.now()
-            number = shard.number(self._tenant, meta.namespace)
-            if expires_at <= now:
-                return Refusal.EXPIRED
-            if shard.may_not_write(number):
-                return Refusal.STOPPED
-            if not self._names[3] and not shard.index.usage.fits_namespace(self._tenant, number, len(self._view)):
-                return Refusal.QUOTA  # its writer did not say before which namespace it is of
-            if not shard.index.commit(
-                self._reservation_id,
-                header_nbytes=header.header_nbytes,
-                header_sum=header.checksum,
-                expires_at=expires_at,
-                now=now,
-                namespace=number,
-            ):
-                return Refusal.LOST
-            shard.counters["stored"] += 1
-            shard.counters["bytes_written"] += self.landed_nbytes
-        return None
-
-    def _is_expected(self, meta: FrameMeta) -> bool:
-        key, parent, kind, namespace = self._names
-        return (meta.key, meta.parent, meta.kind) == (key, parent, kind) and namespace in (b"", meta.namespace)
-
-    def abort(self) -> None:
-        """Give the room back, unless the frame was committed."""
-        with self._shard.lock:
-            self._shard.index.abort(self._reservation_id)

@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import enum
 from collections.abc import Iterator, Sequence
+from functools import lru_cache
+from itertools import chain
 from struct import Struct
 from typing import Final, NamedTuple, Protocol
 
@@ -16,6 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mmcache.errors import ProtocolError
+from mmcache.hashing import STEP_NBYTES
 
 MAGIC: Final = b"MMC1"
 PRELUDE_VERSION: Final = 1
@@ -23,8 +26,9 @@ PROTOCOL: Final = 2
 OLDEST_PROTOCOL: Final = 1  # N talks to N-1
 PRELUDE_NBYTES: Final = 24
 MAX_BODY_NBYTES: Final = 16 << 20  # what a client accepts; servers set their own, smaller limit
-SLICE_NBYTES: Final = 256 << 10  # what is copied before it is hashed, while still in the CPU cache
-RING_SLOTS: Final = 4
+SLICE_NBYTES: Final = STEP_NBYTES
+RING_SLOTS: Final = 8
+RING_SLOT_NBYTES: Final = (1 << 20) + (64 << 10)  # a MiB with a header: few values of up to that are cut
 MAX_RING_NBYTES: Final = 64 << 20
 SLOT_NOTE: Final = Struct("<I")  # client to server: this many bytes are in the next slot
 SLOT_DONE: Final = b"\x01"  # server to client: the oldest slot is free again
@@ -137,6 +141,16 @@ class Found(NamedTuple):
 
 
 PLACE: Final = Struct("<QQI16s")  # a Found in an Acquire reply
+
+
+def pack_places(found: Sequence[tuple[int, int, int, bytes]]) -> bytes:
+    """An Acquire reply's column of places."""
+    return _places(len(found)).pack(*chain.from_iterable(found))
+
+
+@lru_cache(maxsize=64)
+def _places(count: int) -> Struct:
+    return Struct("<" + count * PLACE.format.removeprefix("<"))
 
 
 class WriteSlots(Protocol):

@@ -1,4 +1,4 @@
-"""The optional C extension, mmcache-native: many tensors copied and hashed in one pass and one call.
+"""The optional C extension, mmcache-native: tensors copied and hashed in one pass, many in one call or one in parts.
 
 Chosen where it is installed and of this release's ABI; everything works without it (kernels/native/).
 """
@@ -6,10 +6,12 @@ Chosen where it is installed and of this release's ABI; everything works without
 from __future__ import annotations
 
 import importlib
-from collections.abc import Sequence
-from typing import Any, Final, Protocol
+from collections.abc import Callable, Sequence
+from typing import Any, Final, NamedTuple, Protocol
 
-ABI: Final = 1
+from mmcache.hashing import Hasher, PlainHasher
+
+ABI: Final = 2
 
 
 class CopyHashed(Protocol):
@@ -19,18 +21,28 @@ class CopyHashed(Protocol):
         """Copy each source to its target; the xxh3-128 of each as written, 16 bytes. `stream`: past the caches."""
 
 
-def load(name: str = "mmcache_native") -> tuple[CopyHashed | None, str]:
-    """(the extension's function, its instruction set), or None and why it cannot be used."""
+class Native(NamedTuple):
+    """What is used of the extension; where there is none, `hasher` is Python's."""
+
+    copy_hashed: CopyHashed | None
+    hasher: Callable[[], Hasher]
+
+
+PYTHON: Final = Native(None, PlainHasher)
+
+
+def load(name: str = "mmcache_native") -> tuple[Native, str]:
+    """(the extension's functions, its instruction set), or PYTHON and why it cannot be used."""
     try:
         module = importlib.import_module(name)
     except ModuleNotFoundError:
-        return None, "mmcache-native is not installed"
+        return PYTHON, "mmcache-native is not installed"
     except ImportError as error:
-        return None, f"mmcache-native cannot be loaded ({error}); install one built for this Python"
+        return PYTHON, f"mmcache-native cannot be loaded ({error}); install one built for this Python"
     found = getattr(module, "ABI", None)
     if found != ABI:
-        return None, f"mmcache-native speaks ABI {found}, this release {ABI}: install the two in step"
-    return module.copy_hashed, str(module.INSTRUCTIONS)
+        return PYTHON, f"mmcache-native speaks ABI {found}, this release {ABI}: install the two in step"
+    return Native(module.copy_hashed, module.Hasher), str(module.INSTRUCTIONS)
 
 
-COPY_HASHED, STATE = load()
+NATIVE, STATE = load()

@@ -43,7 +43,7 @@ def plan_frames(
 
     Nothing of a header is used but what was checked: each is copied once.
     """
-    run = _read_run(memory, found, keys) if verify and len(found) >= RUN_FRAMES else None
+    run = _read_run(memory, found, keys) if verify else None
     if run is None:
         return [_plan(memory, *row, verify) for row in zip(found, keys, buffers, strict=True)]
     header, checksums = run
@@ -55,19 +55,38 @@ def _read_run(
     memory: Bytes, found: Sequence[Found], keys: Sequence[bytes]
 ) -> tuple[FrameHeader, Sequence[tuple[bytes, ...]]] | None:
     """The header that all these have but for keys and checksums, and each one's checksums; None if they differ more."""
+    run = headers_of_run(memory.data, found, keys)
+    if run is None:
+        return None
+    headers = np.frombuffer(run.data, np.uint8).reshape(len(found), run.header.header_nbytes)
+    columns = [checksums_of(headers, number) for number in range(len(run.header.tensors))]
+    return run.header, list(zip(*columns, strict=True)) if columns else [()] * len(found)
+
+
+class Run(NamedTuple):
+    """The headers of frames of one form, all of them checked: their bytes, and the first of them parsed."""
+
+    data: bytes
+    header: FrameHeader
+
+
+def headers_of_run(memory: memoryview, found: Sequence[Found], keys: Sequence[bytes]) -> Run | None:
+    """A copy of the headers in the arena's `memory` if all are right and of one form, for RUN_FRAMES or more; else
+    None: each is to be looked at by itself."""
+    if len(found) < RUN_FRAMES:
+        return None
     _, nbytes, header_nbytes, _ = found[0]
     if len(found) * header_nbytes > RUN_NBYTES:
         return None
-    if any(place[1:3] != (nbytes, header_nbytes) or place[0] + nbytes > memory.nbytes for place in found):
+    starts, sizes, header_sizes, sums = zip(*found, strict=True)
+    if sizes.count(nbytes) != len(sizes) or header_sizes.count(header_nbytes) != len(sizes):
         return None
-    view = memory.data
-    data = b"".join([view[start : start + header_nbytes] for start, *_ in found])
+    if max(starts) + nbytes > len(memory):
+        return None
+    data = b"".join([memory[start : start + header_nbytes] for start in starts])
     headers = np.frombuffer(data, np.uint8).reshape(len(found), header_nbytes)
-    header = parse_run(headers, b"".join([place[3] for place in found]), b"".join(keys), nbytes)
-    if header is None:
-        return None
-    columns = [checksums_of(headers, number) for number in range(len(header.tensors))]
-    return header, list(zip(*columns, strict=True)) if columns else [()] * len(found)
+    header = parse_run(headers, b"".join(sums), b"".join(keys), nbytes)
+    return Run(data, header) if header is not None else None
 
 
 def _plan(memory: Bytes, found: Found, key: bytes, buffers: Mapping[str, HostTensor], verify: bool) -> Planned | Result:

@@ -21,7 +21,7 @@ import xxhash
 
 from mmcache.errors import TransportError
 from mmcache.tensors import Bytes, HostTensor
-from mmcache.transport.base import HIT, MAX_RING_NBYTES, RING_SLOTS, SLICE_NBYTES, Outcome, Result
+from mmcache.transport.base import HIT, MAX_RING_NBYTES, RING_SLOT_NBYTES, RING_SLOTS, SLICE_NBYTES, Outcome, Result
 from mmcache.transport.native import CopyHashed
 from mmcache.transport.planned import Planned
 
@@ -63,7 +63,7 @@ class ArenaMap:
 class Ring:
     """A client's write ring: `slots` slots of `slot_nbytes` in a sealed memfd; the server maps it read-only."""
 
-    def __init__(self, slots: int = RING_SLOTS, slot_nbytes: int = SLICE_NBYTES) -> None:
+    def __init__(self, slots: int = RING_SLOTS, slot_nbytes: int = RING_SLOT_NBYTES) -> None:
         self.slots, self.slot_nbytes = slots, slot_nbytes
         try:
             self.fd = os.memfd_create("mmcache-ring", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)

@@ -20,7 +20,7 @@ from struct import pack
 from typing import Any, Final
 
 from mmcache.errors import DeadlineExceeded, TransportError
-from mmcache.transport.base import Buffer, pieces_of
+from mmcache.transport.base import SHORT_NBYTES, Buffer, pieces_of
 
 MAX_FDS: Final = 2
 MAX_VIEWS: Final = 512  # in one system call; Linux takes 1024
@@ -83,11 +83,22 @@ class Channel:
 
     def send(self, buffers: Sequence[Buffer], deadline: float | None) -> None:
         """Send all the buffers, in order."""
+        if len(buffers) == 1 and len(buffers[0]) <= SHORT_NBYTES:
+            self._send_all(buffers[0], deadline, self._try_send(buffers[0]))
+            return
         for piece in pieces_of(buffers):
             self._send_all(piece, deadline)
 
-    def _send_all(self, data: Buffer, deadline: float | None) -> None:
-        sent = 0
+    def _try_send(self, data: Buffer) -> int:
+        """How much of this can be sent without a wait."""
+        try:
+            return self.sock.send(data, socket.MSG_DONTWAIT)
+        except BlockingIOError:
+            return 0
+        except OSError as error:
+            raise as_transport_error(error) from error
+
+    def _send_all(self, data: Buffer, deadline: float | None, sent: int = 0) -> None:
         while sent < len(data):
             self._send_timeout_s = self._arm(socket.SO_SNDTIMEO, self._send_timeout_s, deadline)
             self._wait_for(select.POLLOUT, deadline)

@@ -160,8 +160,11 @@ class TlsChannel(Channel):
         if not self._poll.poll(None if left_s is None else left_s * 1000):
             raise DeadlineExceeded("the peer was silent, or took nothing, until the deadline")
 
-    def _send_all(self, data: Buffer, deadline: float | None) -> None:
-        view = memoryview(data)
+    def _try_send(self, data: Buffer) -> int:
+        return 0
+
+    def _send_all(self, data: Buffer, deadline: float | None, sent: int = 0) -> None:
+        view = memoryview(data)[sent:]
         while len(view):
             rest = view
             view = view[self._until(lambda rest=rest: self._tls.send(rest), deadline) :]  # type: ignore[misc]

@@ -18,10 +18,12 @@ from google.protobuf.message import Message
 
 from mmcache.client.blocking import Client
 from mmcache.client.protocol import Conversation, Flow, Recv, Send, put_result
+from mmcache.client.sending import Outgoing, send_frames
 from mmcache.config import ClientConfig
 from mmcache.errors import FrameError, LeaseLost, ProtocolError, RequestRefused, TransportError
 from mmcache.frame import SUM_NBYTES, SUM_OFFSET
 from mmcache.frame_view import Frame
+from mmcache.hashing import PlainHasher
 from mmcache.pb import cache_pb2 as pb
 from mmcache.store.arena import Arena
 from mmcache.tensors import named_tensors
@@ -104,11 +106,19 @@ def _put(how: int, script: bytearray) -> None:
     status = drive(conversation.reserve(COLUMN, column, sizes, b"\1" * len(ASKED), ring is not None), script)
     wanted = [frame for frame, code in zip(frames, status, strict=True) if code == pb.WANTED]
     if wanted:
-        status = drive(conversation.send_frames(([frame] for frame in wanted), len(wanted), ring), script)
+        hasher = PlainHasher() if how & 2 else None
+        sending = send_frames(map(_outgoing, wanted), hasher, conversation, ring)
+        status = drive(conversation.put_done(sending, len(wanted)), script)
     for code in status:
         put_result(code)
 
 
+def _outgoing(frame: bytes) -> Flow[Outgoing]:
+    yield from ()
+    return Outgoing(frame[:HEADER_NBYTES], [memoryview(frame)[HEADER_NBYTES:]], 64, len(frame))
+
+
+HEADER_NBYTES: Final = 448
 _RING: Final = Ring(2, 4096)
 FLOWS: Final[tuple[Callable[[int, bytearray], None], ...]] = (_calls, _acquire, _put)
 
@@ -179,7 +189,8 @@ class ClientTarget:
         frames = [frame_of(position, NBYTES) for position in range(len(ASKED))]
         sums = [frame[SUM_OFFSET : SUM_OFFSET + SUM_NBYTES] for frame in frames]
         places = b"".join(
-            PLACE.pack(4096 * position, len(frame), 448, sums[position]) for position, frame in enumerate(frames)
+            PLACE.pack(4096 * position, len(frame), HEADER_NBYTES, sums[position])
+            for position, frame in enumerate(frames)
         )
         found = bytes([pb.FOUND]) * len(ASKED)
         acquired = pb.AcquireReply(lease_id=0, status=found, places=places)
@@ -191,7 +202,9 @@ class ClientTarget:
             Op.FINISH: pb.FinishReply(held=True),
             Op.DELETE: pb.DeleteReply(deleted=flags),
             Op.RECHECK: pb.RecheckReply(dropped=flags),
-            Op.INSPECT: pb.InspectReply(found=True, header=frames[0][:448], kind="kv", facts={"model": "fuzz"}),
+            Op.INSPECT: pb.InspectReply(
+                found=True, header=frames[0][:HEADER_NBYTES], kind="kv", facts={"model": "fuzz"}
+            ),
             Op.STAT: pb.StatReply(counters={"hits": 1}, server="fuzz", server_id=bytes(16), uptime_s=1),
         }
         inline: _Reply = (Op.ACQUIRE, acquired, b"".join(frames))

@@ -17,8 +17,9 @@ from mmcache.server.serve import Server
 from mmcache.store import index as index_module
 from mmcache.store import namespaces as namespaces_module
 from mmcache.store.answers import Refusal
+from mmcache.store.landing import Landing
 from mmcache.store.namespaces import Namespaces, Selection, Stopped
-from mmcache.store.shard import Landing, Shard
+from mmcache.store.shard import Shard
 from mmcache.store.steward import Steward
 from mmcache.store.usage import UNKNOWN, Quota
 from mmcache.testing import faults

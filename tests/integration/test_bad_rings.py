@@ -10,15 +10,17 @@ from collections.abc import Iterator
 
 import numpy as np
 import pytest
+import xxhash
 
 import mmcache
 from mmcache.client.blocking import Client
+from mmcache.frame import sum_of_sums
 from mmcache.keyset import Keys
 from mmcache.pb import cache_pb2 as pb
 from mmcache.testing.process import ServerProcess
 from mmcache.transport.base import PROTOCOL, SLOT_NOTE, Op, pack_prelude
 from mmcache.transport.shm import Ring
-from tests.integration.support import Raw, eventually, frame_bytes, keys_of
+from tests.integration.support import Raw, eventually, frame_bytes, keys_of, reserve_request
 
 
 @pytest.fixture(scope="module")
@@ -147,3 +149,50 @@ def test_a_ring_is_really_used_when_it_is_sound(server: ServerProcess, bystander
         assert raw.recv(1) == b"\x01"
         assert raw.put_done() == bytes([pb.STORED])
     assert bystander.match_prefix(keys) == 1
+
+
+def reserve_sums_last(raw: RawRing, keys: Keys, sizes: list[int]) -> None:
+    request = reserve_request(keys, sizes, ring=True)
+    request.sums_last = True
+    raw.ask(Op.RESERVE, request)
+    op, body = raw.answer()
+    assert op == Op.RESERVE
+    assert pb.ReserveReply.FromString(body).status == bytes([pb.WANTED]) * len(keys)
+
+
+def test_checksums_that_come_last_and_are_not_the_bytes_ones_spoil_their_frame_only(
+    server: ServerProcess, bystander: Client
+) -> None:
+    keys, values = keys_of(3, "sums last"), [bytes([number]) * 1000 for number in range(3)]
+    frames = [frame_bytes(keys[at : at + 1], value) for at, value in enumerate(values)]
+    sums = [sum_of_sums([xxhash.xxh3_128_digest(value)]) for value in values]
+    with RawRing(server) as raw:
+        reserve_sums_last(raw, keys, [len(frame) for frame in frames])
+        stream = frames[0] + sums[0] + frames[1] + bytes(16) + frames[2] + sums[2]
+        raw.ring.slot(0)[: len(stream)] = np.frombuffer(stream, np.uint8)
+        raw.send(SLOT_NOTE.pack(len(stream)))
+        assert raw.recv(1) == b"\x01"
+        assert raw.put_done() == bytes([pb.STORED, pb.BAD_FRAME, pb.STORED])
+    assert bystander.contains(keys) == [True, False, True]
+    into = [bytearray(1000) for _ in keys]
+    assert [bool(one) for one in bystander.get_into(keys, into)] == [True, False, True]
+    assert (bytes(into[0]), bytes(into[2])) == (values[0], values[2])
+
+
+def test_a_frame_that_is_no_frame_is_followed_by_the_next_one_all_the_same(
+    server: ServerProcess, bystander: Client
+) -> None:
+    keys = keys_of(2, "sums last, no frame")
+    frame = frame_bytes(keys[1:], bytes(1000))
+    with RawRing(server) as raw:
+        reserve_sums_last(raw, keys, [500, len(frame)])
+        stream = bytes(500 + 16) + frame + sum_of_sums([xxhash.xxh3_128_digest(bytes(1000))])
+        half = 508  # within the first frame's checksums
+        raw.ring.slot(0)[:half] = np.frombuffer(stream[:half], np.uint8)
+        raw.send(SLOT_NOTE.pack(half))
+        assert raw.recv(1) == b"\x01"
+        raw.ring.slot(1)[: len(stream) - half] = np.frombuffer(stream[half:], np.uint8)
+        raw.send(SLOT_NOTE.pack(len(stream) - half))
+        assert raw.recv(1) == b"\x01"
+        assert raw.put_done() == bytes([pb.BAD_FRAME, pb.STORED])
+    assert bystander.contains(keys) == [False, True]

@@ -27,7 +27,7 @@ def test_a_server_that_answers_and_how_it_is_reached() -> None:
         assert shown.returncode == 0
         assert "over TCP" in " ".join(shown.stdout.split())
     assert found["shared memory"]["state"] == "yes"
-    assert (found["native"]["state"] == "yes") == (native.COPY_HASHED is not None)
+    assert (found["native"]["state"] == "yes") == (native.NATIVE is not native.PYTHON)
     assert native.STATE in found["native"]["text"]
     assert found["memory"]["state"].endswith("GiB")
     assert found["cores"]["state"].isdecimal()

@@ -23,7 +23,7 @@ from mmcache.keyset import Keys, NamespaceId
 from mmcache.pb import cache_pb2 as pb
 from mmcache.server.caller import Caller
 from mmcache.server.serve import Server
-from mmcache.store.shard import Landing
+from mmcache.store.landing import Landing
 from mmcache.store.usage import Quota
 from mmcache.testing import faults
 from mmcache.transport.base import PROTOCOL, Op

@@ -332,21 +332,21 @@ def test_bad_selections_and_modes_are_refused(server: Server, client: mmcache.Cl
         ServerConfig(mode="half")
 
 
-def test_top_shows_what_happens_between_two_looks(server: Server, client: mmcache.Client) -> None:
-    keys = keys_of(3, "top")
-    store(client, keys)
-    engine = Engine(url_of(server))
-    engine.start()
-    ended = run_cli("top", "--interval", "0.3", "--count", "2", "-c", url_of(server), "--json")
-    table = run_cli("top", "--interval", "0.2", "--count", "2", "-c", url_of(server))
-    engine.stop()
+def test_top_shows_what_happens_between_two_looks() -> None:
+    with ServerProcess("1GiB") as process, mmcache.connect(process.url) as client:  # an engine does not fill it so soon
+        store(client, keys_of(3, "top"))
+        engine = Engine(process.url)
+        engine.start()
+        ended = run_cli("top", "--interval", "0.3", "--count", "2", "-c", process.url, "--json")
+        table = run_cli("top", "--interval", "0.2", "--count", "2", "-c", process.url)
+        engine.stop()
     first, second = map(json.loads, ended.stdout.splitlines())
     assert 0 <= second["hit_rate"] <= 1
     assert second["per_s"]["stored"] > 0
     assert second["bytes_by_kind"]["kv"] > first["bytes_by_kind"]["kv"] > 3 * NBYTES
     assert table.stdout.count("hit rate") == 2
     assert table.stdout.endswith("\n")
-    assert "of 16.0 MiB" in table.stdout
+    assert "of 1.0 GiB" in table.stdout
 
 
 def test_a_server_starts_in_the_mode_it_is_told_and_logs_json() -> None:

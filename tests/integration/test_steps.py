@@ -8,7 +8,8 @@ import mmcache
 from mmcache.config import ServerConfig
 from mmcache.frame import Kind
 from mmcache.frame_view import Frame
-from mmcache.store.shard import Landing, Shard
+from mmcache.store.landing import Landing
+from mmcache.store.shard import Shard
 from mmcache.testing import faults
 from mmcache.testing.process import ServerProcess
 from mmcache.transport.base import SLICE_NBYTES

@@ -16,7 +16,7 @@ from mmcache.transport.base import HIT, Outcome, Result
 from mmcache.transport.planned import Move, Planned
 from mmcache.transport.shm import PARALLEL_NBYTES, STREAM_NBYTES, Copier
 
-copy_hashed: Any = native.COPY_HASHED
+copy_hashed: Any = native.NATIVE.copy_hashed
 if copy_hashed is None:
     pytest.skip(native.STATE, allow_module_level=True)
 SIZES = [0, 1, 15, 63, 64, 65, 240, 241, 1000, 8191, 8192, 8193, 70_001, (1 << 20) + 17]
@@ -134,12 +134,12 @@ def test_an_extension_of_another_abi_or_one_that_cannot_be_loaded_is_left_alone(
     other.ABI, other.copy_hashed = native.ABI + 1, copy_hashed  # type: ignore[attr-defined]
     monkeypatch.setitem(sys.modules, "another_abi", other)
     found, why = native.load("another_abi")
-    assert found is None
+    assert found is native.PYTHON
     assert "ABI" in why
     suffix = ".cpython-3" + str(sys.version_info.minor) + "-x86_64-linux-gnu.so"
     (tmp_path / f"of_another_python{suffix}").write_bytes(b"\x7fELF of another Python")
     monkeypatch.syspath_prepend(str(tmp_path))
     found, why = native.load("of_another_python")
-    assert found is None
+    assert found is native.PYTHON
     assert "cannot be loaded" in why
-    assert native.load("mmcache_native_that_is_not_there") == (None, "mmcache-native is not installed")
+    assert native.load("mmcache_native_that_is_not_there") == (native.PYTHON, "mmcache-native is not installed")

@@ -14,6 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mmcache.client.protocol import Conversation, Flow, Recv, RecvInto, Send, put_result
+from mmcache.client.sending import Outgoing, send_frames
 from mmcache.errors import ProtocolError, RequestRefused
 from mmcache.frame import FrameMeta, Kind, TensorSpec, frame_segments, pack_header
 from mmcache.frame_view import Frame
@@ -321,6 +322,18 @@ def reserve(conversation: Conversation, sizes: list[int]) -> Flow[bytes]:
     return conversation.reserve(KEY * count, bytes(32 * count), sizes, bytes([Kind.KV]) * count, False)
 
 
+ONE = Outgoing(b"x", [], 1, 1)
+
+
+def put(conversation: Conversation, frames: list[Outgoing]) -> Flow[bytes]:
+    return conversation.put_done(send_frames(map(made, frames), None, conversation, None), len(frames))
+
+
+def made(frame: Outgoing) -> Flow[Outgoing]:
+    yield from ()
+    return frame
+
+
 def test_reserve_and_raw_frames() -> None:
     conversation = Conversation()
     script = reply(Op.RESERVE, pb.ReserveReply(status=bytes([pb.WANTED, pb.PRESENT, pb.FULL])))
@@ -330,19 +343,16 @@ def test_reserve_and_raw_frames() -> None:
     request_of(sent, Op.RESERVE, asked)
     assert (asked.keys, asked.parents, list(asked.frame_nbytes)) == (KEY * 3, bytes(96), [10, 20, 30])
     assert (asked.kinds, asked.ring) == (b"\1\1\1", False)
-    frames: list[list[bytes | memoryview]] = [[b"head", memoryview(b"tail")], [b"more"]]
+    frames = [Outgoing(b"head", [memoryview(b"tail")], 1, 8), Outgoing(b"more", [], 1, 4)]
     script = reply(Op.PUT_DONE, pb.PutReply(status=bytes([pb.STORED, pb.LOST])))
-    status, sent, left = drive(conversation.send_frames(frames, 2, None), script)
+    status, sent, left = drive(put(conversation, frames), script)
     assert (list(status), sent, left) == ([pb.STORED, pb.LOST], b"headtailmore", b"")
 
 
 @pytest.mark.parametrize("status", [[], [pb.WANTED], [pb.WANTED] * 3, [pb.STORED, pb.PRESENT]])
 def test_a_reserve_reply_that_does_not_fit_its_request(status: list[int]) -> None:
     with pytest.raises(ProtocolError):
-        drive(
-            reserve(Conversation(), [1, 2]),
-            reply(Op.RESERVE, pb.ReserveReply(status=bytes(status))),
-        )
+        drive(reserve(Conversation(), [1, 2]), reply(Op.RESERVE, pb.ReserveReply(status=bytes(status))))
 
 
 def test_a_put_reply_that_does_not_fit_what_was_sent() -> None:
@@ -355,8 +365,8 @@ def test_a_put_reply_that_does_not_fit_what_was_sent() -> None:
         reply(Op.RESERVE, good, request_id=0),
     ):
         with pytest.raises(ProtocolError):
-            drive(Conversation().send_frames([[b"x"]], 1, None), script)
-    drive(Conversation().send_frames([[b"x"]], 1, None), reply(Op.PUT_DONE, good, request_id=0))
+            drive(put(Conversation(), [ONE]), script)
+    drive(put(Conversation(), [ONE]), reply(Op.PUT_DONE, good, request_id=0))
 
 
 @pytest.mark.parametrize("status", [value.number for value in pb.PutStatus.DESCRIPTOR.values if value.name != "WANTED"])
@@ -378,7 +388,7 @@ def test_any_reply_body_is_understood_or_a_protocol_error(body: bytes, op: Op, i
     flows: list[Flow[Any]] = [
         Conversation().acquire(KEY * 2, inline=inline),
         reserve(Conversation(), [1, 2]),
-        Conversation().send_frames([[b"x"]], 1, None),
+        put(Conversation(), [ONE]),
     ]
     for flow in flows:
         for script in (body, reply(op, body), reply(op, body, request_id=0)):

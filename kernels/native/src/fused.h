@@ -1,8 +1,8 @@
 /* One pass over memory: each line is read once, and written both to its target and to a small buffer in the CPU's first
  * cache, where it is hashed. So what was hashed is what was written, whatever happens to the source meanwhile.
  *
- * Included once for each instruction set: FUSED names the function, and COPY_LINE(buffer, target, source) copies 64 bytes
- * to both, to the target, which is aligned, past the caches.
+ * Included once for each instruction set: FUSED and FEED name the functions, and COPY_LINE(buffer, target, source, stream)
+ * copies 64 bytes to both; with `stream`, which is a constant, to the target past the caches: it is aligned then.
  */
 #define XXH_INLINE_ALL
 #include <stddef.h>
@@ -18,11 +18,12 @@
 #define KEEP(buffer) __asm__ volatile("" : : "r"(buffer) : "memory")
 #define AHEAD 8192 /* bytes: memory that far on is on its way while a chunk is hashed */
 
-static void copy_chunk(char *buffer, char *target, const char *source, size_t nbytes)
+static inline __attribute__((always_inline)) void copy_chunk(char *buffer, char *target, const char *source,
+                                                             size_t nbytes, int stream)
 {
     size_t at = 0;
     for (; at + LINE <= nbytes; at += LINE) {
-        COPY_LINE(buffer + at, target + at, source + at);
+        COPY_LINE(buffer + at, target + at, source + at, stream);
         __builtin_prefetch(source + at + AHEAD, 0, 3);
     }
     memcpy(buffer + at, source + at, nbytes - at);
@@ -37,13 +38,11 @@ static void copy_run(XXH3_state_t *state, const char *source, char *target, size
         size_t count = nbytes < CHUNK ? nbytes : CHUNK;
         size_t off = (uintptr_t)target % LINE;
         if (stream && !off) {
-            copy_chunk(buffer, target, source, count);
+            copy_chunk(buffer, target, source, count, 1);
         } else {
             if (stream && count > LINE - off)
                 count = LINE - off; /* to the next line, once: every later chunk begins on one */
-            memcpy(buffer, source, count);
-            KEEP(buffer);
-            memcpy(target, buffer, count);
+            copy_chunk(buffer, target, source, count, 0);
         }
         XXH3_128bits_update(state, buffer, count);
         source += count;
@@ -63,6 +62,17 @@ void FUSED(const struct move *moves, size_t count, int stream, unsigned char *di
             copy_run(&state, source, move->target + (ptrdiff_t)row * move->stride, move->row_nbytes, stream);
         XXH128_canonicalFromHash((XXH128_canonical_t *)(digests + 16 * number), XXH3_128bits_digest(&state));
     }
+    if (stream)
+        STREAM_FENCE();
+}
+
+void FEED(XXH3_state_t *state, const char *source, char *target, size_t nbytes, int stream)
+{
+    if (!target) {
+        XXH3_128bits_update(state, source, nbytes);
+        return;
+    }
+    copy_run(state, source, target, nbytes, stream);
     if (stream)
         STREAM_FENCE();
 }

@@ -1,4 +1,4 @@
-/* mmcache_native: copies and hashes many tensors in one call, outside the interpreter's lock.
+/* mmcache_native: copies and hashes many tensors in one call, or one in parts, outside the interpreter's lock.
  *
  * Everything from Python is checked here, before the lock is let go; what moves the bytes is in fused.h.
  */
@@ -6,8 +6,9 @@
 #include <Python.h>
 
 #include "copy.h"
+#include "hasher.h"
 
-#define ABI 1 /* of the functions below: raised with any change, and compared by mmcache */
+#define ABI 2 /* of the functions below: raised with any change, and compared by mmcache */
 
 static fused_copy *chosen = mmcache_copy_plain;
 static const char *chosen_name = "baseline";
@@ -18,10 +19,12 @@ static void choose(void)
     __builtin_cpu_init();
     if (__builtin_cpu_supports("avx2")) {
         chosen = mmcache_copy_avx2;
+        mmcache_hasher_choose(mmcache_feed_avx2);
         chosen_name = "avx2";
     }
     if (__builtin_cpu_supports("avx512f")) {
         chosen = mmcache_copy_avx512;
+        mmcache_hasher_choose(mmcache_feed_avx512);
         chosen_name = "avx512f";
     }
 #endif
@@ -128,7 +131,10 @@ static PyMethodDef methods[] = {
 static int fill(PyObject *module)
 {
     choose();
-    if (PyModule_AddIntConstant(module, "ABI", ABI) < 0)
+    PyObject *hasher = mmcache_hasher_type();
+    int failed = !hasher || PyModule_AddObjectRef(module, "Hasher", hasher) < 0;
+    Py_XDECREF(hasher);
+    if (failed || PyModule_AddIntConstant(module, "ABI", ABI) < 0)
         return -1;
     return PyModule_AddStringConstant(module, "INSTRUCTIONS", chosen_name);
 }
