@@ -18,6 +18,8 @@ BENCH := $(VENV)/.stamp-bench
 TEST := $(VENV)/.stamp-test
 NATIVE := $(VENV)/.stamp-native
 PEERS_READY := $(VENV)/.stamp-peers
+# As in pyproject.toml, but without the torch that it asks for and does not import.
+NIXL := nixl-cu12>=1.5.1,<1.6
 # Other caches, each in an environment of its own, made by the benchmark itself.
 PEERS ?= .peers
 
@@ -83,9 +85,10 @@ $(BENCH): $(CREATED) pyproject.toml mmcache/_version.py
 
 $(PEERS_READY): $(BENCH)
 	@$(PIP) install --editable '.[bench,grpc]'
+	@$(PIP) install --no-deps '$(NIXL)' || echo "mmcache-nixl is not measured: no wheel of NIXL for this Python" >&2
 	@touch $@
 
-# Brings torch, which the tests use and mmcache does not need.
+# Brings torch and NIXL, which the tests use and mmcache does not need.
 $(TEST): $(BENCH)
 	@echo "installing mmcache[test] into $(VENV): minutes where torch has to be downloaded"
 	@$(PIP) install --editable '.[test]'

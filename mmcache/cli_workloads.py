@@ -125,7 +125,7 @@ def bench_transfer(
     ] = False,
     transports: Annotated[
         list[str] | None,
-        typer.Option("--transport", metavar="NAME", help="shm, unix or tcp; may repeat; default: all."),
+        typer.Option("--transport", metavar="NAME", help="shm, unix, tcp or nixl; may repeat; default: all but nixl."),
     ] = None,
     clients: Annotated[
         list[int] | None,
@@ -139,15 +139,16 @@ def bench_transfer(
 ) -> None:
     """How fast values move between a client and a server in another process, beside memcpy in the same process.
 
-    Over shared memory, unix sockets and TCP; get, put and acquire (no copy); 64 KiB to 16 MiB, alone and in batches, by
-    one client and several. CPU time at both ends; small gets while another client streams. What was delivered is
-    compared after each timing; exits 1 if any of it was wrong, or if the server worked too long without a break.
+    Over shared memory, unix sockets, TCP and NIXL; get, put and acquire (no copy); 64 KiB to 16 MiB, alone and in
+    batches, by one client and several. CPU time at both ends; small gets while another client streams. What was
+    delivered is compared after each timing; exits 1 if any of it was wrong, or if the server worked too long without
+    a break.
     """
-    from mmcache.bench.transfer import CLIENTS, TRANSPORTS, TransferOptions, run
+    from mmcache.bench.transfer import CLIENTS, USUAL, TransferOptions, run
 
     options = TransferOptions(
         quick=quick,
-        transports=tuple(transports or TRANSPORTS),
+        transports=tuple(transports or USUAL),
         clients=tuple(clients or CLIENTS),
         verify=verify,
         copy_threads=copy_threads,

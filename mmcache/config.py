@@ -127,8 +127,8 @@ class ServerConfig:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ClientConfig:
-    """How a client reaches a server. `transport`: auto (shared memory on the same host, else TCP), shm, tcp, or
-    nixl (reads by NIXL, everything else by TCP)."""
+    """How a client reaches a server. `transport`: auto (shared memory on the same host, else TCP), shm, tcp, nixl
+    (reads by NIXL, everything else by TCP), or grpc (the port is that of serve --grpc)."""
 
     scheme: str = "mmcache"
     host: str = "127.0.0.1"
@@ -151,8 +151,10 @@ class ClientConfig:
     insecure_network: bool = False  # let a token travel unencrypted to another host
 
     def __post_init__(self) -> None:
-        if self.transport not in ("auto", "shm", "tcp", "nixl"):
-            raise ConfigError(f"transport={self.transport!r} is unknown; use auto, shm, tcp or nixl")
+        if self.transport not in ("auto", "shm", "tcp", "nixl", "grpc"):
+            raise ConfigError(f"transport={self.transport!r} is unknown; use auto, shm, tcp, nixl or grpc")
+        if self.transport == "grpc" and not self.is_network:
+            raise ConfigError("transport=grpc needs a host and the port of serve --grpc: mmcache://HOST:PORT")
         if self.transport == "nixl" and self.scheme == "embedded":
             raise ConfigError("transport=nixl needs a server in a process of its own, not embedded://; use auto")
         if self.transport == "shm" and self.is_network and self.host not in ("127.0.0.1", "localhost", "::1"):
@@ -207,6 +209,8 @@ def parse_url(url: str, **overrides: Any) -> ClientConfig:
     if parts.scheme in ("mmcache", "mmcaches"):
         if not parts.hostname or parts.path not in ("", "/"):
             raise ConfigError(f"{url!r} is not mmcache://HOST:PORT; {_URL_HELP}")
+        if port is None and ("transport", "grpc") in options:
+            raise ConfigError(f"{url!r} names no port; transport=grpc needs that of serve --grpc")
         settings |= {"host": parts.hostname, "port": DEFAULT_PORT if port is None else port}
     elif parts.netloc or (parts.scheme == "embedded" and parts.path):
         raise ConfigError(f"{url!r} names a host where none belongs; {_URL_HELP}")

@@ -25,8 +25,9 @@ def connect(
     """A client for `mmcache://HOST:PORT`, `mmcaches://HOST:PORT` (TLS), `mmcache+unix:///path` or
     `embedded://?memory=1GiB` (server in this process).
 
-    On the same host the bytes travel through shared memory unless the URL says `transport=tcp`. `deadline_s` bounds
-    every call; `verify=False` turns off checksums of reads; `token` says who asks, where the server has an access file.
+    On the same host the bytes travel through shared memory unless the URL says `transport=tcp`; with `transport=grpc`
+    the port is that of `serve --grpc`. `deadline_s` bounds every call; `verify=False` turns off checksums of reads;
+    `token` says who asks, where the server has an access file.
     The server is asked once, and TransportError raised if it does not answer; with `lazy` it is not asked, and calls
     answer misses until it is there. Raises ConfigError.
     """

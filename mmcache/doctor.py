@@ -96,16 +96,7 @@ def _server(url: str) -> Iterable[Finding]:
     except MMCacheError as error:
         yield Finding("server", BAD, str(error))
         return
-    how = {
-        "shm": "read in shared memory",
-        "nixl": "read by NIXL, as the URL asks",
-        "unix": "read over its unix socket, as the URL asks",
-        "tls": "read over TLS: its unix socket is off, on another host or not for this client, or the URL asks for it",
-        "tcp": "read over TCP: its unix socket is off or on another host, or the URL asks for it",
-    }
-    text = f"{stat['server']} at {url} answers; {how[stat['transport']]}"
-    if "NIXL" in stat["transport_why"]:
-        text = f"{stat['server']} at {url} answers, read by {stat['transport']}: {stat['transport_why']}"
+    text = f"{stat['server']} at {url} answers; read by {stat['transport']}: {stat['transport_why']}"
     yield Finding("server", GOOD, text)
 
 

@@ -202,7 +202,7 @@ def undeclared(path: Path, text: str) -> list[str]:
     declared = list(project["dependencies"])
     if path.is_relative_to(ROOT / "mmcache" / "bench"):
         declared += project["optional-dependencies"]["bench"] + project["optional-dependencies"]["media"]
-    if module_of(path) == "mmcache.server.rpc":
+    if module_of(path) in ("mmcache.server.rpc", "mmcache.transport.rpc"):
         declared += project["optional-dependencies"]["grpc"]
     names = {Requirement(text).name for text in declared}
     known = {IMPORT_NAMES.get(name, name) for name in names} | set(sys.stdlib_module_names) | {"mmcache"}

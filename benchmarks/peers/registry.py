@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final
 
-from benchmarks.peers.adapters import aibrix, lmcache, mmcache, mooncake, ray, redis, vineyard
+from benchmarks.peers.adapters import aibrix, grpc_floor, lmcache, mmcache, mooncake, ray, redis, vineyard
 
 REDIS, VERBS = ("redis-server", "redis-server"), ("libibverbs1", "libibverbs.so.1")
 Serve = Callable[[Path, Path, ExitStack], dict[str, Any]]
@@ -50,8 +50,17 @@ PEERS: Final[dict[str, Peer]] = {
         client="mmcache:Unix", serve=mmcache.serve, verified=True, note="framed protocol, unix socket",
     ),
     "mmcache-tcp": Peer(client="mmcache:Tcp", serve=mmcache.serve, verified=True, note="framed protocol, TCP"),
+    "mmcache-nixl": Peer(
+        client="mmcache:Nixl", serve=mmcache.serve_nixl, settings=mmcache.ON_LOOPBACK, verified=True,
+        note="gets are NIXL's one-sided reads, which UCX makes on one host by copying from the server's agent; puts go "
+        "by TCP",
+    ),
     "mmcache-grpc": Peer(
-        client="mmcache:Grpc", serve=mmcache.serve, verified=True, note="unary gRPC calls; checksums by the client",
+        client="mmcache:Grpc", serve=mmcache.serve, verified=True, note="unary gRPC calls of up to 8 MiB",
+    ),
+    "grpc-floor": Peer(
+        client="grpc_floor:Plain", serve=grpc_floor.serve,
+        note="no cache: a dict behind plain grpcio, the same messages; the floor for gRPC from Python",
     ),
     "redis-tcp": Peer(
         client="redis:RedisTcp", serve=redis.serve, system=REDIS, environment="redis",

@@ -1,9 +1,9 @@
 """`mmcache bench transfer`: how fast values move between a client and a server in another process, beside memcpy.
 
-Rows over shared memory, unix sockets and TCP; get, put and acquire; by size, batch and number of clients, each client
-a process (transfer_worker.py). Every round times memcpy of the same values in the same process and then the operation,
-so a busy machine slows both, and is compared afterwards. Medians of the rounds. Then, for each transport, small gets
-while another client streams large values, in turns with the same gets while nobody does.
+Rows over shared memory, unix sockets, TCP and, where it is asked for, NIXL; get, put and acquire; by size, batch and
+number of clients, each client a process (transfer_worker.py). Every round times memcpy of the same values in the same
+process and then the operation, so a busy machine slows both, and is compared afterwards. Medians of the rounds. Then,
+for each transport, small gets while another client streams large values, in turns with the same gets while nobody does.
 """
 
 from __future__ import annotations
@@ -14,16 +14,18 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from mmcache.bench.transfer_process import Worker, all_do, cpu_ns, workers_of
+from mmcache.bench.transfer_process import Worker, all_do, children_of, cpu_ns, workers_of
 from mmcache.bench.transfer_report import TransferReport
 from mmcache.bench.transfer_rows import LEAST_FOR_P999, MixedRow, OneRound, Round, Row, mixed_row_of, row_of
 from mmcache.bench.transfer_worker import MOST_NBYTES, calls_of
 from mmcache.errors import ConfigError, TransportError
 from mmcache.testing.process import ServerProcess
+from mmcache.transport.nixl import LOOPBACK
 
 KiB, MiB, GiB = 1 << 10, 1 << 20, 1 << 30
 OPS = ("get", "put", "acquire")
-TRANSPORTS = ("shm", "unix", "tcp")
+USUAL = ("shm", "unix", "tcp")
+TRANSPORTS = (*USUAL, "nixl")  # which may not be installed
 CLIENTS = (1, 2)
 MOST_CLIENTS = 16
 SMALL_NBYTES = 64 * KiB
@@ -94,7 +96,7 @@ class TransferOptions:
     """
 
     quick: bool = False
-    transports: tuple[str, ...] = TRANSPORTS
+    transports: tuple[str, ...] = USUAL
     clients: tuple[int, ...] = CLIENTS
     verify: bool = True
     copy_threads: int = 2
@@ -129,8 +131,9 @@ def run(options: TransferOptions, progress: Callable[[int, int], None] | None = 
     """
     plan = QUICK if options.quick else FULL
     started = time.perf_counter()
+    words = ["--prefault", *(["--nixl", LOOPBACK] if "nixl" in options.transports else [])]
     with (
-        ServerProcess(f"{options.memory_nbytes >> 20}MiB", "--prefault") as server,
+        ServerProcess(f"{options.memory_nbytes >> 20}MiB", *words) as server,
         workers_of(max(2, *options.clients)) as workers,
     ):
         bench = _Bench(options, plan, server, workers, started + plan.all_s)
@@ -171,6 +174,7 @@ class _Bench:
         self._todo = [(clients, *case) for clients in options.clients for case in cases]
         self._total = len(self._todo) * len(options.transports)
         self._until = until
+        self._pids = [server.pid]  # at the server's end: with its NIXL agent, where that is read
         self.rows: list[Row] = []
         self.mixed: list[MixedRow] = []
         self.memcpy: dict[str, list[float]] = {}
@@ -203,9 +207,11 @@ class _Bench:
         for place, worker in enumerate(self._workers):
             worker.ask(do="open", url=url, verify=options.verify, seed=options.seed * MOST_CLIENTS + place)
         for worker in self._workers:
-            path = worker.answer()["transport"]
-            if path != transport:
-                raise TransportError(f"asked for {transport}, but the values would travel by {path}")
+            answer = worker.answer()
+            if answer["transport"] != transport:
+                found = f"{answer['transport']}: {answer['why']}"
+                raise TransportError(f"asked for {transport}, but the values would travel by {found}")
+        self._pids = [server.pid, *(children_of(server.pid) if transport == "nixl" else [])]
 
     def _rounds(self, workers: Sequence[Worker], row_s: float, what: tuple[str, int, int]) -> list[Round]:
         """The rounds of one row, all clients of a round at the same time; the first round only warms up."""
@@ -225,9 +231,9 @@ class _Bench:
     def _round(self, workers: Sequence[Worker]) -> Round:
         copies = all_do(workers, do="copy")
         all_do(workers, do="reset")
-        before_ns = cpu_ns(self._server.pid)
+        before_ns = sum(map(cpu_ns, self._pids))
         times = all_do(workers, do="call")
-        server_ns = cpu_ns(self._server.pid) - before_ns
+        server_ns = sum(map(cpu_ns, self._pids)) - before_ns
         all_do(workers, do="check")
         parts = [OneRound(copy["ns"], one["ns"], one["cpu_ns"]) for copy, one in zip(copies, times, strict=True)]
         return Round(parts, server_ns)

@@ -8,7 +8,7 @@ from typing import Any, Final
 from mmcache.bench import html, plots
 from mmcache.bench.html import Section
 
-NAMES: Final = {"shm": "shared memory", "unix": "unix socket", "tcp": "TCP"}
+NAMES: Final = {"shm": "shared memory", "unix": "unix socket", "tcp": "TCP", "nixl": "NIXL"}
 
 Row = Mapping[str, Any]
 

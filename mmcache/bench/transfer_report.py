@@ -36,6 +36,7 @@ NOTES = (
     "p99.9: shown for 1,000 calls and more: of small gets, always",
     "CPU: what the kernel does in interrupts, for no process, is in neither",
 )
+OF_NIXL = "nixl: gets are NIXL's one-sided reads on this host; puts and acquires of such a client go by TCP"
 
 
 @dataclass(frozen=True)
@@ -77,6 +78,11 @@ class TransferReport:
             )
         return found
 
+    @property
+    def notes(self) -> list[str]:
+        """How to read the figures."""
+        return [*NOTES, *([OF_NIXL] if any(row.transport == "nixl" for row in self.rows) else [])]
+
     def to_dict(self) -> dict[str, Any]:
         """Plain values for JSON; the field names are documented in docs/bench.md."""
         return {
@@ -95,7 +101,7 @@ class TransferReport:
             "host": host(),
             "measured": list(MEASURED),
             "modelled": list(MODELLED),
-            "notes": list(NOTES),
+            "notes": self.notes,
         }
 
     def print(self, console: Console) -> None:
@@ -108,7 +114,7 @@ class TransferReport:
             highlight=False,
         )
         console.print(_rows_table(self.rows))
-        console.print(bullets(["x 2: by two clients at once", *NOTES]), highlight=False)
+        console.print(bullets(["x 2: by two clients at once", *self.notes]), highlight=False)
         console.print(_cpu_table(self.rows))
         console.print(_mixed_table(self.mixed))
         console.print(

@@ -232,7 +232,8 @@ def main() -> None:
         with connect(order["url"], verify=order["verify"], deadline_s=DEADLINE_S) as client:
             measurer = measurer or Measurer(client, order["seed"])
             measurer.client = client
-            _answer(transport=client.stat()["transport"])
+            said = client.stat()
+            _answer(transport=said["transport"], why=said["transport_why"])
             order = _obey(measurer, orders)
 
 

@@ -24,7 +24,7 @@ from mmcache.client.pin import count_prefix
 from mmcache.client.plan import put_batches
 from mmcache.client.protocol import STOPPED_READS, STOPPED_WRITES, Flow
 from mmcache.config import ClientConfig
-from mmcache.errors import LeaseLost, MMCacheError, UsageError
+from mmcache.errors import ConfigError, LeaseLost, MMCacheError, UsageError
 from mmcache.frame_view import Frame
 from mmcache.keyset import Keys
 from mmcache.pb import cache_pb2 as pb
@@ -74,6 +74,10 @@ class LoopClient(ClientCore):
 
     def __init__(self, config: ClientConfig, attach: Callable[[], AsyncChannel] | None = None) -> None:
         super().__init__(config)
+        if config.transport == "grpc":
+            raise ConfigError(
+                "the asyncio client does not speak gRPC; use transport=tcp, or mmcache.connect and asyncio.to_thread"
+            )
         self._dialer = AsyncDialer(config, attach)
         self._pool = AsyncPool(self._dialer, config.max_connections)
 

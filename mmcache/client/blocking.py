@@ -18,10 +18,11 @@ from mmcache.client import calls
 from mmcache.client.calls import AnyKeys, AnyMedia, Get, Put
 from mmcache.client.core import ClientCore, Lent
 from mmcache.client.lease import LeasedFrames, nothing_taken, take_lease
-from mmcache.client.link import Dialer, Link
+from mmcache.client.link import Dialer, Dials, Link
 from mmcache.client.pin import Pinned, count_prefix, pin_prefix
 from mmcache.client.pool import Pool
 from mmcache.client.protocol import STOPPED_READS, STOPPED_WRITES, Flow
+from mmcache.client.rpc_link import RpcDialer
 from mmcache.config import ClientConfig
 from mmcache.errors import MMCacheError, UsageError
 from mmcache.keyset import Keys
@@ -44,7 +45,7 @@ class Client(ClientCore):
 
     def __init__(self, config: ClientConfig, attach: Callable[[], Channel] | None = None) -> None:
         super().__init__(config)
-        self._dialer = Dialer(config, attach)
+        self._dialer: Dials = RpcDialer(config) if config.transport == "grpc" else Dialer(config, attach)
         self._pool = Pool(self._dialer, config.max_connections, self._renew_lock)
 
     def __enter__(self) -> Self:

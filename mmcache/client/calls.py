@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from numbers import Real
 from typing import Any, Final
 
+from mmcache.client import rpc
 from mmcache.client.batch import PutBatch, described, get_run
 from mmcache.client.plan import batches, put_batches
 from mmcache.client.protocol import STOPPED_READS, STOPPED_WORDS, STOPPED_WRITES, Flow
@@ -58,6 +59,8 @@ class Get:
         """Ask, and fill the destinations."""
         rows, results = self.rows, self.results
         results[:] = [MISS] * len(rows)  # a second try writes the destinations anew
+        if session.rpc is not None:
+            return (yield from rpc.get(session, rows.digests, self.targets, results, self.verify))
         for run in batches(len(rows), session.joined.limits.batch_keys):
             position = run.start
             while position < run.stop:
@@ -140,6 +143,8 @@ class Put:
 
     def flow(self, session: Session) -> Flow[None]:
         """Declare the namespaces this server has not heard of on this link, and store batch by batch."""
+        if session.rpc is not None:
+            return (yield from rpc.put(session, self.rows, self.values, self.results, self.ttl_s, self.media))
         for namespace in self._namespaces - session.declared:
             request = pb.DeclareRequest(namespace=namespace, kind=namespace.kind, facts=namespace.facts)
             yield from session.conversation.call(Op.DECLARE, request, pb.DeclareReply())

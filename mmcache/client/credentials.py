@@ -10,7 +10,8 @@ import os
 import socket
 import ssl
 import struct
-from typing import Final
+from pathlib import Path
+from typing import Final, Protocol
 
 from mmcache.client.session import Wire
 from mmcache.config import ClientConfig
@@ -21,6 +22,12 @@ from mmcache.transport.tls import TlsChannel, client_context
 
 _FRIENDS: Final = (0,)  # users that could read our files anyway
 _PEER: Final = struct.Struct("3i")  # struct ucred: pid, uid, gid
+
+
+class OverSocket(Wire, Protocol):
+    """A wire whose socket can be asked who is at its other end."""
+
+    sock: socket.socket
 
 
 class Credentials:
@@ -95,22 +102,38 @@ class Credentials:
         """The token to send over this channel; empty: none. Raises TransportError, and closes the channel, where it
         cannot be had or would travel readable to another host."""
         try:
-            token = self._token()
-            exposed = not channel.is_unix and not channel.is_tls and not channel.is_loopback
-            if token and exposed and not self._config.insecure_network:
-                raise TransportError(
-                    "the token would travel unencrypted to another host and was not sent; use mmcaches://, or add "
-                    "insecure_network=true to the URL if nobody else can see this network"
-                )
-            return token
-        except ConfigError as error:
-            channel.close()
-            raise TransportError(str(error)) from None
+            return self.token(exposed=not channel.is_unix and not channel.is_tls and not channel.is_loopback)
         except BaseException:
             channel.close()
             raise
 
-    def check_same_user(self, channel: Wire) -> None:
+    def token(self, *, exposed: bool) -> str:
+        """The token to send, which would be `exposed`: readable on its way to another host; empty: none. Raises
+        TransportError."""
+        try:
+            token = self._token()
+        except ConfigError as error:
+            raise TransportError(str(error)) from None
+        if token and exposed and not self._config.insecure_network:
+            raise TransportError(
+                "the token would travel unencrypted to another host and was not sent; use mmcaches://, or add "
+                "insecure_network=true to the URL if nobody else can see this network"
+            )
+        return token
+
+    def pem(self) -> tuple[bytes | None, bytes | None, bytes | None]:
+        """The CAs to trust, our key and our certificate, as their files say now; None: not given, or, for the CAs, no
+        file of the system's either. Raises TransportError."""
+        self.context()  # its words are better than those of whoever uses the bytes
+        config = self._config
+        paths = (config.ca or ssl.get_default_verify_paths().cafile, config.key, config.cert)
+        try:
+            ca, key, cert = (Path(path).read_bytes() if path else None for path in paths)
+        except OSError as error:
+            raise TransportError(f"{error.filename} cannot be read: {error.strerror}") from None
+        return ca, key, cert
+
+    def check_same_user(self, channel: OverSocket) -> None:
         """Before a token goes to a unix socket the server only named: whoever listens there must be this user or root,
         as the server may be gone and its path somebody else's. Raises TransportError and closes the channel."""
         if not (self._config.token or self._config.token_file):

@@ -7,6 +7,7 @@ from functools import partial
 from types import TracebackType
 from typing import Final
 
+from mmcache.client import rpc
 from mmcache.client.protocol import PLANNING_NBYTES, Flow, Work
 from mmcache.client.session import Session
 from mmcache.errors import FrameError, LeaseLost, RequestRefused
@@ -64,6 +65,8 @@ def take_lease(session: Session, digests: Sequence[bytes]) -> Flow[Taken]:
     A frame whose header does not verify, or that is another key's, counts as a miss; so does an entry that the
     server cannot lease now because too much memory is leased. If the link breaks, what was leased expires.
     """
+    if session.rpc is not None:
+        return (yield from rpc.take(session, digests)), []
     frames: list[Frame | None] = []
     lease_ids: list[int] = []
     limits = session.joined.limits

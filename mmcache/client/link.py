@@ -1,4 +1,4 @@
-"""One joined connection to a shard: it drives the protocol's flows over a blocking socket, with a deadline.
+"""One joined connection to a shard, over a blocking socket: it drives the protocol's flows, with a deadline.
 
 A link belongs to one process and one thread at a time. When anything goes wrong in it, it is closed and never used
 again; the next call opens another.
@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import time
 from collections.abc import Callable
-from typing import Any, TypeVar
+from typing import Any, Protocol, TypeVar
 
 from mmcache.client.credentials import Credentials
 from mmcache.client.dial import Dial, Route
@@ -17,8 +17,9 @@ from mmcache.client.protocol import Effect, Flow, Recv, RecvInto, Send, SendWith
 from mmcache.client.session import FAREWELL_S, Joined, Session, drive, join
 from mmcache.config import ClientConfig
 from mmcache.errors import TransportError
+from mmcache.transport.resolve import resolve
 from mmcache.transport.shm import ArenaMap
-from mmcache.transport.tcp import Channel, connect_tcp, connect_unix, resolve
+from mmcache.transport.tcp import Channel, connect_tcp, connect_unix
 
 T = TypeVar("T")
 
@@ -53,6 +54,17 @@ def run(channel: Channel, flow: Flow[T], deadline: float) -> T:
 
 
 class Link(Session):
+    """A session that a thread waits for."""
+
+    def run(self, flow: Flow[T], deadline: float) -> T:
+        """Perform a flow to its end. Raises TransportError; the link is unusable then, unless it is RequestRefused."""
+        raise NotImplementedError
+
+    def say_goodbye(self) -> None:
+        """Give back what is still held, as far as that goes, before a close."""
+
+
+class SocketLink(Link):
     """A session over a blocking channel."""
 
     channel: Channel
@@ -61,16 +73,30 @@ class Link(Session):
         super().__init__(channel, joined)
 
     def run(self, flow: Flow[T], deadline: float) -> T:
-        """Perform a flow to its end. Raises TransportError; the link is unusable then, unless it is RequestRefused."""
+        """As `Link.run`."""
         self.deadline = deadline
         return run(self.channel, flow, deadline)
 
     def say_goodbye(self) -> None:
-        """Give back what is still held, as far as that goes, before a close."""
+        """As `Link.say_goodbye`."""
         if self.conversation.rider:
             with contextlib.suppress(TransportError):
                 flow = self.conversation.release_quietly(self.conversation.rider)
                 self.run(flow, time.monotonic() + FAREWELL_S)
+
+
+class Dials(Protocol):
+    """What a client asks of what opens its links."""
+
+    @property
+    def arena(self) -> ArenaMap | None:
+        """The map of the server's memory that its links use, None where they have none."""
+
+    def forget_arena(self) -> None:
+        """Hold the map no longer."""
+
+    def open(self, deadline: float) -> Link:
+        """A joined link. Raises TransportError."""
 
 
 class Dialer:
@@ -80,7 +106,7 @@ class Dialer:
         self.config = config
         self._credentials = Credentials(config)
         self._attach = attach
-        self._route: Route[Link] = Route(config, attached=attach is not None)
+        self._route: Route[SocketLink] = Route(config, attached=attach is not None)
         self._addresses: list[tuple[int, tuple[Any, ...]]] = []
 
     @property
@@ -92,16 +118,16 @@ class Dialer:
         """Hold the map no longer: it goes with the last link or view that uses it, not when this is collected."""
         self._route.known = None
 
-    def open(self, deadline: float) -> Link:
+    def open(self, deadline: float) -> SocketLink:
         """A joined link. Raises TransportError when no path works."""
 
-        def dial(effect: Dial) -> Link:
+        def dial(effect: Dial) -> SocketLink:
             channel = self._connect(effect.path, deadline)
             try:
                 token = self._credentials.token_for(channel)
                 nixl_by = deadline if effect.nixl else None
                 joining = join(shared=effect.shared, nixl_by=nixl_by, known=self._route.known, token=token)
-                return Link(channel, run(channel, joining, deadline))
+                return SocketLink(channel, run(channel, joining, deadline))
             except BaseException:
                 channel.close()
                 raise

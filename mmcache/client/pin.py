@@ -34,7 +34,9 @@ class Pinned:
 
 
 def pin_prefix(session: Session, digests: Sequence[bytes]) -> Flow[tuple[int, list[int]]]:
-    """Pin leading stored entries; where no more may be pinned, only count. How many, and the leases' ids."""
+    """Pin leading stored entries; where no more may be pinned, and over gRPC, only count. How many, and the leases."""
+    if session.rpc is not None:
+        return (yield from count_prefix(session, digests)), []
     limits = session.joined.limits
     lease_ids: list[int] = []
     count = 0

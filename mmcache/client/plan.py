@@ -28,6 +28,19 @@ def put_batches(frame_nbytes: Sequence[int], max_keys: int, max_nbytes: int) -> 
         yield range(start, len(frame_nbytes))
 
 
+def runs_within(costs: Sequence[Sequence[int]], limits: Sequence[int]) -> Iterator[range]:
+    """Runs in which no column of `costs` adds up to more than its limit; a row over one forms a run of its own."""
+    start, totals = 0, [0] * len(limits)
+    for position, row in enumerate(costs):
+        sums = [total + cost for total, cost in zip(totals, row, strict=True)]
+        if position > start and any(total > limit for total, limit in zip(sums, limits, strict=True)):
+            yield range(start, position)
+            start, sums = position, list(row)
+        totals = sums
+    if start < len(costs):
+        yield range(start, len(costs))
+
+
 @dataclass(slots=True)
 class Breaker:
     """Whether a shard is worth asking. After a failure it is left alone for a pause that doubles up to a limit.

@@ -11,14 +11,14 @@ from collections import deque
 from collections.abc import Callable
 
 from mmcache.client.core import PoolBusy
-from mmcache.client.link import Dialer, Link
+from mmcache.client.link import Dials, Link
 from mmcache.errors import UsageError
 
 
 class Pool:
     """At most `max_links` links. Thread-safe; taking an idle link and giving it back needs no lock."""
 
-    def __init__(self, dialer: Dialer, max_links: int, after_fork: Callable[[], None]) -> None:
+    def __init__(self, dialer: Dials, max_links: int, after_fork: Callable[[], None]) -> None:
         self._dialer, self._max_links, self.after_fork = dialer, max_links, after_fork
         self._idle: deque[Link] = deque()
         self._lent: set[Link] = set()

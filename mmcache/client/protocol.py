@@ -282,7 +282,7 @@ def _drain(nbytes: int) -> Flow[None]:
         nbytes -= min(nbytes, len(scratch))
 
 
-def _slices(target: Bytes) -> Iterator[list[memoryview]]:
+def slices_of(target: Bytes) -> Iterator[list[memoryview]]:
     """A destination's memory in order, about SLICE_NBYTES at a time: cut, or several of its pieces."""
     if target.ndim == 2:
         step = max(1, SLICE_NBYTES // max(1, target.shape[1]))
@@ -300,7 +300,7 @@ def _receive_tensors(header: FrameHeader, targets: Sequence[Bytes], verify: bool
         if stored.offset > end:
             good &= not any((yield Recv(stored.offset - end)))
         state = xxhash.xxh3_128()
-        for views in _slices(target):
+        for views in slices_of(target):
             yield RecvInto(views)
             if verify:
                 for view in views:

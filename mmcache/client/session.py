@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import math
-import socket
 import time
 from collections.abc import Callable, Generator
 from functools import partial
@@ -41,8 +40,6 @@ NIXL_AGAIN_S: Final = 5.0
 class Wire(Protocol):
     """What a session asks of its channel itself."""
 
-    sock: socket.socket
-
     @property
     def is_unix(self) -> bool:
         """True for a unix socket."""
@@ -73,11 +70,13 @@ class Joined(NamedTuple):
 class Session:
     """A channel after Join. One call at a time; when anything goes wrong in it, it is closed and never used again."""
 
+    rpc: Callable[[str, bytes], bytes] | None = None  # over gRPC: calls a method with a body, for its reply's
+
     def __init__(self, channel: Wire, joined: Joined) -> None:
         self.channel = channel
         self.joined, self.arena, self.ring, self.reader, self.no_reader = joined
         self.deadline = 0.0  # of the call under way
-        self.why = ""  # it goes by this path and no faster one
+        self.why = ""  # it goes by this path and no faster one, in words
         # On monotonic time. One that was to read by NIXL makes room for another that might.
         self.good_until = time.monotonic() + NIXL_AGAIN_S if self.no_reader else math.inf
         self.conversation = Conversation()
@@ -171,7 +170,9 @@ def join(
 
                 arena = yield Work(map_arena, reply.arena_nbytes if reply.arena_prefaulted else 0)
         if shared and arena is None:
-            raise NoSharedMemory("the server offered no shared memory on its unix socket; use transport=tcp")
+            if reply.arena_nbytes:
+                raise NoSharedMemory("the server's memory was offered, but did not come through its unix socket")
+            raise NoSharedMemory("the server does not share its memory with this client's tenant (docs/access.md)")
         if nixl_by is None:
             return Joined(reply, arena, ring)
         return Joined(reply, arena, ring, *(yield Work(partial(_reader, reply, nixl_by), 0, waits=True)))

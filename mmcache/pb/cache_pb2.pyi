@@ -154,12 +154,14 @@ class NixlOffer(_message.Message):
     def __init__(self, metadata: _Optional[bytes] = ..., base: _Optional[int] = ..., nbytes: _Optional[int] = ..., why: _Optional[str] = ...) -> None: ...
 
 class Limits(_message.Message):
-    __slots__ = ("batch_keys", "inline_nbytes")
+    __slots__ = ("batch_keys", "inline_nbytes", "message_nbytes")
     BATCH_KEYS_FIELD_NUMBER: _ClassVar[int]
     INLINE_NBYTES_FIELD_NUMBER: _ClassVar[int]
+    MESSAGE_NBYTES_FIELD_NUMBER: _ClassVar[int]
     batch_keys: int
     inline_nbytes: int
-    def __init__(self, batch_keys: _Optional[int] = ..., inline_nbytes: _Optional[int] = ...) -> None: ...
+    message_nbytes: int
+    def __init__(self, batch_keys: _Optional[int] = ..., inline_nbytes: _Optional[int] = ..., message_nbytes: _Optional[int] = ...) -> None: ...
 
 class DeclareRequest(_message.Message):
     __slots__ = ("namespace", "kind", "facts")
@@ -540,7 +542,7 @@ class StatRequest(_message.Message):
     def __init__(self) -> None: ...
 
 class StatReply(_message.Message):
-    __slots__ = ("counters", "server", "server_id", "uptime_s")
+    __slots__ = ("counters", "server", "server_id", "uptime_s", "limits", "alignment")
     class CountersEntry(_message.Message):
         __slots__ = ("key", "value")
         KEY_FIELD_NUMBER: _ClassVar[int]
@@ -552,11 +554,15 @@ class StatReply(_message.Message):
     SERVER_FIELD_NUMBER: _ClassVar[int]
     SERVER_ID_FIELD_NUMBER: _ClassVar[int]
     UPTIME_S_FIELD_NUMBER: _ClassVar[int]
+    LIMITS_FIELD_NUMBER: _ClassVar[int]
+    ALIGNMENT_FIELD_NUMBER: _ClassVar[int]
     counters: _containers.ScalarMap[str, int]
     server: str
     server_id: bytes
     uptime_s: float
-    def __init__(self, counters: _Optional[_Mapping[str, int]] = ..., server: _Optional[str] = ..., server_id: _Optional[bytes] = ..., uptime_s: _Optional[float] = ...) -> None: ...
+    limits: Limits
+    alignment: int
+    def __init__(self, counters: _Optional[_Mapping[str, int]] = ..., server: _Optional[str] = ..., server_id: _Optional[bytes] = ..., uptime_s: _Optional[float] = ..., limits: _Optional[_Union[Limits, _Mapping]] = ..., alignment: _Optional[int] = ...) -> None: ...
 
 class ErrorReply(_message.Message):
     __slots__ = ("code", "message")
@@ -611,7 +617,7 @@ class GetReply(_message.Message):
     def __init__(self, entries: _Optional[_Iterable[_Union[Entry, _Mapping]]] = ..., mode: _Optional[_Union[Mode, str]] = ...) -> None: ...
 
 class Entry(_message.Message):
-    __slots__ = ("status", "tensors", "kind", "namespace", "parent", "home", "chain_index", "created_ms", "expires_ms")
+    __slots__ = ("status", "tensors", "kind", "namespace", "parent", "home", "chain_index", "created_ms", "expires_ms", "key")
     STATUS_FIELD_NUMBER: _ClassVar[int]
     TENSORS_FIELD_NUMBER: _ClassVar[int]
     KIND_FIELD_NUMBER: _ClassVar[int]
@@ -621,6 +627,7 @@ class Entry(_message.Message):
     CHAIN_INDEX_FIELD_NUMBER: _ClassVar[int]
     CREATED_MS_FIELD_NUMBER: _ClassVar[int]
     EXPIRES_MS_FIELD_NUMBER: _ClassVar[int]
+    KEY_FIELD_NUMBER: _ClassVar[int]
     status: GetStatus
     tensors: _containers.RepeatedCompositeFieldContainer[Tensor]
     kind: str
@@ -630,7 +637,8 @@ class Entry(_message.Message):
     chain_index: int
     created_ms: int
     expires_ms: int
-    def __init__(self, status: _Optional[_Union[GetStatus, str]] = ..., tensors: _Optional[_Iterable[_Union[Tensor, _Mapping]]] = ..., kind: _Optional[str] = ..., namespace: _Optional[bytes] = ..., parent: _Optional[bytes] = ..., home: _Optional[bytes] = ..., chain_index: _Optional[int] = ..., created_ms: _Optional[int] = ..., expires_ms: _Optional[int] = ...) -> None: ...
+    key: bytes
+    def __init__(self, status: _Optional[_Union[GetStatus, str]] = ..., tensors: _Optional[_Iterable[_Union[Tensor, _Mapping]]] = ..., kind: _Optional[str] = ..., namespace: _Optional[bytes] = ..., parent: _Optional[bytes] = ..., home: _Optional[bytes] = ..., chain_index: _Optional[int] = ..., created_ms: _Optional[int] = ..., expires_ms: _Optional[int] = ..., key: _Optional[bytes] = ...) -> None: ...
 
 class PutRequest(_message.Message):
     __slots__ = ("kind", "namespace", "facts", "entries")

@@ -33,18 +33,25 @@ from mmcache.frame import (
 from mmcache.keys import namespace_id
 from mmcache.pb import cache_pb2 as pb
 from mmcache.server.caller import Caller
-from mmcache.server.large_bodies import EntryIn, Malformed, Piece, TooMany, entry_pieces, open_put
 from mmcache.server.refuse import BadRequest, parse
 from mmcache.server.service import KEY_NBYTES, Service, status_of
 from mmcache.store.answers import Found, Refusal
 from mmcache.store.landing import Landing
 from mmcache.transport.base import SLICE_NBYTES, Op
+from mmcache.transport.large_bodies import (
+    FIELDS_PER_KEY,
+    EntryIn,
+    Malformed,
+    Piece,
+    TooMany,
+    entry_pieces,
+    open_put,
+)
 
 log = logging.getLogger("mmcache.server")
 WRITER: Final = f"mmcache/{__version__} grpc"
 KINDS: Final = {kind.name.lower(): kind for kind in Kind}
 METHODS: Final = tuple(method.name for method in pb.DESCRIPTOR.services_by_name["Cache"].methods)
-FIELDS_PER_KEY: Final = 128  # of a Put, as open_put counts: three tensors of four dimensions an entry take less
 ENTRY_NBYTES: Final = 8  # at most, of a reply's entry that was not found; one that was takes no more than its frame
 MODALITIES: Final = frozenset(pb.Modality.values())
 _MAX_MS: Final = 1 << 62
@@ -104,7 +111,18 @@ class TensorService:
             return self._get(caller, parse(pb.GetRequest(), body), held, alive)
         if method == "Put":
             return self._put(caller, body, alive)
-        return self.service.handle(Op[method.upper()], caller, body).SerializeToString()
+        reply = self.service.handle(Op[method.upper()], caller, body)
+        if isinstance(reply, pb.StatReply):
+            self._tell_limits(reply)
+        return reply.SerializeToString()
+
+    def _tell_limits(self, reply: pb.StatReply) -> None:
+        """What the framed protocol's Join tells, which is not here."""
+        config = self.service.config
+        reply.alignment = config.alignment
+        reply.limits.batch_keys = config.max_batch_keys
+        reply.limits.inline_nbytes = config.max_batch_nbytes
+        reply.limits.message_nbytes = self.limit_nbytes
 
     # Get
 
@@ -184,6 +202,7 @@ class TensorService:
             chain_index=meta.chain_index,
             created_ms=meta.created_ms,
             expires_ms=meta.expires_ms,
+            key=meta.key,
         )
         tensors = [(one, view[one.offset : one.offset + one.nbytes]) for one in header.tensors]
         return entry_pieces(entry, tensors), tuple(one.checksum for one in header.tensors)

@@ -10,10 +10,23 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from types import TracebackType
 from typing import IO, Any
 
 from mmcache.errors import TransportError
+from mmcache.testing.values import eventually
+
+
+def suspend(pid: int) -> None:
+    """SIGSTOP a process, and wait until every thread of it has stopped: the signal alone only asks for it."""
+    os.kill(pid, signal.SIGSTOP)
+
+    def all_stopped() -> bool:
+        stats = [path.read_text() for path in Path(f"/proc/{pid}/task").glob("*/stat")]
+        return {stat.rpartition(")")[2].split()[0] for stat in stats} == {"T"}
+
+    eventually(all_stopped, f"process {pid} stopped")
 
 
 class ServerProcess:

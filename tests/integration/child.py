@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 import mmcache
-from mmcache.client.link import Dialer, Link
+from mmcache.client.link import Dialer, SocketLink
 from mmcache.client.protocol import Acquired, Conversation, Flow, put_result
 from mmcache.client.sending import Outgoing, send_frames
 from mmcache.config import parse_url
@@ -37,7 +37,7 @@ def stop() -> None:
     os.kill(os.getpid(), signal.SIGSTOP)
 
 
-def open_link(url: str) -> Link:
+def open_link(url: str) -> SocketLink:
     """A link as a Client would open it."""
     return Dialer(parse_url(url)).open(time.monotonic() + 30)
 

@@ -26,6 +26,8 @@ try:
     WITHOUT = ""
 except TransportError as trouble:
     WITHOUT = str(trouble)
+if os.environ.get("CI"):  # there, what is not tested is a failure
+    assert not WITHOUT, f"{WITHOUT}; `make test` does so"
 needs_nixl = pytest.mark.skipif(bool(WITHOUT), reason=WITHOUT or "it is there")
 
 VALUE_NBYTES: Final = MiB + 17

@@ -167,7 +167,15 @@ def use_tenant(url: str, token: str, label: str, nbytes: str) -> dict[str, Any]:
         }
 
 
+def which_path(url: str) -> dict[str, Any]:
+    """Connect as another user: what Client.stat says."""
+    mmcache.connect(url).close()  # what is only imported when it is used is imported now
+    become_user()
+    with mmcache.connect(url) as cache:
+        return cache.stat()
+
+
 if __name__ == "__main__":
-    FUNCTIONS = (attack_arena, attack_unsealed, connect_unix, use_tenant)
+    FUNCTIONS = (attack_arena, attack_unsealed, connect_unix, use_tenant, which_path)
     functions = {function.__name__: function for function in FUNCTIONS}
     print(json.dumps(functions[sys.argv[1]](*sys.argv[2:])), flush=True)

@@ -1,4 +1,4 @@
-"""What the integration tests share: keys whose values follow from them, a client of raw messages, child processes."""
+"""What the integration tests share beside mmcache.testing: a client of raw messages, child processes, the CLI."""
 
 from __future__ import annotations
 
@@ -11,73 +11,31 @@ import signal
 import socket
 import subprocess
 import sys
-import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, Self
 
-import blake3
-import numpy as np
-import pytest
 import xxhash
 from google.protobuf.message import Message
-from numpy.typing import NDArray
 
 from mmcache.frame import FrameMeta, Kind, frame_segments, pack_header
-from mmcache.keys import Namespace, opaque_key
 from mmcache.keyset import Keys
 from mmcache.pb import cache_pb2 as pb
 from mmcache.tensors import named_tensors, specs_of
 from mmcache.testing.process import ServerProcess
+from mmcache.testing.process import suspend as suspend
+from mmcache.testing.values import NAMESPACE as NAMESPACE
+from mmcache.testing.values import PATIENCE_S as PATIENCE_S
+from mmcache.testing.values import Bytes as Bytes
+from mmcache.testing.values import blanks as blanks
+from mmcache.testing.values import eventually as eventually
+from mmcache.testing.values import keys_of as keys_of
+from mmcache.testing.values import value_of as value_of
+from mmcache.testing.values import values_of as values_of
 from mmcache.transport.base import PRELUDE_NBYTES, Op, pack_prelude, parse_prelude
 
 ROOT = Path(__file__).resolve().parents[2]
-NAMESPACE = Namespace(kind="kv", model="test/model", dtype="uint8", layout="LBHNC", block_size=16)
-PATIENCE_S = 20.0  # how long a busy machine may take over what should be immediate
 MiB = 1 << 20
-
-Bytes = NDArray[np.uint8]
-
-
-def keys_of(count: int, label: str) -> Keys:
-    """`count` keys without parents; other labels give other keys."""
-    return Keys.of([opaque_key(NAMESPACE, f"{label}/{i}".encode()) for i in range(count)])
-
-
-def value_of(digest: bytes, nbytes: int) -> Bytes:
-    """The only right value of a key, recomputed from it."""
-    return np.frombuffer(blake3.blake3(digest).digest(nbytes), np.uint8)
-
-
-def values_of(keys: Keys, nbytes: int) -> list[Bytes]:
-    """The only right values of `keys`."""
-    return [value_of(digest, nbytes) for digest in keys.digests]
-
-
-def blanks(count: int, nbytes: int) -> list[Bytes]:
-    """Destinations that hold nobody's value."""
-    return [np.full(nbytes, 0xA5, np.uint8) for _ in range(count)]
-
-
-def eventually(holds: Callable[[], Any], what: str, patience_s: float = PATIENCE_S) -> Any:
-    """Wait until `holds()` is true and return it; fail the test naming `what` if it never is."""
-    deadline = time.monotonic() + patience_s
-    while not (answer := holds()):
-        if time.monotonic() > deadline:
-            pytest.fail(f"never happened: {what}")
-        time.sleep(0.02)
-    return answer
-
-
-def suspend(pid: int) -> None:
-    """SIGSTOP a process, and wait until every thread of it has stopped: the signal alone only asks for it."""
-    os.kill(pid, signal.SIGSTOP)
-
-    def all_stopped() -> bool:
-        stats = [path.read_text() for path in Path(f"/proc/{pid}/task").glob("*/stat")]
-        return {stat.rpartition(")")[2].split()[0] for stat in stats} == {"T"}
-
-    eventually(all_stopped, f"process {pid} stopped")
 
 
 def segments_of(keys: Keys, value: Any, position: int = 0, alignment: int = 64) -> list[bytes | memoryview]:

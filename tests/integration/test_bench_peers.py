@@ -14,6 +14,7 @@ from benchmarks.peers.plan import Case, Plan
 from benchmarks.peers.registry import CONTROLS
 from benchmarks.peers.report import Report, markdown
 from benchmarks.peers.run import measure
+from tests.integration.nixl_bed import WITHOUT
 
 ROOT = Path(__file__).resolve().parents[2]
 ENVIRONMENTS = ROOT / ".peers"
@@ -33,14 +34,18 @@ def assert_controls_are_caught(report: Report) -> None:
 
 
 def test_controls_are_caught_and_what_does_not_start_is_in_the_table(tmp_path: Path) -> None:
-    report, told = measured(["vineyard", "mmcache-shm", "mmcache-grpc"], Plan(2, 1, CASES, clients=(2,)), tmp_path)
+    names = ["vineyard", "mmcache-shm", "mmcache-nixl", "mmcache-grpc", "grpc-floor"]
+    report, told = measured(names, Plan(2, 1, CASES, clients=(2,)), tmp_path)
     assert_controls_are_caught(report)
     assert report.ok, report.complaints()
-    assert report.failed == {"vineyard": "the wheel of vineyard-bdist has no vineyardd"}
+    reasons = {"vineyard": "the wheel of vineyard-bdist has no vineyardd"}
+    if WITHOUT:
+        reasons["mmcache-nixl"] = f"`mmcache serve` did not become ready: mmcache: --nixl lo: {WITHOUT}"
+    assert report.failed == reasons
     assert told.count("turn 1 of 2: vineyard") == 1
     assert "turn 2 of 2: vineyard" not in told
     rows = [row for row in report.rows if row.peer not in CONTROLS]
-    assert {row.peer for row in rows} == {"mmcache-shm", "mmcache-grpc"}
+    assert {row.peer for row in rows} == {"mmcache-shm", "mmcache-nixl", "mmcache-grpc", "grpc-floor"} - set(reasons)
     assert all(row.pairs == 2 and row.ratio > 0 and row.wrong == 0 for row in rows)
     assert markdown(report, "").count("BAD DATA") == len(CONTROLS) * len(CASES) + 1  # and the note that explains it
 

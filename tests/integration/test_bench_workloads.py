@@ -14,6 +14,7 @@ from mmcache.bench.report import Report
 from mmcache.bench.run import Options
 from mmcache.errors import ConfigError
 from mmcache.testing.process import ServerProcess
+from tests.integration.nixl_bed import OVER_TCP, WITHOUT, needs_nixl
 from tests.integration.support import run_cli
 
 RUNS: dict[str, Callable[..., Report]] = {"chat": chat.run, "diffusion": diffusion.run}
@@ -135,4 +136,30 @@ def test_transfer_measures_only_what_was_asked_for() -> None:
     assert [row["transport"] for row in found["mixed"]] == ["tcp"]
     assert (found["workload"]["transports"], found["workload"]["clients"]) == (["tcp"], [3])
     ended = run_cli("bench", "transfer", "--transport", "rdma")
-    assert (ended.returncode, ended.stderr) == (2, "mmcache: transport 'rdma' is unknown; choose shm, unix, tcp\n")
+    assert (ended.returncode, ended.stderr) == (
+        2,
+        "mmcache: transport 'rdma' is unknown; choose shm, unix, tcp, nixl\n",
+    )
+
+
+@needs_nixl
+def test_transfer_by_nixl_counts_the_agents_time_too() -> None:
+    words = ("--quick", "--transport", "tcp", "--transport", "nixl", "--clients", "1", "--json", "-")
+    ended = run_cli("bench", "transfer", *words, environment=OVER_TCP)
+    assert ended.returncode == 0, ended.stderr
+    found = json.loads(ended.stdout)
+    assert [row["transport"] for row in found["rows"]] == ["tcp"] * 7 + ["nixl"] * 7
+    assert [row["transport"] for row in found["mixed"]] == ["tcp", "nixl"]
+    assert (found["ok"], found["wrong"], found["failed"]) == (True, 0, 0)
+    assert any("one-sided reads" in note for note in found["notes"])
+    server_s = {
+        row["transport"]: row["server_cpu_s_per_gb"] for row in found["rows"] if (row["op"], row["batch"]) == ("get", 4)
+    }
+    assert server_s["nixl"] > 0.6 * server_s["tcp"]  # it is the agent that sends all of it
+
+
+@pytest.mark.skipif(not WITHOUT, reason="NIXL is installed")
+def test_transfer_by_nixl_says_what_to_install() -> None:
+    ended = run_cli("bench", "transfer", "--quick", "--transport", "nixl")
+    assert ended.returncode == 1
+    assert "pip install 'mmcache[nixl]'" in ended.stderr

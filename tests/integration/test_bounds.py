@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 
 import mmcache
+from mmcache.client.link import SocketLink
 from mmcache.config import ServerConfig
 from mmcache.errors import DeadlineExceeded, TransportError
 from mmcache.keys import namespace_id
@@ -22,7 +23,8 @@ from mmcache.store import namespaces as namespaces_module
 from mmcache.store.shard import Shard
 from mmcache.testing.process import ServerProcess
 from mmcache.transport.base import PLACE, PRELUDE_NBYTES, Op, pack_prelude, parse_prelude
-from mmcache.transport.tcp import Channel, connect_tcp, resolve
+from mmcache.transport.resolve import resolve
+from mmcache.transport.tcp import Channel, connect_tcp
 from tests.integration.support import MiB, Raw, blanks, eventually, keys_of, suspend, values_of
 
 
@@ -259,6 +261,7 @@ def test_a_child_may_count_though_the_counting_lock_was_taken_at_the_fork(server
 def test_a_link_in_use_at_a_fork_is_closed_in_the_child(server: ServerProcess) -> None:
     with mmcache.connect(server.url) as cache:
         link = cache._pool.borrow(time.monotonic() + 5)
+        assert isinstance(link, SocketLink)
         fd = link.channel.sock.fileno()
         assert fd >= 0
 

@@ -112,7 +112,7 @@ BAD_URLS = [
     ("mmcache://127.0.0.1/path", "mmcache://HOST:PORT"),
     ("mmcache://me:secret@127.0.0.1", "user, password"),
     ("mmcache://127.0.0.1?speed=fast", "unknown option 'speed'"),
-    ("mmcache://127.0.0.1?transport=pigeon", "auto, shm, tcp or nixl"),
+    ("mmcache://127.0.0.1?transport=pigeon", "auto, shm, tcp, nixl or grpc"),
     ("embedded://?transport=nixl", "a process of its own"),
     ("mmcache://10.0.0.1?transport=shm", "use auto or tcp"),
     ("mmcache://127.0.0.1?deadline_s=soon", "deadline_s"),

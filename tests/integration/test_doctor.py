@@ -20,12 +20,12 @@ def test_a_server_that_answers_and_how_it_is_reached() -> None:
     with ServerProcess("16MiB") as server:
         found = {row["what"]: row for row in json.loads(run_cli("doctor", "--json", "-c", server.url).stdout)}
         assert found["server"]["state"] == "yes"
-        assert "shared memory" in found["server"]["text"]
+        assert "read by shm: the server is on this host" in found["server"]["text"]
         assert found["access"]["state"] == "open"
         assert "no TLS" in found["access"]["text"]
         shown = run_cli("doctor", "-c", f"{server.url}?transport=tcp")
         assert shown.returncode == 0
-        assert "over TCP" in " ".join(shown.stdout.split())
+        assert "read by tcp: the URL asks" in " ".join(shown.stdout.split())
     assert found["shared memory"]["state"] == "yes"
     assert (found["native"]["state"] == "yes") == (native.NATIVE is not native.PYTHON)
     assert native.STATE in found["native"]["text"]

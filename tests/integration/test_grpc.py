@@ -332,13 +332,15 @@ def test_a_peer_that_sends_nothing_is_let_go_and_others_are_served() -> None:
         assert {call.code() for call in silent} <= {grpc.StatusCode.CANCELLED, grpc.StatusCode.UNKNOWN}
 
 
-def test_the_sample_of_the_page_runs(server: ServerProcess) -> None:
+def test_the_samples_of_the_page_run(server: ServerProcess) -> None:
     page = (ROOT / "docs" / "grpc.md").read_text()
-    (sample,) = re.findall(r"^```python\n(.*?)^```", page, re.MULTILINE | re.DOTALL)
-    assert "127.0.0.1:7601" in sample
-    code = sample.replace("127.0.0.1:7601", server.grpc_address)
-    ended = subprocess.run([sys.executable, "-W", "error", "-c", code], capture_output=True, text=True, timeout=60)
-    assert (ended.returncode, ended.stderr) == (0, "")
+    samples = re.findall(r"^```python\n(.*?)^```", page, re.MULTILINE | re.DOTALL)
+    assert len(samples) == 2
+    for sample in samples:
+        assert "127.0.0.1:7601" in sample
+        code = sample.replace("127.0.0.1:7601", server.grpc_address)
+        ended = subprocess.run([sys.executable, "-W", "error", "-c", code], capture_output=True, text=True, timeout=60)
+        assert (ended.returncode, ended.stderr) == (0, "")
 
 
 def test_an_address_beyond_this_host_is_refused() -> None:

@@ -1,6 +1,6 @@
 """Reads by NIXL: what its agent may know and where it listens, and what clients see when it is killed, stopped or gone.
 
-Skipped where NIXL is not installed; test_nixl_missing.py is not.
+Skipped where NIXL is not installed, but for CI (nixl_bed.py); test_nixl_missing.py is not.
 """
 
 from __future__ import annotations

@@ -11,7 +11,15 @@ from hypothesis import strategies as st
 
 from mmcache.frame import DTYPES, MAX_DIMS, MAX_FRAME_NBYTES, MAX_NAME_NBYTES, StoredTensor, TensorSpec, layout_of
 from mmcache.pb import cache_pb2 as pb
-from mmcache.server.large_bodies import MESSAGE_FIELDS, Malformed, TooMany, entry_pieces, open_put
+from mmcache.transport.large_bodies import (
+    MESSAGE_FIELDS,
+    Malformed,
+    TooMany,
+    entry_pieces,
+    fields_of,
+    open_get,
+    open_put,
+)
 
 ENDLESS = 1 << 40
 numbers = st.integers(0, (1 << 64) - 1)
@@ -54,6 +62,20 @@ def closed(opened: tuple[pb.PutRequest, Any]) -> pb.PutRequest:
 @given(puts)
 def test_a_put_is_read_as_protobuf_reads_it(request: pb.PutRequest) -> None:
     assert closed(open_put(request.SerializeToString(), ENDLESS)) == request
+
+
+@given(st.lists(entries, max_size=3), numbers)
+def test_so_is_a_reply(given_entries: list[pb.PutEntry], number: int) -> None:
+    reply = pb.GetReply(mode=pb.READ)
+    for one in given_entries:
+        reply.entries.add(status=pb.FOUND, key=one.key, created_ms=number, tensors=one.tensors)
+    opened, parts = open_get(reply.SerializeToString(), ENDLESS)
+    for entry, inside in parts:
+        for tensor, data in inside:
+            tensor.data = bytes(data)
+            entry.tensors.append(tensor)
+        opened.entries.append(entry)
+    assert opened == reply
 
 
 @given(puts, st.data())
@@ -135,15 +157,35 @@ def test_a_reply_is_written_as_protobuf_writes_it(given_entry: pb.PutEntry) -> N
     assert pb.GetReply.FromString(body) == pb.GetReply(entries=[entry])
 
 
-def test_an_entry_of_a_reply_is_never_larger_than_its_frame() -> None:
-    """So what fits as frames fits as a reply; even with the longest name, dtype and shape."""
+@given(entries)
+def test_a_put_is_written_as_protobuf_writes_it_with_no_more_fields_than_foretold(entry: pb.PutEntry) -> None:
+    specs = [TensorSpec(one.name, one.dtype, tuple(one.shape)) for one in entry.tensors]
+    stored = [
+        (StoredTensor(spec, 0, len(one.data), one.xxh3_128), memoryview(one.data))
+        for spec, one in zip(specs, entry.tensors, strict=True)
+    ]
+    bare = pb.PutEntry()
+    bare.CopyFrom(entry)
+    bare.ClearField("tensors")
+    body = b"".join(entry_pieces(bare, stored))
+    assert pb.PutRequest.FromString(body) == pb.PutRequest(entries=[entry])
+    open_put(body, fields_of(specs))
+
+
+def test_an_entry_is_never_larger_than_its_frame() -> None:
+    """So what fits as frames fits as a message; even with the longest name, dtype and shape."""
     most = max(DTYPES, key=len)
     shape = (MAX_FRAME_NBYTES - 1,) * MAX_DIMS
     entry = pb.Entry(
         status=pb.FOUND, kind="embedding", namespace=bytes(32), parent=bytes(32), home=bytes(32),
-        chain_index=(1 << 64) - 1, created_ms=(1 << 64) - 1, expires_ms=(1 << 64) - 1,
+        chain_index=(1 << 64) - 1, created_ms=(1 << 64) - 1, expires_ms=(1 << 64) - 1, key=bytes(32),
+    )  # fmt: skip
+    put = pb.PutEntry(
+        key=bytes(32), parent=bytes(32), home=bytes(32), chain_index=(1 << 64) - 1, ttl_ms=(1 << 64) - 1,
+        modality=pb.AUDIO, media_units=(1 << 32) - 1,
     )  # fmt: skip
     stored = StoredTensor(TensorSpec("n" * MAX_NAME_NBYTES, most, shape), 0, 0, bytes(16))
     for count in (0, 1, 2, 1024):
-        body = b"".join(entry_pieces(entry, [(stored, memoryview(b""))] * count))
-        assert len(body) <= layout_of([0] * count).frame_nbytes
+        for whole in (entry, put):
+            body = b"".join(entry_pieces(whole, [(stored, memoryview(b""))] * count))
+            assert len(body) <= layout_of([0] * count).frame_nbytes

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mmcache.client.plan import FIRST_PAUSE_S, LONGEST_PAUSE_S, Breaker, batches, put_batches
+from mmcache.client.plan import FIRST_PAUSE_S, LONGEST_PAUSE_S, Breaker, batches, put_batches, runs_within
 
 
 def covers(runs: list[range], count: int) -> bool:
@@ -36,6 +36,20 @@ def test_put_batches_stay_within_both_limits_and_are_as_large_as_they_may(
     for run, following in pairwise(runs):
         total = sum(sizes[position] for position in run) + sizes[following.start]
         assert len(run) == max_keys or total > max_nbytes
+
+
+@given(st.lists(st.tuples(st.integers(0, 9), st.integers(0, 9)), max_size=40), st.integers(1, 20), st.integers(1, 20))
+def test_runs_stay_within_every_limit_and_are_as_long_as_they_may(
+    costs: list[tuple[int, int]], first: int, second: int
+) -> None:
+    def fits(positions: range) -> bool:
+        sums = [sum(costs[position][column] for position in positions) for column in (0, 1)]
+        return sums[0] <= first and sums[1] <= second
+
+    runs = list(runs_within(costs, (first, second)))
+    assert covers(runs, len(costs))
+    assert all(len(run) == 1 or fits(run) for run in runs)
+    assert not any(fits(range(run.start, run.stop + 1)) for run in runs[:-1])
 
 
 def test_a_frame_over_the_limit_goes_alone() -> None:

@@ -9,11 +9,11 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.peers.adapters.base import Bytes, Client, MiB
+from benchmarks.peers.adapters.base import Bytes, Client
 
 MEMORY = "1GiB"
-GRPC_NBYTES = 128 * MiB
 DEADLINE_S = 30.0
+ON_LOOPBACK = {"UCX_NET_DEVICES": "lo"}
 
 
 def serve(run: Path, environments: Path, stack: ExitStack) -> dict[str, Any]:
@@ -27,19 +27,29 @@ def serve(run: Path, environments: Path, stack: ExitStack) -> dict[str, Any]:
         grpc_words = []
     else:
         grpc_words = ["--grpc", "127.0.0.1:0"]
-    server = ServerProcess(MEMORY, *words, *grpc_words, environment={"MMCACHE_MAX_GRPC_NBYTES": str(GRPC_NBYTES)})
+    server = ServerProcess(MEMORY, *words, *grpc_words)
     stack.enter_context(server)
     return {"url": server.url, "unix_path": server.unix_path, "grpc_address": server.grpc_address}
 
 
-def _keys(names: Sequence[str]) -> tuple[Any, list[Any]]:
+def serve_nixl(run: Path, environments: Path, stack: ExitStack) -> dict[str, Any]:
+    """Start a server whose memory NIXL reads. Raises TransportError where NIXL is not installed."""
+    from mmcache.testing.process import ServerProcess
+
+    words = ["--prefault", "--unix", "", "--nixl", ON_LOOPBACK["UCX_NET_DEVICES"]]
+    server = ServerProcess(MEMORY, *words)
+    stack.enter_context(server)
+    return {"url": server.url}
+
+
+def _keys(names: Sequence[str]) -> list[Any]:
     from mmcache.keys import Namespace, opaque_key
 
     namespace = Namespace(kind="kv", model="benchmark/none", dtype="uint8", layout="flat", block_size=16)
-    return namespace, [opaque_key(namespace, name.encode()) for name in names]
+    return [opaque_key(namespace, name.encode()) for name in names]
 
 
-class Framed(Client):
+class ByPath(Client):
     """A client over one path; it refuses another one."""
 
     TRANSPORT = ""
@@ -49,9 +59,10 @@ class Framed(Client):
         from mmcache.connect import connect
 
         self._client = connect(self._url(options), deadline_s=DEADLINE_S)
-        path = self._client.stat()["transport"]
-        if path != self.TRANSPORT:
-            raise RuntimeError(f"asked for {self.TRANSPORT}, but the values would travel by {path}")
+        said = self._client.stat()
+        if said["transport"] != self.TRANSPORT:
+            found = f"{said['transport']}: {said['transport_why']}"
+            raise RuntimeError(f"asked for {self.TRANSPORT}, but the values would travel by {found}")
 
     def _url(self, options: Mapping[str, Any]) -> str:
         return f"{options['url']}?transport={self.TRANSPORT}"
@@ -59,7 +70,7 @@ class Framed(Client):
     def prepare(self, names: Sequence[str], buffers: Sequence[Bytes]) -> Any:
         from mmcache.keyset import Keys
 
-        return Keys.of(_keys(names)[1]), list(buffers)
+        return Keys.of(_keys(names)), list(buffers)
 
     def put(self, batch: Any) -> None:
         _demand(self._client.put(*batch))
@@ -68,7 +79,7 @@ class Framed(Client):
         _demand(self._client.get_into(*batch))
 
     def delete(self, names: Sequence[str]) -> None:
-        self._client.delete(_keys(names)[1])
+        self._client.delete(_keys(names))
 
     def close(self) -> None:
         self._client.close()
@@ -81,19 +92,25 @@ def _demand(results: Sequence[Any]) -> None:
             raise RuntimeError(f"{result.outcome}: {result.reason}")
 
 
-class Shm(Framed):
+class Shm(ByPath):
     """Shared memory."""
 
     TRANSPORT = "shm"
 
 
-class Tcp(Framed):
+class Tcp(ByPath):
     """Framed TCP."""
 
     TRANSPORT = "tcp"
 
 
-class Unix(Framed):
+class Nixl(ByPath):
+    """Gets by NIXL, puts by framed TCP."""
+
+    TRANSPORT = "nixl"
+
+
+class Unix(ByPath):
     """The framed protocol on the unix socket."""
 
     TRANSPORT = "unix"
@@ -102,71 +119,15 @@ class Unix(Framed):
         return f"mmcache+unix://{options['unix_path']}?transport=tcp"
 
 
-class Grpc(Client):
-    """Plain unary calls; checksums go with the values, and are compared where the bytes were delivered."""
+class Grpc(ByPath):
+    """The public carrier, by the same client."""
 
-    def __init__(self, options: Mapping[str, Any], source: Bytes, target: Bytes) -> None:
-        super().__init__(options, source, target)
+    TRANSPORT = "grpc"
+
+    def _url(self, options: Mapping[str, Any]) -> str:
         if not options["grpc_address"]:
             raise RuntimeError("no grpcio here: pip install 'mmcache[grpc]'")
-        import grpc
-
-        from mmcache.pb import cache_pb2 as pb
-
-        self._pb = pb
-        endless = [("grpc.max_receive_message_length", -1), ("grpc.max_send_message_length", -1)]
-        self._channel = grpc.insecure_channel(options["grpc_address"], options=endless)
-        self._put = self._call("Put", pb.PutRequest, pb.PutReply)
-        self._get = self._call("Get", pb.GetRequest, pb.GetReply)
-        self._delete = self._call("Delete", pb.DeleteRequest, pb.DeleteReply)
-
-    def _call(self, name: str, request: Any, reply: Any) -> Any:
-        return self._channel.unary_unary(
-            f"/mmcache.v1.Cache/{name}",
-            request_serializer=request.SerializeToString,
-            response_deserializer=reply.FromString,
-        )
-
-    def prepare(self, names: Sequence[str], buffers: Sequence[Bytes]) -> Any:
-        namespace, keys = _keys(names)
-        return namespace, keys, list(buffers)
-
-    def put(self, batch: Any) -> None:
-        import xxhash
-
-        namespace, keys, buffers = batch
-        pb = self._pb
-        entries = []
-        for key, buffer in zip(keys, buffers, strict=True):
-            digest = xxhash.xxh3_128_digest(buffer)
-            tensor = pb.Tensor(name="v", dtype="uint8", shape=buffer.shape, data=buffer.tobytes(), xxh3_128=digest)
-            entries.append(pb.PutEntry(key=key.digest, home=key.home, tensors=[tensor]))
-        reply = self._put(
-            pb.PutRequest(kind=namespace.kind, facts=namespace.facts, entries=entries), timeout=DEADLINE_S
-        )
-        if any(status != pb.STORED for status in reply.status):
-            raise RuntimeError(f"Put answered {reply.status[:4]!r}")
-
-    def get(self, batch: Any) -> None:
-        import xxhash
-
-        _, keys, buffers = batch
-        request = self._pb.GetRequest(keys=b"".join(key.digest for key in keys))
-        entries = self._get(request, timeout=DEADLINE_S).entries
-        for entry, buffer in zip(entries, buffers, strict=True):
-            if entry.status != self._pb.FOUND:
-                raise RuntimeError(f"Get answered {entry.status}")
-            (tensor,) = entry.tensors
-            np.copyto(buffer, np.frombuffer(tensor.data, np.uint8))
-            if xxhash.xxh3_128_digest(buffer) != tensor.xxh3_128:
-                raise RuntimeError("the checksum is another one")
-
-    def delete(self, names: Sequence[str]) -> None:
-        keys = _keys(names)[1]
-        self._delete(self._pb.DeleteRequest(keys=b"".join(key.digest for key in keys)), timeout=DEADLINE_S)
-
-    def close(self) -> None:
-        self._channel.close()
+        return f"mmcache://{options['grpc_address']}?transport=grpc"
 
 
 class OtherKey(Tcp):

@@ -1,8 +1,8 @@
 """Messages with tensors in them, read and made without copying the tensors. Pure: bytes in, bytes out.
 
 A parsed message holds its own copy of all its bytes, and every look at a bytes field makes another; of small fields it
-can take forty times what came. So a Put is walked over first: counted, up to a limit, and cut into what is parsed,
-which is little, and the tensors' data, which stays where it is. A Get's reply is joined from pieces.
+can take forty times what came. So a Put, and a Get's reply, is walked over first: counted, up to a limit, and cut into
+what is parsed, which is little, and the tensors' data, which stays where it is. Both are joined from pieces.
 """
 
 from __future__ import annotations
@@ -12,12 +12,13 @@ from typing import Final, NamedTuple, TypeVar
 
 from google.protobuf.message import DecodeError, Message
 
-from mmcache.errors import FrameError
-from mmcache.frame import StoredTensor
+from mmcache.errors import FrameError, RequestRefused
+from mmcache.frame import StoredTensor, TensorSpec
 from mmcache.pb import cache_pb2 as pb
 
 _VARINT, _FIXED64, _BYTES, _FIXED32 = 0, 1, 2, 5
 MESSAGE_FIELDS: Final = 16  # an entry's or tensor's message takes as much memory as so many fields, about a KiB
+FIELDS_PER_KEY: Final = 128  # of a Put, as open_put counts: three tensors of four dimensions an entry take less
 _M = TypeVar("_M", bound=Message)
 Piece = bytes | memoryview
 
@@ -31,12 +32,13 @@ def _tag(message: type[Message], field: str) -> bytes:
 
 
 _ENTRIES, _TENSORS = _number(pb.PutRequest, "entries"), _number(pb.PutEntry, "tensors")
+_REPLY_ENTRIES, _REPLY_TENSORS = _number(pb.GetReply, "entries"), _number(pb.Entry, "tensors")
 _SHAPE, _DATA = _number(pb.Tensor, "shape"), _number(pb.Tensor, "data")
-_REPLY_ENTRY, _ENTRY_TENSOR, _TENSOR_DATA = (
-    _tag(pb.GetReply, "entries"),
-    _tag(pb.Entry, "tensors"),
-    _tag(pb.Tensor, "data"),
-)
+_TENSOR_DATA = _tag(pb.Tensor, "data")
+_OPENINGS: Final[dict[type[Message], tuple[bytes, bytes]]] = {
+    pb.Entry: (_tag(pb.GetReply, "entries"), _tag(pb.Entry, "tensors")),
+    pb.PutEntry: (_tag(pb.PutRequest, "entries"), _tag(pb.PutEntry, "tensors")),
+}
 
 
 class Malformed(FrameError):
@@ -45,6 +47,10 @@ class Malformed(FrameError):
 
 class TooMany(FrameError):
     """There are more fields than the limit."""
+
+
+class OverLimit(RequestRefused):
+    """The server refused a call as too large or one too many; less may pass."""
 
 
 class Budget:
@@ -71,7 +77,7 @@ class Field(NamedTuple):
 
 
 class TensorIn(NamedTuple):
-    """A tensor of a Put: its message, without data, and the data."""
+    """A tensor: its message, without data, and the data."""
 
     message: pb.Tensor
     data: memoryview
@@ -81,6 +87,13 @@ class EntryIn(NamedTuple):
     """An entry of a Put: its message, without tensors, and the tensors."""
 
     message: pb.PutEntry
+    tensors: tuple[TensorIn, ...]
+
+
+class EntryOut(NamedTuple):
+    """An entry of a Get's reply: its message, without tensors, and the tensors."""
+
+    message: pb.Entry
     tensors: tuple[TensorIn, ...]
 
 
@@ -124,25 +137,43 @@ def open_put(body: bytes, limit: int) -> tuple[pb.PutRequest, list[EntryIn]]:
     An element of a list counts as a field, an entry or tensor as MESSAGE_FIELDS more. Raises Malformed, or TooMany
     before more than that is in memory.
     """
+    rest, entries = _cut(body, limit, _ENTRIES, _TENSORS)
+    opened = [EntryIn(_parsed(pb.PutEntry(), pieces), tensors) for pieces, tensors in entries]
+    return _parsed(pb.PutRequest(), rest), opened
+
+
+def open_get(body: bytes, limit: int) -> tuple[pb.GetReply, list[EntryOut]]:
+    """A GetReply in the same way."""
+    rest, entries = _cut(body, limit, _REPLY_ENTRIES, _REPLY_TENSORS)
+    opened = [EntryOut(_parsed(pb.Entry(), pieces), tensors) for pieces, tensors in entries]
+    return _parsed(pb.GetReply(), rest), opened
+
+
+_Cut = tuple[list[bytes], tuple[TensorIn, ...]]
+
+
+def _cut(body: bytes, limit: int, entries_at: int, tensors_at: int) -> tuple[list[bytes], list[_Cut]]:
+    """The fields that are no entries, and each entry's that are no tensors, with its tensors."""
     budget = Budget(limit)
-    rest, entries = [], []
+    rest: list[bytes] = []
+    entries: list[_Cut] = []
     for field in walk(body, 0, len(body), budget):
-        if field.number == _ENTRIES and field.wire == _BYTES:
-            entries.append(_open_entry(body, field, budget))
+        if field.number == entries_at and field.wire == _BYTES:
+            entries.append(_cut_entry(body, field, budget, tensors_at))
         else:
             rest.append(body[field.start : field.end])
-    return _parsed(pb.PutRequest(), rest), entries
+    return rest, entries
 
 
-def _open_entry(body: bytes, entry: Field, budget: Budget) -> EntryIn:
+def _cut_entry(body: bytes, entry: Field, budget: Budget, tensors_at: int) -> _Cut:
     budget.spend(MESSAGE_FIELDS)
     rest, tensors = [], []
     for field in walk(body, entry.value, entry.end, budget):
-        if field.number == _TENSORS and field.wire == _BYTES:
+        if field.number == tensors_at and field.wire == _BYTES:
             tensors.append(_open_tensor(body, field, budget))
         else:
             rest.append(body[field.start : field.end])
-    return EntryIn(_parsed(pb.PutEntry(), rest), tuple(tensors))
+    return rest, tuple(tensors)
 
 
 def _open_tensor(body: bytes, tensor: Field, budget: Budget) -> TensorIn:
@@ -175,15 +206,24 @@ def _length(nbytes: int) -> bytes:
     return bytes(out)
 
 
-def entry_pieces(entry: pb.Entry, tensors: Sequence[tuple[StoredTensor, memoryview]]) -> list[Piece]:
-    """An entry of a GetReply, to be joined: its opening, its fields, then each tensor's opening and data."""
+def entry_pieces(entry: pb.Entry | pb.PutEntry, tensors: Sequence[tuple[StoredTensor, memoryview]]) -> list[Piece]:
+    """An entry of a GetReply or a PutRequest, to be joined: its opening, its fields, then each tensor's opening and
+    data. Together they are never more bytes than the entry's frame."""
+    opens_entry, opens_tensor = _OPENINGS[type(entry)]
     inside: list[Piece] = [entry.SerializeToString()]
     nbytes = len(inside[0])
     for stored, data in tensors:
         name, dtype, shape = stored.spec
         head = pb.Tensor(name=name, dtype=dtype, shape=shape, xxh3_128=stored.checksum).SerializeToString()
         head += _TENSOR_DATA + _length(len(data))
-        opening = _ENTRY_TENSOR + _length(len(head) + len(data)) + head
+        opening = opens_tensor + _length(len(head) + len(data)) + head
         inside += (opening, data)
         nbytes += len(opening) + len(data)
-    return [_REPLY_ENTRY + _length(nbytes), *inside]
+    return [opens_entry + _length(nbytes), *inside]
+
+
+def fields_of(specs: Sequence[TensorSpec]) -> int:
+    """The most fields, as open_put counts, that an entry of a Put with these tensors has."""
+    sizes = sum(len(_length(size)) for spec in specs for size in spec.shape)
+    entry, tensor = len(pb.PutEntry.DESCRIPTOR.fields), len(pb.Tensor.DESCRIPTOR.fields)
+    return 1 + MESSAGE_FIELDS + entry + len(specs) * (1 + MESSAGE_FIELDS + tensor) + sizes

@@ -1,0 +1,61 @@
+"""mmcache.testing.trouble for every way to a shard."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from mmcache.client.blocking import Client
+from mmcache.config import parse_url
+from mmcache.testing.leaks import GROWTH_NBYTES, Reader, Taken
+from mmcache.testing.trouble import TROUBLES, Trouble
+from mmcache.testing.way import Way
+from mmcache.transport.base import HIT, Result
+from tests.contract.ways import WAYS, way_of
+
+pytestmark = pytest.mark.alone
+
+
+@pytest.fixture(scope="module", params=WAYS)
+def way(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Way:
+    return way_of(request.param, tmp_path_factory.mktemp("way"))
+
+
+@pytest.mark.parametrize("trouble", TROUBLES, ids=lambda trouble: trouble.name)
+def test_the_contract_holds_in_trouble(way: Way, trouble: Trouble) -> None:
+    trouble.run(way)
+
+
+class Liar(Client):
+    """Says of whatever it is asked that it was read."""
+
+    def get_into(self, keys: Any, buffers: Any, **options: Any) -> list[Result]:
+        """Hits."""
+        return [HIT] * len(keys)
+
+
+class Believed(Way):
+    """A way by which a Liar goes."""
+
+    def connect(self, address: str, deadline_s: float, *, lazy: bool = False) -> Client:
+        """The Liar."""
+        return Liar(replace(parse_url(self.url(address)), deadline_s=deadline_s))
+
+
+@pytest.mark.parametrize("trouble", [one for one in TROUBLES if "leave" not in one.name], ids=lambda one: one.name)
+def test_a_client_that_lies_breaks_it(trouble: Trouble, tmp_path: Path) -> None:
+    way = way_of("tcp", tmp_path)
+    with pytest.raises(AssertionError, match="a hit with another value"):
+        trouble.run(Believed(way.name, way.arguments, way.address, way.url))
+
+
+@pytest.mark.parametrize("less", [Taken(1, 0, 0), Taken(0, 1, 0), Taken(0, 0, GROWTH_NBYTES)])
+def test_what_is_not_given_back_is_noticed(less: Taken) -> None:
+    with Reader("mmcache://127.0.0.1:1") as reader:
+        now = Taken(*reader.tell("taken"))
+        reader.settles(now)
+        with pytest.raises(AssertionError, match="became"):
+            reader.settles(Taken(*(had - one for had, one in zip(now, less, strict=True))), patience_s=0.2)
