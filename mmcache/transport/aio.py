@@ -19,6 +19,7 @@ from typing import Any, Final
 
 from mmcache.errors import DeadlineExceeded, TransportError
 from mmcache.transport.base import Buffer, pieces_of
+from mmcache.transport.resolve import resolve
 from mmcache.transport.tcp import (
     MAX_FDS,
     MAX_VIEWS,
@@ -26,7 +27,6 @@ from mmcache.transport.tcp import (
     as_transport_error,
     close_fds,
     fds_in,
-    resolve,
 )
 
 FULL_BACKLOG_REST_S: Final = 0.005
