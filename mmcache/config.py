@@ -141,6 +141,7 @@ class ClientConfig:
     verify: bool = True
     max_connections: int = 8
     copy_threads: int = 2  # for large batches read from shared memory
+    streams: int = 1  # connections that share out a large batch; of a Client, not of an AsyncClient
     native: bool = True  # use mmcache-native where it is installed
     token_file: str = ""  # holds the token that says who we are; read again for every connection
     token: str = field(default="", repr=False)  # the token itself, from `connect`; never from a URL
@@ -167,6 +168,8 @@ class ClientConfig:
             raise ConfigError("cert and key belong together; give both, or neither")
         if not (self.deadline_s > 0 and self.connect_s > 0 and self.max_connections > 0 and self.copy_threads > 0):
             raise ConfigError("deadline_s, connect_s, max_connections and copy_threads must be greater than 0")
+        if not 1 <= self.streams <= self.max_connections:
+            raise ConfigError(f"streams is {self.streams}; it must be 1 to max_connections, {self.max_connections}")
         _check_times(self, "deadline_s", "connect_s")
 
     @property
@@ -183,7 +186,7 @@ _URL_HELP: Final = (
 
 _NETWORK_OPTIONS: Final = ("token_file", "ca", "cert", "key", "server_name", "insecure_network")
 _URL_OPTIONS: Final = (
-    "transport", "deadline_s", "connect_s", "verify", "max_connections", "copy_threads", "native",
+    "transport", "deadline_s", "connect_s", "verify", "max_connections", "copy_threads", "streams", "native",
     *_NETWORK_OPTIONS,
 )  # fmt: skip
 

@@ -20,6 +20,7 @@ from mmcache.client.core import ClientCore, Lent
 from mmcache.client.lease import LeasedFrames, nothing_taken, take_lease
 from mmcache.client.link import Dialer, Dials, Link
 from mmcache.client.pin import Pinned, count_prefix, pin_prefix
+from mmcache.client.plan import shares
 from mmcache.client.pool import Pool
 from mmcache.client.protocol import STOPPED_READS, STOPPED_WRITES, Flow
 from mmcache.client.rpc_link import RpcDialer
@@ -28,6 +29,7 @@ from mmcache.errors import MMCacheError, UsageError
 from mmcache.keyset import Keys
 from mmcache.pb import cache_pb2 as pb
 from mmcache.transport.base import Op, Result
+from mmcache.transport.beside import beside
 from mmcache.transport.shm import ArenaMap
 from mmcache.transport.tcp import Channel
 
@@ -101,7 +103,7 @@ class Client(ClientCore):
         get = Get.of(keys, buffers, self._verifies(verify), self._copier)
         deadline = self._deadline()
         if get.results:
-            self._attempt(get.flow, get.fail, deadline)
+            self._carry(get, deadline, STOPPED_READS, streams=1 if self.maps_memory else self.config.streams)
         counts = get.counts()
         self._count(counts)
         if counts["verify_failures"]:  # the reads are done: nothing depends on the answer
@@ -120,7 +122,7 @@ class Client(ClientCore):
         """
         put = Put.of(keys, tensors, ttl_s, media, self._native.hasher)
         if put.results:
-            self._attempt(put.flow, put.fail, needs=STOPPED_WRITES)
+            self._carry(put, self._deadline(), STOPPED_WRITES, streams=self.config.streams)
         self._count(put.counts())
         return put.results
 
@@ -190,6 +192,21 @@ class Client(ClientCore):
             return fail(self._failed(error))
         self._succeeded(failures)
         return result
+
+    def _carry(self, call: Get | Put, deadline: float, needs: int, *, streams: int) -> None:
+        """Attempt a call that moves values; a large one as several at once, each on a link of its own."""
+        runs = shares(call.sizes(), streams) if streams > 1 else []
+        if len(runs) < 2:
+            self._attempt(call.flow, call.fail, deadline, needs)
+            return
+
+        def carry(run: range) -> list[Result]:
+            part = call.part(run)
+            self._attempt(part.flow, part.fail, deadline, needs)
+            return part.results
+
+        for run, results in zip(runs, beside([partial(carry, run) for run in runs], "mmcache-stream"), strict=True):
+            call.results[run.start : run.stop] = results
 
     def _release(self, lease_ids: Sequence[int]) -> bool:
         """Give leases back, all within one deadline; True if they were held until now. A failure counts as lost."""

@@ -8,6 +8,7 @@ from typing import Final
 
 FIRST_PAUSE_S: Final = 0.05
 LONGEST_PAUSE_S: Final = 2.0
+SHARE_NBYTES: Final = 4 << 20  # less is sent sooner than a thread begins
 
 
 def batches(count: int, max_keys: int) -> Iterator[range]:
@@ -39,6 +40,18 @@ def runs_within(costs: Sequence[Sequence[int]], limits: Sequence[int]) -> Iterat
         totals = sums
     if start < len(costs):
         yield range(start, len(costs))
+
+
+def shares(nbytes: Sequence[int], count: int) -> list[range]:
+    """Runs of values for `count` connections, about as many bytes for each; one run if it is not worth their while."""
+    total, cuts, taken = sum(nbytes), [0], 0
+    if total < count * SHARE_NBYTES:
+        count = max(1, total // SHARE_NBYTES)
+    for position, size in enumerate(nbytes):
+        if len(cuts) < count and taken >= total * len(cuts) / count:
+            cuts.append(position)
+        taken += size
+    return [range(start, stop) for start, stop in zip(cuts, [*cuts[1:], len(nbytes)], strict=True)]
 
 
 @dataclass(slots=True)

@@ -7,12 +7,10 @@ can be hit by SIGBUS when a peer truncates its file.
 
 from __future__ import annotations
 
-import contextlib
 import fcntl
 import mmap
 import os
-import threading
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from functools import partial
 from typing import Final
 
@@ -22,6 +20,7 @@ import xxhash
 from mmcache.errors import TransportError
 from mmcache.tensors import Bytes, HostTensor
 from mmcache.transport.base import HIT, MAX_RING_NBYTES, RING_SLOT_NBYTES, RING_SLOTS, SLICE_NBYTES, Outcome, Result
+from mmcache.transport.beside import beside
 from mmcache.transport.native import CopyHashed
 from mmcache.transport.planned import Planned
 
@@ -208,66 +207,9 @@ class Copier:
                 cuts.append(position)
             taken += size
         parts = [plans[start:stop] for start, stop in zip(cuts, [*cuts[1:], len(plans)], strict=True)]
-        helpers = [_CopyThread(partial(_copy_frames, part, verify)) for part in parts[1:]]
-        try:
-            for helper in helpers:
-                with contextlib.suppress(RuntimeError):  # no thread to be had: its part is copied here
-                    helper.start()
-            results = _copy_frames(parts[0], verify)
-        finally:
-            _settle(helpers)
-        for helper in helpers:
-            results += helper.outcome()
-        return results
+        copies = [partial(_copy_frames, part, verify) for part in parts]
+        return [result for results in beside(copies, "mmcache-copy") for result in results]
 
 
 def _copy_frames(plans: Sequence[Planned | Result], verify: bool) -> list[Result]:
     return [plan if isinstance(plan, Result) else copy_frame(plan, verify) for plan in plans]
-
-
-class _CopyThread(threading.Thread):
-    """Copies one part of a batch, unless it is told not to before it has begun."""
-
-    def __init__(self, copy: Callable[[], list[Result]]) -> None:
-        super().__init__(name="mmcache-copy", daemon=True)
-        self._copy = copy
-        self._results: list[Result] | None = None
-        self._turn = threading.Lock()
-        self._begun = self._too_late = False
-        self._ended = threading.Event()
-
-    def run(self) -> None:
-        with self._turn:
-            if self._too_late:
-                return
-            self._begun = True
-        try:
-            with contextlib.suppress(Exception):  # outcome() does it again, and so raises it in the caller
-                self._results = self._copy()
-        finally:
-            self._ended.set()
-
-    def settle(self) -> None:
-        """See to it that nothing is written after this: wait for the end, or, if it has not begun, it never will."""
-        with self._turn:
-            self._too_late = True
-        if self._begun:
-            self._ended.wait()
-
-    def outcome(self) -> list[Result]:
-        """The results; copies here what the thread did not."""
-        return self._results if self._results is not None else self._copy()
-
-
-def _settle(threads: Sequence[_CopyThread]) -> None:
-    """Settle all, also through signals that raise; the last such exception is raised at the end."""
-    interruption: BaseException | None = None
-    for thread in threads:
-        while True:
-            try:
-                thread.settle()
-                break
-            except BaseException as error:
-                interruption = error
-    if interruption is not None:
-        raise interruption

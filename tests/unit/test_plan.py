@@ -8,7 +8,16 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mmcache.client.plan import FIRST_PAUSE_S, LONGEST_PAUSE_S, Breaker, batches, put_batches, runs_within
+from mmcache.client.plan import (
+    FIRST_PAUSE_S,
+    LONGEST_PAUSE_S,
+    SHARE_NBYTES,
+    Breaker,
+    batches,
+    put_batches,
+    runs_within,
+    shares,
+)
 
 
 def covers(runs: list[range], count: int) -> bool:
@@ -85,3 +94,22 @@ def test_a_call_that_was_under_way_when_the_server_failed_does_not_say_that_it_i
     assert not breaker.allows(10.0)
     assert breaker.succeeded(breaker.failures)
     assert breaker.allows(10.0)
+
+
+@given(st.lists(st.integers(0, 3 * SHARE_NBYTES), max_size=40), st.integers(1, 8))
+def test_shares_cover_all_values_and_none_is_small(sizes: list[int], count: int) -> None:
+    runs = shares(sizes, count)
+    assert [position for run in runs for position in run] == list(range(len(sizes)))
+    assert 1 <= len(runs) <= count
+    if len(runs) > 1:
+        fair = sum(sizes) / len(runs)
+        assert all(len(run) for run in runs)
+        assert fair >= SHARE_NBYTES
+        assert all(sum(sizes[run.start : run.stop]) < fair + max(sizes) for run in runs)
+
+
+def test_equal_values_are_shared_out_evenly() -> None:
+    assert shares([SHARE_NBYTES] * 6, 3) == [range(0, 2), range(2, 4), range(4, 6)]
+    assert shares([SHARE_NBYTES] * 2, 8) == [range(0, 1), range(1, 2)]
+    assert shares([1] * 100, 8) == [range(0, 100)]
+    assert shares([], 8) == [range(0, 0)]
