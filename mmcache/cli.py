@@ -126,6 +126,7 @@ InsecureNetwork = Annotated[
         "--insecure-network",
     ),
 ]
+HugePages = Annotated[bool | None, _setting("huge_pages", "Use huge pages (vm.nr_hugepages).", "--huge-pages")]
 Nixl = Annotated[
     str | None,
     _setting(
@@ -155,6 +156,7 @@ def serve(
     prefault: Annotated[
         bool | None, _setting("prefault", "Take all the memory now, not on first use.", "--prefault")
     ] = None,
+    huge_pages: HugePages = None,
     lease_s: Annotated[float | None, _setting("lease_s", "Seconds a reader may hold an entry.")] = None,
     policy: PolicyName = None,
     max_connections: Annotated[int | None, _setting("max_connections", "Connections at once.")] = None,
@@ -184,6 +186,7 @@ def serve(
         max_entries=max_entries,
         alignment=alignment,
         prefault=prefault,
+        huge_pages=huge_pages,
         lease_s=lease_s,
         policy=policy,
         max_connections=max_connections,

@@ -55,6 +55,7 @@ class ServerConfig:
     max_entries: int = 0  # 0: one per 16 KiB of memory
     alignment: int = 64
     prefault: bool = False
+    huge_pages: bool = False  # for the memory, of those set aside by vm.nr_hugepages
     lease_s: float = 30.0
     pinned_share: float = 0.5  # the most of the memory one tenant's leases may hold
     max_connections: int = 256

@@ -74,13 +74,13 @@ class FrameCheck:
     With `sums_last` the header comes without the tensors' checksums: `seal`, when all has landed, puts them there.
     """
 
-    __slots__ = ("_checked", "_hasher", "_index", "_landed", "_sums", "done", "extent", "header")
+    __slots__ = ("_checked", "_hasher", "_header_nbytes", "_index", "_landed", "_sums", "done", "extent", "header")
 
     def __init__(self, extent: memoryview, hasher: Hasher | None = None, *, sums_last: bool = False) -> None:
         self.extent = extent
         self.header: FrameHeader | None = None
         self.done = False
-        self._landed = self._checked = 0
+        self._landed = self._checked = self._header_nbytes = 0
         self._index = 0
         self._hasher: Hasher = hasher or PlainHasher()
         self._sums: list[bytes] | None = [] if sums_last else None
@@ -140,12 +140,11 @@ class FrameCheck:
             self.advance(stop)
 
     def _header_end(self, start: int, source: memoryview) -> int:
-        """Up to where to copy before the header can be looked at: what it says itself is checked only there."""
-        if start >= PREFIX_NBYTES:
-            return header_nbytes_of(self.extent[:PREFIX_NBYTES], len(self.extent))
-        if start == 0 and len(source) >= PREFIX_NBYTES:
-            return header_nbytes_of(source[:PREFIX_NBYTES].tobytes(), len(self.extent))
-        return PREFIX_NBYTES
+        """Up to where to copy before the header can be looked at. What it says of its size decides only that: it is
+        checked where it lies, and must say the same there."""
+        if not self._header_nbytes and start == 0 and len(source) >= PREFIX_NBYTES:
+            self._header_nbytes = header_nbytes_of(source[:PREFIX_NBYTES].tobytes(), len(self.extent))
+        return self._header_nbytes or PREFIX_NBYTES
 
     def seal(self, sum_of_all: bytes) -> bytes:
         """The header with the checksums of what has landed, to be written over the one that came, if those have this
@@ -156,22 +155,24 @@ class FrameCheck:
         if sum_of_sums(sums) != sum_of_all:
             raise CorruptFrame("the tensors' checksums are not those of their writer")
         whole = sealed(bytes(self.extent[: header.header_nbytes]), sums)
-        tensors = [tensor._replace(checksum=checksum) for tensor, checksum in zip(header.tensors, sums, strict=True)]
-        checksum = whole[SUM_OFFSET : SUM_OFFSET + SUM_NBYTES]
-        self.header = header._replace(tensors=tuple(tensors), checksum=checksum)
+        tensors = tuple([StoredTensor(*tensor[:3], one) for tensor, one in zip(header.tensors, sums, strict=True)])
+        self.header = FrameHeader(*header[:2], tensors, *header[3:5], whole[SUM_OFFSET : SUM_OFFSET + SUM_NBYTES])
         self.done = True
         return whole
 
     def _try_header(self, landed_nbytes: int) -> bool:
-        if landed_nbytes < PREFIX_NBYTES:
-            if landed_nbytes >= len(self.extent):
-                raise FrameError(f"{landed_nbytes} bytes are too few for a frame")
+        nbytes = len(self.extent)
+        if not self._header_nbytes:
+            if landed_nbytes < PREFIX_NBYTES:
+                if landed_nbytes >= nbytes:
+                    raise FrameError(f"{landed_nbytes} bytes are too few for a frame")
+                return False
+            self._header_nbytes = header_nbytes_of(self.extent[:PREFIX_NBYTES].tobytes(), nbytes)
+        if landed_nbytes < self._header_nbytes:
             return False
-        header_nbytes = header_nbytes_of(self.extent[:PREFIX_NBYTES].tobytes(), len(self.extent))
-        if landed_nbytes < header_nbytes:
-            return False
-        self.header = parse_header(self.extent[:header_nbytes], limit_nbytes=len(self.extent))
-        if self.header.frame_nbytes != len(self.extent):
-            raise FrameError(f"the frame says {self.header.frame_nbytes} bytes, its extent has {len(self.extent)}")
-        self._checked = header_nbytes
+        header = parse_header(self.extent[: self._header_nbytes], limit_nbytes=nbytes)
+        if header.frame_nbytes != nbytes or header.header_nbytes != self._header_nbytes:
+            raise FrameError(f"the frame says {header.frame_nbytes} bytes, its extent has {nbytes}")
+        self.header = header
+        self._checked = self._header_nbytes
         return True

@@ -249,19 +249,16 @@ class Connection:
         return status.translate(_STATUS_V1) if self._protocol == 1 else status
 
     def _receive_frames(self, landings: Sequence[Landing], *, through_ring: bool, sums_last: bool) -> bytes:
-        """Have every frame land, and commit; a PutStatus each. The last one waits for a proper end."""
+        """Have all frames land, and then commit; a PutStatus each."""
         deadline = self._deadline(sum(landing.left_nbytes for landing in landings))
         if through_ring and self._ring is not None:
             stream: RingStream | SocketStream = RingStream(self.channel, self._ring, self._deadline, deadline)
         else:
             stream = SocketStream(self.channel, self._deadline, deadline)
-        status = bytearray()
         for landing in landings:
             while landing.left_nbytes:
                 stream.land(landing)
             if sums_last:
                 landing.seal(stream.take(SUM_NBYTES))
-            if landing is landings[-1]:
-                stream.end()
-            status.append(status_of(landing.commit()))
-        return bytes(status)
+        stream.end()
+        return bytes([status_of(landing.commit()) for landing in landings])

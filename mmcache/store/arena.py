@@ -83,13 +83,44 @@ def check_room(nbytes: int) -> None:
         )
 
 
-class Arena:
-    """`nbytes` of shared memory, writable here and read-only for everybody else. Close it when no view is in use."""
+def check_huge_pages(nbytes: int, proc: Path = Path("/proc")) -> None:
+    """Raise StoreError, with the remedy, unless so many bytes are a whole number of huge pages that are free."""
+    numbers = {"Hugepagesize": 0, "HugePages_Free": 0, "HugePages_Rsvd": 0}
+    with contextlib.suppress(OSError):
+        for line in (proc / "meminfo").read_text().splitlines():
+            name, _, rest = line.partition(":")
+            if name in numbers:
+                numbers[name] = int(rest.split()[0])
+    page_nbytes = numbers["Hugepagesize"] * 1024
+    if not page_nbytes:
+        raise StoreError("this kernel has no huge pages; leave --huge-pages out")
+    if nbytes % page_nbytes:
+        raise StoreError(f"memory of {nbytes} bytes is not whole huge pages; give a multiple of {page_nbytes >> 20}MiB")
+    wanted, free = nbytes // page_nbytes, numbers["HugePages_Free"] - numbers["HugePages_Rsvd"]
+    if wanted > free:
+        raise StoreError(
+            f"{wanted} huge pages are needed and {free} are free; set more aside (sysctl vm.nr_hugepages=N, best at "
+            "boot), or leave --huge-pages out"
+        )
 
-    def __init__(self, nbytes: int, *, prefault: bool = False, progress: Progress | None = None) -> None:
-        check_room(nbytes)
+
+class Arena:
+    """`nbytes` of shared memory, writable here and read-only for everybody else. Close it when no view is in use.
+
+    `huge_pages`: of pages that the machine's operator has set aside (vm.nr_hugepages); `nbytes` must be whole ones.
+    Raises StoreError, with the remedy, where there is not so much memory.
+    """
+
+    def __init__(
+        self, nbytes: int, *, prefault: bool = False, huge_pages: bool = False, progress: Progress | None = None
+    ) -> None:
+        if huge_pages:
+            check_huge_pages(nbytes)
+        else:
+            check_room(nbytes)
         self.nbytes = nbytes
-        self.fd = os.memfd_create("mmcache-arena", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
+        flags = os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING | (os.MFD_HUGETLB if huge_pages else 0)
+        self.fd = os.memfd_create("mmcache-arena", flags)
         try:
             os.ftruncate(self.fd, nbytes)
             fcntl.fcntl(self.fd, fcntl.F_ADD_SEALS, fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW)

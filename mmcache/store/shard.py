@@ -58,7 +58,9 @@ class Shard:
         hasher: Callable[[], Hasher] = PlainHasher,
     ) -> None:
         self.config, self.hasher = config, hasher
-        self.arena = Arena(config.memory_nbytes, prefault=config.prefault, progress=progress)
+        self.arena = Arena(
+            config.memory_nbytes, prefault=config.prefault, huge_pages=config.huge_pages, progress=progress
+        )
         self.counters: Counter[str] = Counter(dict.fromkeys(COUNTERS, 0))
         self.longest_step_nbytes = 0  # the most bytes copied or hashed in one go
         self.lock = threading.Lock()
@@ -100,7 +102,7 @@ class Shard:
         """Presence of each key; with prefix, of the leading present ones only. Recency does not change."""
         with self.lock:
             now = self._clock()
-            if self.stopped & Stopped.READS:
+            if self.stopped and self.stopped & Stopped.READS:
                 present = [] if prefix else [False] * len(keys)
             else:
                 present = self.index.contains(tenant, keys, now, prefix=prefix)
@@ -133,7 +135,7 @@ class Shard:
         lease_id = secrets.randbits(63) + 1
         with self.lock:
             now = self._clock()
-            if self.stopped & Stopped.READS:
+            if self.stopped and self.stopped & Stopped.READS:
                 entries: list[Found | Unpinned | None] = [] if prefix else [None] * len(keys)
             else:
                 entries = self.index.acquire(
@@ -219,7 +221,7 @@ class Shard:
 
     def may_not_write(self, number: int) -> bool:
         """Whether the operator has stopped writes, of all or of this namespace."""
-        return bool(self.stopped & Stopped.WRITES) or number in self.namespaces.unwritable
+        return bool(self.stopped and self.stopped & Stopped.WRITES) or number in self.namespaces.unwritable
 
     def refused(self, tenant: int, key: bytes, refusal: Refusal) -> None:
         """Count a refusal, and keep it for `explain`. Under the lock."""

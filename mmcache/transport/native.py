@@ -17,8 +17,9 @@ ABI: Final = 2
 class CopyHashed(Protocol):
     """`mmcache_native.copy_hashed`."""
 
-    def __call__(self, sources: Sequence[Any], targets: Sequence[Any], stream: bool, /) -> bytes:
-        """Copy each source to its target; the xxh3-128 of each as written, 16 bytes. `stream`: past the caches."""
+    def __call__(self, sources: Sequence[Any], targets: Sequence[Any], stream: bool, threads: int, /) -> bytes:
+        """Copy each source to its target; the xxh3-128 of each as written, 16 bytes. `stream`: past the caches. On
+        `threads` threads at most, 1 to 16, which have ended when this returns."""
 
 
 class Native(NamedTuple):

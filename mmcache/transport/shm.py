@@ -26,6 +26,7 @@ from mmcache.transport.native import CopyHashed
 from mmcache.transport.planned import Planned
 
 PARALLEL_NBYTES: Final = 8 << 20
+MOST_THREADS: Final = 16
 PIECES_NBYTES: Final = 1 << 20  # of pieces, as SLICE_NBYTES: fewer calls are worth more than a nearer cache
 STREAM_NBYTES: Final = 4 << 20  # more than a CPU's own caches hold: past them
 _BAD_SUM: Final = Result(Outcome.CORRUPT, "a tensor's checksum does not match its bytes")
@@ -158,11 +159,11 @@ def copy_frame(planned: Planned, verify: bool) -> Result:
     return HIT
 
 
-def _copy_fused(plans: Sequence[Planned | Result], fused: CopyHashed) -> list[Result]:
+def _copy_fused(plans: Sequence[Planned | Result], fused: CopyHashed, threads: int) -> list[Result]:
     """As `copy_frame` for each, verified, in one call."""
     moves = [move for plan in plans if not isinstance(plan, Result) for move in plan.moves]
     stream = sum([move.source.nbytes for move in moves]) >= STREAM_NBYTES
-    sums = fused([move.source for move in moves], [move.target for move in moves], stream)
+    sums = fused([move.source for move in moves], [move.target for move in moves], stream, threads)
     results, start = [], 0
     for plan in plans:
         if isinstance(plan, Result):
@@ -180,12 +181,12 @@ def _copy_fused(plans: Sequence[Planned | Result], fused: CopyHashed) -> list[Re
 class Copier:
     """Copies planned frames, large batches on several threads: one CPU alone cannot use the memory's bandwidth.
 
-    The copies run outside the GIL, with `fused` in one call a thread. The threads last as long as the call, which ends
-    only after them, whatever ends it: no destination is written afterwards.
+    The copies run outside the GIL, with `fused` all in one call. The threads last as long as the call, which ends only
+    after them, whatever ends it: no destination is written afterwards.
     """
 
     def __init__(self, threads: int, fused: CopyHashed | None = None) -> None:
-        self._threads = min(threads, os.cpu_count() or 1)
+        self._threads = min(threads, os.cpu_count() or 1, MOST_THREADS)
         self._fused = fused
 
     def by_lease(self, buffers: Iterable[Mapping[str, HostTensor]]) -> bool:
@@ -195,31 +196,33 @@ class Copier:
 
     def copy(self, plans: Sequence[Planned | Result], verify: bool) -> list[Result]:
         """One Result per plan; a plan that already is one stays as it is."""
-        nbytes = [0 if isinstance(plan, Result) else sum(move.source.nbytes for move in plan.moves) for plan in plans]
-        if self._threads < 2 or sum(nbytes) < PARALLEL_NBYTES:
-            return self._some(plans, verify)
+        nbytes = [0 if isinstance(plan, Result) else sum([move.source.nbytes for move in plan.moves]) for plan in plans]
+        threads = self._threads if sum(nbytes) >= PARALLEL_NBYTES else 1
+        if self._fused is not None and verify:
+            return _copy_fused(plans, self._fused, threads)
+        if threads == 1:
+            return _copy_frames(plans, verify)
         share, taken, cuts = sum(nbytes) / self._threads, 0.0, [0]
         for position, size in enumerate(nbytes):
             if taken >= share * len(cuts):
                 cuts.append(position)
             taken += size
         parts = [plans[start:stop] for start, stop in zip(cuts, [*cuts[1:], len(plans)], strict=True)]
-        helpers = [_CopyThread(partial(self._some, part, verify)) for part in parts[1:]]
+        helpers = [_CopyThread(partial(_copy_frames, part, verify)) for part in parts[1:]]
         try:
             for helper in helpers:
                 with contextlib.suppress(RuntimeError):  # no thread to be had: its part is copied here
                     helper.start()
-            results = self._some(parts[0], verify)
+            results = _copy_frames(parts[0], verify)
         finally:
             _settle(helpers)
         for helper in helpers:
             results += helper.outcome()
         return results
 
-    def _some(self, plans: Sequence[Planned | Result], verify: bool) -> list[Result]:
-        if self._fused is not None and verify:
-            return _copy_fused(plans, self._fused)
-        return [plan if isinstance(plan, Result) else copy_frame(plan, verify) for plan in plans]
+
+def _copy_frames(plans: Sequence[Planned | Result], verify: bool) -> list[Result]:
+    return [plan if isinstance(plan, Result) else copy_frame(plan, verify) for plan in plans]
 
 
 class _CopyThread(threading.Thread):

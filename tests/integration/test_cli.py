@@ -177,6 +177,7 @@ def test_the_help_of_serve_tells_every_default_and_environment_variable() -> Non
         "MAX_ENTRIES": "0",
         "ALIGNMENT": "64",
         "PREFAULT": "off",
+        "HUGE_PAGES": "off",
         "LEASE_S": "30.0",
         "POLICY": "value",
         "MAX_CONNECTIONS": "256",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import errno
 import fcntl
@@ -12,18 +13,50 @@ from pathlib import Path
 
 import pytest
 
+import mmcache
+from mmcache.config import ServerConfig
 from mmcache.errors import StoreError
-from mmcache.store.arena import MEMORY_SHARE, Arena, memory_left_nbytes
+from mmcache.keys import Namespace, opaque_key
+from mmcache.server.serve import Server
+from mmcache.store.arena import MEMORY_SHARE, Arena, check_huge_pages, memory_left_nbytes
 
-NBYTES = 1 << 20
+NBYTES = 2 << 20
 GiB = 1 << 30
 
 
-@pytest.fixture(params=[False, True], ids=["lazy", "prefault"])
+ALONE = pytest.mark.alone  # how many huge pages there are is one number for the whole machine
+
+
+@pytest.fixture(
+    params=["lazy", "prefault", pytest.param("huge", marks=ALONE), pytest.param("huge prefault", marks=ALONE)]
+)
 def arena(request: pytest.FixtureRequest) -> Iterator[Arena]:
-    built = Arena(NBYTES, prefault=request.param)
-    yield built
-    built.close()
+    with huge_pages() if "huge" in request.param else contextlib.nullcontext():
+        built = Arena(NBYTES, prefault="prefault" in request.param, huge_pages="huge" in request.param)
+        yield built
+        built.close()
+
+
+@contextlib.contextmanager
+def huge_pages() -> Iterator[None]:
+    """Two huge pages at least; if they are not set aside, and this may, they are for as long as the block runs."""
+    setting = Path("/proc/sys/vm/nr_hugepages")
+    before = setting.read_text()
+    try:
+        check_huge_pages(2 * NBYTES)
+        yield
+        return
+    except StoreError:
+        pass
+    try:
+        setting.write_text(str(int(before) + 2))
+        check_huge_pages(2 * NBYTES)
+    except (OSError, StoreError) as error:
+        pytest.skip(f"no huge page can be set aside here: {error}")
+    try:
+        yield
+    finally:
+        setting.write_text(before)
 
 
 @pytest.fixture
@@ -32,6 +65,13 @@ def reopened(arena: Arena) -> Iterator[int]:
     fd = os.open(f"/proc/self/fd/{arena.fd}", os.O_RDWR)
     yield fd
     os.close(fd)
+
+
+def refused(fd: int) -> contextlib.AbstractContextManager[object]:
+    """Of huge pages nothing is written through a descriptor, nor a part of one cut off: that is said first."""
+    if os.fstat(fd).st_blksize == mmap.PAGESIZE:
+        return pytest.raises(PermissionError)
+    return pytest.raises(OSError, match=r"Operation not permitted|Invalid argument")
 
 
 def test_the_server_writes_and_a_client_reads(arena: Arena, reopened: int) -> None:
@@ -72,7 +112,7 @@ def test_a_private_map_changes_nothing(arena: Arena, reopened: int) -> None:
 
 def test_it_cannot_be_written_through_a_descriptor(arena: Arena, reopened: int) -> None:
     for fd in (arena.fd, reopened):
-        with pytest.raises(PermissionError):
+        with refused(fd):
             os.pwrite(fd, b"x", 0)
     assert arena.view[0] == 0
 
@@ -80,7 +120,7 @@ def test_it_cannot_be_written_through_a_descriptor(arena: Arena, reopened: int) 
 @pytest.mark.parametrize("nbytes", [0, NBYTES - 1, NBYTES + 1, 2 * NBYTES])
 def test_its_size_cannot_change(arena: Arena, reopened: int, nbytes: int) -> None:
     for fd in (arena.fd, reopened):
-        with pytest.raises(PermissionError):
+        with refused(fd):
             os.ftruncate(fd, nbytes)
     assert os.fstat(arena.fd).st_size == NBYTES
 
@@ -207,3 +247,35 @@ def test_no_descriptor_is_left_behind_when_it_cannot_be_built() -> None:
     for _ in range(3):
         Arena(NBYTES).close()
     assert len(os.listdir("/proc/self/fd")) == before
+
+
+def test_huge_pages_that_cannot_be_had_say_what_to_do(tmp_path: Path) -> None:
+    left = "Hugepagesize:       2048 kB\nHugePages_Free:      {}\nHugePages_Rsvd:        {}\n"
+    for text, nbytes, words in (
+        ("MemTotal: 1 kB\n", NBYTES, "no huge pages"),
+        (left.format(9, 0), NBYTES + 4096, "a multiple of 2MiB"),
+        (left.format(9, 7), 3 * NBYTES, "3 huge pages are needed and 2 are free"),
+    ):
+        (tmp_path / "meminfo").write_text(text)
+        with pytest.raises(StoreError, match=words):
+            check_huge_pages(nbytes, tmp_path)
+    check_huge_pages(2 * NBYTES, tmp_path)
+
+
+@ALONE
+def test_a_server_on_huge_pages_answers_through_shared_memory() -> None:
+    with huge_pages():
+        config = ServerConfig(listen="127.0.0.1:0", memory_nbytes=NBYTES, huge_pages=True, prefault=True)
+        server = Server(config)
+        server.start()
+        try:
+            assert server.address is not None
+            with mmcache.connect("mmcache://{}:{}".format(*server.address)) as client:
+                key = opaque_key(Namespace(kind="kv", model="m", dtype="uint8", layout="flat", block_size=1), b"1")
+                assert client.put([key], [bytes(1000)])[0].outcome == "stored"
+                found = bytearray(b"x" * 1000)
+                assert client.get_into([key], [found])[0]
+                assert found == bytes(1000)
+                assert client.stat()["transport"] == "shm"
+        finally:
+            server.stop()

@@ -28,12 +28,13 @@ def digest(data: Any) -> bytes:
 
 @pytest.mark.parametrize("stream", [False, True])
 @pytest.mark.parametrize("offset", [0, 1, 31, 63])
-def test_every_size_and_alignment_arrives_with_its_sum(stream: bool, offset: int) -> None:
+@pytest.mark.parametrize("threads", [1, 2, 3, 16])
+def test_every_size_and_alignment_arrives_with_its_sum(stream: bool, offset: int, threads: int) -> None:
     random = np.random.default_rng(offset)
     sources = [random.integers(0, 256, nbytes + 3, dtype=np.uint8)[3:] for nbytes in SIZES]
     memories = [np.full(offset + nbytes + 70, 0x5A, np.uint8) for nbytes in SIZES]
     targets = [memory[offset : offset + nbytes] for memory, nbytes in zip(memories, SIZES, strict=True)]
-    sums = copy_hashed(sources, targets, stream)
+    sums = copy_hashed(sources, targets, stream, threads)
     assert sums == b"".join(map(digest, sources))
     for source, target, memory in zip(sources, targets, memories, strict=True):
         assert np.array_equal(source, target)
@@ -48,7 +49,7 @@ def test_rows_that_lie_apart_are_filled_and_what_lies_between_is_left_alone(
 ) -> None:
     source = np.random.default_rng(rows).integers(0, 256, rows * nbytes, dtype=np.uint8)
     memory = np.full((rows, nbytes + 9), 0x5A, np.uint8)
-    assert copy_hashed([source], [memory[:, 4 : 4 + nbytes]], stream) == digest(source)
+    assert copy_hashed([source], [memory[:, 4 : 4 + nbytes]], stream, 1) == digest(source)
     assert np.array_equal(memory[:, 4 : 4 + nbytes].reshape(-1), source)
     assert np.all(memory[:, :4] == 0x5A)
     assert np.all(memory[:, 4 + nbytes :] == 0x5A)
@@ -69,7 +70,7 @@ def test_what_was_hashed_is_what_was_written_though_the_source_changes_meanwhile
     try:
         mixed = False
         for _ in range(20):
-            assert copy_hashed([source], [target], True) == digest(target)
+            assert copy_hashed([source], [target], True, 1) == digest(target)
             mixed |= bool(np.any(target != target[0]))
     finally:
         stop.set()
@@ -95,8 +96,25 @@ def test_what_was_hashed_is_what_was_written_though_the_source_changes_meanwhile
 def test_what_does_not_fit_is_refused_before_anything_is_written(sources: Any, targets: Any, error: Any) -> None:
     good = bytearray(3)
     with pytest.raises(error):
-        copy_hashed([b"xyz", *sources] if isinstance(sources, list) else sources, [good, *targets], False)
+        copy_hashed([b"xyz", *sources] if isinstance(sources, list) else sources, [good, *targets], False, 2)
     assert good == bytearray(3)
+
+
+@pytest.mark.parametrize("count", [0, 1, 2, 5, 16, 17, 100])
+@pytest.mark.parametrize("threads", [1, 2, 7, 16])
+def test_any_number_of_tensors_on_any_number_of_threads(count: int, threads: int) -> None:
+    random = np.random.default_rng(count)
+    for nbytes in (0, 1, 50_000):
+        sources = [random.integers(0, 256, nbytes, dtype=np.uint8) for _ in range(count)]
+        targets = [np.zeros(nbytes, np.uint8) for _ in range(count)]
+        assert copy_hashed(sources, targets, True, threads) == b"".join(map(digest, sources))
+        assert all(map(np.array_equal, sources, targets))
+
+
+@pytest.mark.parametrize("threads", [-1, 0, 17, 1 << 30])
+def test_a_number_of_threads_that_makes_no_sense_is_refused(threads: int) -> None:
+    with pytest.raises(ValueError, match="threads"):
+        copy_hashed([], [], False, threads)
 
 
 @pytest.mark.parametrize("threads", [1, 2])

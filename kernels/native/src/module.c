@@ -4,11 +4,14 @@
  */
 #define PY_SSIZE_T_CLEAN
 #include <Python.h>
+#include <pthread.h>
 
 #include "copy.h"
 #include "hasher.h"
 
 #define ABI 2 /* of the functions below: raised with any change, and compared by mmcache */
+
+#define MOST_THREADS 16
 
 static fused_copy *chosen = mmcache_copy_plain;
 static const char *chosen_name = "baseline";
@@ -79,12 +82,56 @@ static Py_ssize_t take(PyObject *sources, PyObject *targets, Py_ssize_t count, P
     return count;
 }
 
+/* What one thread does. */
+struct share {
+    const struct move *moves;
+    size_t count;
+    int stream;
+    unsigned char *digests;
+};
+
+static void *copy_share(void *argument)
+{
+    const struct share *share = argument;
+    chosen(share->moves, share->count, share->stream, share->digests);
+    return NULL;
+}
+
+/* Copy all moves on up to `threads` threads, each with about as many bytes as the others; those that cannot be had are
+ * done without. All have ended when this returns. */
+static void copy_on_threads(const struct move *moves, size_t count, int stream, unsigned char *digests, int threads)
+{
+    struct share shares[MOST_THREADS];
+    pthread_t ids[MOST_THREADS];
+    int begun[MOST_THREADS] = {0}, used = 0;
+    size_t total = 0, taken = 0, start = 0;
+    for (size_t at = 0; at < count; at++)
+        total += moves[at].rows * moves[at].row_nbytes;
+    for (size_t at = 0; at < count; at++) {
+        taken += moves[at].rows * moves[at].row_nbytes;
+        if (at + 1 < count && (used == threads - 1 || taken < total / (size_t)threads * (size_t)(used + 1)))
+            continue;
+        shares[used++] = (struct share){moves + start, at + 1 - start, stream, digests + 16 * start};
+        start = at + 1;
+    }
+    for (int at = 1; at < used; at++)
+        begun[at] = pthread_create(ids + at, NULL, copy_share, shares + at) == 0;
+    for (int at = 0; at < used; at++)
+        if (!begun[at])
+            copy_share(shares + at);
+    for (int at = 1; at < used; at++)
+        if (begun[at])
+            pthread_join(ids[at], NULL);
+}
+
 static PyObject *copy_hashed(PyObject *Py_UNUSED(module), PyObject *args)
 {
     PyObject *source_list, *target_list, *digests = NULL;
-    int stream;
-    if (!PyArg_ParseTuple(args, "OOp:copy_hashed", &source_list, &target_list, &stream))
+    int stream, threads;
+    if (!PyArg_ParseTuple(args, "OOpi:copy_hashed", &source_list, &target_list, &stream, &threads))
         return NULL;
+    if (threads < 1 || threads > MOST_THREADS)
+        return PyErr_Format(PyExc_ValueError, "%d threads; give 1 to %d", threads, MOST_THREADS);
     PyObject *sources = PySequence_Fast(source_list, "sources must be a sequence");
     PyObject *targets = sources ? PySequence_Fast(target_list, "targets must be a sequence") : NULL;
     if (!targets) {
@@ -106,7 +153,7 @@ static PyObject *copy_hashed(PyObject *Py_UNUSED(module), PyObject *args)
     if (digests) {
         unsigned char *into = (unsigned char *)PyBytes_AS_STRING(digests);
         Py_BEGIN_ALLOW_THREADS
-        chosen(moves, (size_t)count, stream, into);
+        copy_on_threads(moves, (size_t)count, stream, into, threads);
         Py_END_ALLOW_THREADS
     }
     for (Py_ssize_t at = 0; at < 2 * taken; at++)
@@ -120,11 +167,12 @@ static PyObject *copy_hashed(PyObject *Py_UNUSED(module), PyObject *args)
 
 static PyMethodDef methods[] = {
     {"copy_hashed", copy_hashed, METH_VARARGS,
-     "copy_hashed(sources, targets, stream) -> bytes\n\n"
+     "copy_hashed(sources, targets, stream, threads) -> bytes\n\n"
      "Copy each source to its target and return the xxh3-128 of what was written, 16 bytes each, in order.\n\n"
      "A source is contiguous; a target has as many bytes, in one dimension or in contiguous rows, and does not overlap\n"
-     "its source. With `stream` the bytes go past the CPU's caches: for more than those hold. Raises ValueError,\n"
-     "TypeError or BufferError before anything is written. Releases the interpreter's lock."},
+     "its source. With `stream` the bytes go past the CPU's caches: for more than those hold. On up to `threads` threads,\n"
+     "1 to 16, each tensor on one. Raises ValueError, TypeError or BufferError before anything is written. Releases the\n"
+     "interpreter's lock."},
     {NULL, NULL, 0, NULL},
 };
 
