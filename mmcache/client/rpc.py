@@ -274,8 +274,8 @@ def _send(session: Session, body: bytes, count: int) -> Flow[list[Result]]:
         reply = _read(pb.PutReply(), (yield from _ask(session, "Put", body)))
     except OverLimit as error:
         return [Result(Outcome.REFUSED, str(error))] * count
-    if len(reply.status) != count or pb.WANTED in reply.status:
-        raise ProtocolError("the server answered another number of entries than sent, or not what became of one")
+    if len(reply.status) != count:
+        raise ProtocolError(f"the server answered {len(reply.status)} of {count} entries")
     session.conversation.mode = reply.mode
     return [put_result(status) for status in reply.status]
 

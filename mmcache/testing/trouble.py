@@ -50,7 +50,8 @@ def misses_everything(cache: Client, stored: Stored) -> None:
     assert not any(cache.contains(stored.keys))
     with cache.acquire(stored.keys) as lease:
         assert not any(lease.frames)
-    assert cache.pin_prefix(stored.keys).release()
+    if hasattr(cache, "pin_prefix"):  # the asyncio client has none
+        assert cache.pin_prefix(stored.keys).release()
     assert time.monotonic() - began < 2 * (DEADLINE_S + SLACK_S), "calls after a failure must not wait each"
 
 

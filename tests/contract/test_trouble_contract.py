@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+import mmcache
 from mmcache.client.blocking import Client
 from mmcache.config import parse_url
 from mmcache.testing.leaks import GROWTH_NBYTES, Reader, Taken
@@ -15,8 +16,10 @@ from mmcache.testing.trouble import TROUBLES, Trouble
 from mmcache.testing.way import Way
 from mmcache.transport.base import HIT, Result
 from tests.contract.ways import WAYS, way_of
+from tests.integration.on_a_loop import OnALoop
 
 pytestmark = pytest.mark.alone
+WITH_A_CLIENT = [one for one in TROUBLES if "leave" not in one.name]  # of this process
 
 
 @pytest.fixture(scope="module", params=WAYS)
@@ -27,6 +30,21 @@ def way(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
 @pytest.mark.parametrize("trouble", TROUBLES, ids=lambda trouble: trouble.name)
 def test_the_contract_holds_in_trouble(way: Way, trouble: Trouble) -> None:
     trouble.run(way)
+
+
+class Awaited(Way):
+    """A way that an asyncio client goes."""
+
+    def connect(self, address: str, deadline_s: float, *, lazy: bool = False) -> Any:
+        """It, behind a loop that waits."""
+        return OnALoop(mmcache.AsyncClient(self.url(address), deadline_s=deadline_s, lazy=lazy))
+
+
+@pytest.mark.parametrize("name", ["tcp", "tls"])
+@pytest.mark.parametrize("trouble", WITH_A_CLIENT, ids=lambda trouble: trouble.name)
+def test_it_holds_for_asyncio_too(name: str, trouble: Trouble, tmp_path: Path) -> None:
+    way = way_of(name, tmp_path)
+    trouble.run(Awaited(way.name, way.arguments, way.address, way.url))
 
 
 class Liar(Client):
@@ -45,7 +63,7 @@ class Believed(Way):
         return Liar(replace(parse_url(self.url(address)), deadline_s=deadline_s))
 
 
-@pytest.mark.parametrize("trouble", [one for one in TROUBLES if "leave" not in one.name], ids=lambda one: one.name)
+@pytest.mark.parametrize("trouble", WITH_A_CLIENT, ids=lambda trouble: trouble.name)
 def test_a_client_that_lies_breaks_it(trouble: Trouble, tmp_path: Path) -> None:
     way = way_of("tcp", tmp_path)
     with pytest.raises(AssertionError, match="a hit with another value"):

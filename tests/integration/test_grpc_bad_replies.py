@@ -8,6 +8,8 @@ from typing import Any
 import numpy as np
 import pytest
 import xxhash
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 import mmcache
 from mmcache.client.blocking import Client
@@ -146,6 +148,34 @@ def test_a_reply_that_makes_no_sense_is_no_hit(rogue: Rogue, cache: Client, name
     assert np.array_equal(buffers[0], blanks(1, NBYTES)[0])
     with cache.acquire(KEYS[:1]) as lease:
         assert lease.frames == [None]
+
+
+def test_any_bytes_in_a_reply_end_in_outcomes_and_no_wrong_byte_is_a_hit(rogue: Rogue, cache: Client) -> None:
+    sound = pb.GetReply(entries=[good(0), good()]).SerializeToString()
+    seen: set[str] = set()
+
+    @settings(max_examples=400)
+    @given(
+        st.lists(st.tuples(st.integers(0, 300) | st.integers(0, len(sound) - 1), st.integers(0, 255)), max_size=4),
+        st.integers(0, 30) | st.integers(0, len(sound)),
+        st.binary(max_size=8),
+    )
+    def try_one(edits: list[tuple[int, int]], cut: int, more: bytes) -> None:
+        body = bytearray(sound)
+        for at, byte in edits:
+            body[at] = byte
+        rogue.answers["Get"] = bytes(body[: len(body) - cut]) + more
+        cache._breaker.succeeded()
+        buffers = blanks(2, NBYTES)
+        for result, buffer, value in zip(cache.get_into(KEYS, buffers), buffers, VALUES, strict=True):
+            assert not result or np.array_equal(buffer, value)
+            seen.add(str(result.outcome))
+        with cache.acquire(KEYS) as lease:
+            for key, frame in zip(KEYS.digests, lease.frames, strict=True):
+                assert frame is None or frame.header.meta.key == key
+
+    try_one()
+    assert seen >= {"hit", "corrupt", "unavailable"}
 
 
 def test_a_server_that_never_gets_on_is_asked_key_by_key_and_no_longer(rogue: Rogue, cache: Client) -> None:
