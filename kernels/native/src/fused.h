@@ -47,7 +47,7 @@ static inline __attribute__((always_inline)) void copy_run(XXH3_state_t *state, 
         } else {
             if (stream && count > LINE - off)
                 count = LINE - off; /* to the next line, once: every later chunk begins on one */
-            copy_chunk(buffer, target, source, count, 0, 0);
+            copy_chunk(buffer, target, source, count, 0, once);
         }
         XXH3_128bits_update(state, buffer, count);
         source += count;
@@ -77,7 +77,10 @@ void FEED(XXH3_state_t *state, const char *source, char *target, size_t nbytes, 
         XXH3_128bits_update(state, source, nbytes);
         return;
     }
-    copy_run(state, source, target, nbytes, stream, 0);
+    if (stream)
+        copy_run(state, source, target, nbytes, 1, 0);
+    else
+        copy_run(state, source, target, nbytes, 0, 1);
     if (stream)
         STREAM_FENCE();
 }
