@@ -62,7 +62,7 @@ fuzz: $(TEST)
 soak: $(BENCH)
 	$(BIN)/python benchmarks/soak.py --minutes 5 --connects 10000
 
-bench-peers: $(PEERS_READY)
+bench-peers: $(PEERS_READY) $(NATIVE)
 	$(BIN)/python -m benchmarks.peers --environments $(PEERS) $(if $(QUICK),--quick) $(ARGS)
 
 $(CREATED):

@@ -10,6 +10,7 @@ from typing import Any, Final
 from benchmarks.peers.plan import OPS, Case, Plan, Row
 from benchmarks.peers.registry import CONTROLS, PEERS
 from mmcache.bench.transfer_page import case_text
+from mmcache.transport import native
 
 BAD: Final = "BAD DATA"
 MEASURED: Final = (
@@ -86,7 +87,7 @@ class Report:
             "wall_s": round(self.wall_s, 1),
             "host": dict(host),
             "measured": list(MEASURED),
-            "notes": list(NOTES),
+            "notes": [*NOTES, f"mmcache's reads and writes through shared memory: {native.STATE}"],
         }  # fmt: skip
 
 
