@@ -1,4 +1,4 @@
-"""Where the time goes in each hot path: py-spy looks at a client and its server while they do one thing again and again.
+"""Where the time goes in each hot path: py-spy looks at a client and its server that do one thing again and again.
 
     pip install py-spy
     python benchmarks/profile_paths.py --op put --seconds 5
@@ -10,6 +10,7 @@ With --native also those of C. Needs the right to look into one's own processes 
 from __future__ import annotations
 
 import argparse
+import select
 import shutil
 import subprocess
 import sys
@@ -67,8 +68,6 @@ def client(url: str, op: str) -> None:
 
 
 def _ended() -> bool:
-    import select
-
     return bool(select.select([sys.stdin], [], [], 0)[0])
 
 
