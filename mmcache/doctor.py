@@ -71,6 +71,10 @@ def _shared_memory() -> Iterable[Finding]:
     except MMCacheError as error:
         yield Finding("shared memory", BAD, f"{error}; clients use sockets")
         return
+    if arena.why_not_shared:
+        yield Finding("shared memory", BAD, f"{arena.why_not_shared}; clients use sockets")
+        arena.close()
+        return
     try:
         mmap.mmap(arena.fd, _TRIED_NBYTES, flags=mmap.MAP_SHARED, prot=mmap.PROT_READ | mmap.PROT_WRITE).close()
     except PermissionError:

@@ -148,7 +148,10 @@ def join(
         request = pb.JoinRequest(protocol=PROTOCOL, client=f"mmcache-python/{__version__}", token=token)
         request.want_nixl = nixl_by is not None
         if shared:
-            ring = Ring()
+            try:
+                ring = Ring()
+            except TransportError as error:
+                raise NoSharedMemory(f"this process cannot have any: {error}") from error
             request.want_arena = True
             request.ring_slots, request.ring_slot_nbytes = ring.slots, ring.slot_nbytes
         message = Conversation().request(Op.JOIN, request)
@@ -172,7 +175,7 @@ def join(
         if shared and arena is None:
             if reply.arena_nbytes:
                 raise NoSharedMemory("the server's memory was offered, but did not come through its unix socket")
-            raise NoSharedMemory("the server does not share its memory with this client's tenant (docs/access.md)")
+            raise NoSharedMemory(reply.no_arena_why or "the server does not share its memory with this client")
         if nixl_by is None:
             return Joined(reply, arena, ring)
         return Joined(reply, arena, ring, *(yield Work(partial(_reader, reply, nixl_by), 0, waits=True)))

@@ -114,7 +114,7 @@ class JoinRequest(_message.Message):
     def __init__(self, protocol: _Optional[int] = ..., client: _Optional[str] = ..., want_arena: bool = ..., ring_slots: _Optional[int] = ..., ring_slot_nbytes: _Optional[int] = ..., token: _Optional[str] = ..., want_nixl: bool = ...) -> None: ...
 
 class JoinReply(_message.Message):
-    __slots__ = ("protocol", "server", "server_id", "arena_nbytes", "alignment", "lease_s", "unix_path", "limits", "arena_prefaulted", "nixl", "sums_last", "mode")
+    __slots__ = ("protocol", "server", "server_id", "arena_nbytes", "alignment", "lease_s", "unix_path", "limits", "arena_prefaulted", "nixl", "sums_last", "no_arena_why", "mode")
     PROTOCOL_FIELD_NUMBER: _ClassVar[int]
     SERVER_FIELD_NUMBER: _ClassVar[int]
     SERVER_ID_FIELD_NUMBER: _ClassVar[int]
@@ -126,6 +126,7 @@ class JoinReply(_message.Message):
     ARENA_PREFAULTED_FIELD_NUMBER: _ClassVar[int]
     NIXL_FIELD_NUMBER: _ClassVar[int]
     SUMS_LAST_FIELD_NUMBER: _ClassVar[int]
+    NO_ARENA_WHY_FIELD_NUMBER: _ClassVar[int]
     MODE_FIELD_NUMBER: _ClassVar[int]
     protocol: int
     server: str
@@ -138,8 +139,9 @@ class JoinReply(_message.Message):
     arena_prefaulted: bool
     nixl: NixlOffer
     sums_last: bool
+    no_arena_why: str
     mode: Mode
-    def __init__(self, protocol: _Optional[int] = ..., server: _Optional[str] = ..., server_id: _Optional[bytes] = ..., arena_nbytes: _Optional[int] = ..., alignment: _Optional[int] = ..., lease_s: _Optional[float] = ..., unix_path: _Optional[str] = ..., limits: _Optional[_Union[Limits, _Mapping]] = ..., arena_prefaulted: bool = ..., nixl: _Optional[_Union[NixlOffer, _Mapping]] = ..., sums_last: bool = ..., mode: _Optional[_Union[Mode, str]] = ...) -> None: ...
+    def __init__(self, protocol: _Optional[int] = ..., server: _Optional[str] = ..., server_id: _Optional[bytes] = ..., arena_nbytes: _Optional[int] = ..., alignment: _Optional[int] = ..., lease_s: _Optional[float] = ..., unix_path: _Optional[str] = ..., limits: _Optional[_Union[Limits, _Mapping]] = ..., arena_prefaulted: bool = ..., nixl: _Optional[_Union[NixlOffer, _Mapping]] = ..., sums_last: bool = ..., no_arena_why: _Optional[str] = ..., mode: _Optional[_Union[Mode, str]] = ...) -> None: ...
 
 class NixlOffer(_message.Message):
     __slots__ = ("metadata", "base", "nbytes", "why")

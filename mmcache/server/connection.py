@@ -197,8 +197,11 @@ class Connection:
                 self._ring = RingView(fds.pop(), request.ring_slots, request.ring_slot_nbytes)
             except TransportError as error:
                 raise BadRequest(str(error)) from None
-        with_arena = self.same_host and request.want_arena and admitted.shared_memory
+        why_not = self._why_no_arena(admitted)
+        with_arena = self.same_host and request.want_arena and not why_not
         reply = self.service.join_reply(request, with_arena=with_arena)
+        if request.want_arena and request.protocol > 1:
+            reply.no_arena_why = why_not
         if request.want_nixl:
             reply.nixl.CopyFrom(self.service.nixl_offer(admitted))
         reads_memory = with_arena or bool(reply.nixl.metadata)
@@ -212,6 +215,13 @@ class Connection:
         answer = reply.SerializeToString()
         head = pack_prelude(Op.JOIN, prelude.request_id, len(answer)) + answer
         self.channel.send_with_fds(head, [self.service.shard.arena.fd], self._deadline())
+
+    def _why_no_arena(self, admitted: Pass) -> str:
+        if why := self.service.shard.arena.why_not_shared:
+            return f"the server's memory cannot be shared ({why})"
+        if not admitted.shared_memory:
+            return "the server does not share its memory with this client's tenant (docs/access.md)"
+        return ""
 
     def _acquire(self, prelude: Prelude, body: bytes) -> None:
         reply, found, inline = self.service.acquire(self.caller, body)

@@ -31,6 +31,8 @@ class NixlAgent:
 
     def __init__(self, arena: Arena, devices: str) -> None:
         self._arena, self._devices = arena, devices
+        if arena.why_not_shared:
+            raise TransportError(f"--nixl needs memory that can be shared ({arena.why_not_shared}); leave it out")
         self._changed = threading.Condition()
         self._stopping = False
         self._offer: pb.NixlOffer | None = None

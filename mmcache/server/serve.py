@@ -70,6 +70,8 @@ class Server:
             raise ConfigError(f"--nixl {MANY_TENANTS}; give each a server of its own, or leave --nixl out")
         self._tls = _watch_tls(config)
         self.shard = Shard(config, progress=progress, hasher=NATIVE.hasher)
+        if why := self.shard.arena.why_not_shared:
+            log.warning("clients on this host go by sockets: no shared memory (%s)", why)
         self.service = Service(self.shard, config, self.access)
         self._set_quotas()
         try:

@@ -108,7 +108,8 @@ class Arena:
     """`nbytes` of shared memory, writable here and read-only for everybody else. Close it when no view is in use.
 
     `huge_pages`: of pages that the machine's operator has set aside (vm.nr_hugepages); `nbytes` must be whole ones.
-    Raises StoreError, with the remedy, where there is not so much memory.
+    Where the kernel, or what confines this process, knows no memfd, the memory is this process's alone: `fd` is -1, and
+    `why_not_shared` says why. Raises StoreError, with the remedy, where there is not so much memory.
     """
 
     def __init__(
@@ -119,21 +120,36 @@ class Arena:
         else:
             check_room(nbytes)
         self.nbytes = nbytes
+        self.why_not_shared = ""
         flags = os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING | (os.MFD_HUGETLB if huge_pages else 0)
-        self.fd = os.memfd_create("mmcache-arena", flags)
+        try:
+            self.fd = os.memfd_create("mmcache-arena", flags)
+        except OSError as error:
+            self.fd, self.why_not_shared = -1, f"memfd_create: {error.strerror}"
+        if self.fd >= 0:
+            self._map = self._sealed_map()
+        elif huge_pages:
+            raise StoreError(f"no huge pages without {self.why_not_shared}; leave --huge-pages out")
+        else:
+            self._map = mmap.mmap(-1, nbytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+        self.view = memoryview(self._map)
+        if prefault:
+            self._touch(progress)
+
+    def _sealed_map(self) -> mmap.mmap:
+        """The one writable map there will be of the file."""
+        nbytes = self.nbytes
         try:
             os.ftruncate(self.fd, nbytes)
             fcntl.fcntl(self.fd, fcntl.F_ADD_SEALS, fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW)
-            self._map = mmap.mmap(self.fd, nbytes, flags=mmap.MAP_SHARED, prot=mmap.PROT_READ | mmap.PROT_WRITE)
+            writable = mmap.mmap(self.fd, nbytes, flags=mmap.MAP_SHARED, prot=mmap.PROT_READ | mmap.PROT_WRITE)
             fcntl.fcntl(self.fd, fcntl.F_ADD_SEALS, F_SEAL_FUTURE_WRITE | fcntl.F_SEAL_SEAL)
+            return writable
         except OSError as error:
             os.close(self.fd)
             raise StoreError(
                 f"no sealed shared memory of {nbytes} bytes: {error}; Linux 5.1 or newer is needed"
             ) from error
-        self.view = memoryview(self._map)
-        if prefault:
-            self._touch(progress)
 
     def _touch(self, progress: Progress | None) -> None:
         """Have the kernel give every page now; `progress` hears (bytes done, bytes in all)."""
@@ -149,5 +165,6 @@ class Arena:
         with contextlib.suppress(BufferError):
             self.view.release()
             self._map.close()
-        with contextlib.suppress(OSError):
-            os.close(self.fd)
+        if self.fd >= 0:
+            with contextlib.suppress(OSError):
+                os.close(self.fd)

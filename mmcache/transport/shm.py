@@ -68,14 +68,14 @@ class Ring:
         try:
             self.fd = os.memfd_create("mmcache-ring", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
         except OSError as error:
-            raise TransportError(f"no memory for a write ring: {error}; use transport=tcp") from error
+            raise TransportError(f"no memory for a write ring: {error}") from error
         try:
             os.ftruncate(self.fd, slots * slot_nbytes)
             fcntl.fcntl(self.fd, fcntl.F_ADD_SEALS, _SIZE_SEALS | fcntl.F_SEAL_SEAL)
             self._map = mmap.mmap(self.fd, slots * slot_nbytes, flags=mmap.MAP_SHARED | mmap.MAP_POPULATE)
         except OSError as error:
             os.close(self.fd)
-            raise TransportError(f"no memory for a write ring: {error}; use transport=tcp") from error
+            raise TransportError(f"no memory for a write ring: {error}") from error
         self.data: Bytes = np.frombuffer(self._map, np.uint8)
 
     def slot(self, number: int) -> Bytes:
