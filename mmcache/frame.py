@@ -145,7 +145,7 @@ def layout_of(sizes: Sequence[int], alignment: int = DEFAULT_ALIGNMENT) -> Layou
     return _layout_of(tuple(sizes), alignment)
 
 
-@lru_cache(maxsize=4096)
+@lru_cache(maxsize=256)
 def _layout_of(sizes: tuple[int, ...], alignment: int) -> Layout:
     if alignment < 64 or alignment > MAX_ALIGNMENT or alignment & (alignment - 1):
         raise TensorError(f"alignment {alignment} is not a power of two from 64 to {MAX_ALIGNMENT}")
@@ -182,7 +182,7 @@ def check_specs(specs: Sequence[TensorSpec]) -> None:
     _check_specs(tuple(specs))
 
 
-@lru_cache(maxsize=4096)
+@lru_cache(maxsize=128)  # of MAX_TENSORS with long names each takes half a MiB, and strangers choose them
 def _check_specs(specs: tuple[TensorSpec, ...]) -> None:
     sizes = [spec.nbytes for spec in specs]
     for spec in specs:
@@ -199,7 +199,7 @@ def _check_specs(specs: tuple[TensorSpec, ...]) -> None:
     layout_of(sizes)
 
 
-@lru_cache(maxsize=1024)
+@lru_cache(maxsize=128)
 def _table(specs: tuple[TensorSpec, ...], alignment: int) -> tuple[Layout, bytes]:
     """Where these tensors lie, and what follows the prefix: their entries without checksums, padded."""
     _check_specs(specs)

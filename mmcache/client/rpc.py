@@ -22,6 +22,7 @@ from mmcache.client.session import Session
 from mmcache.config import GiB
 from mmcache.errors import CorruptFrame, FrameError, MMCacheError, ProtocolError, TensorError
 from mmcache.frame import (
+    MAX_DIMS,
     MAX_FRAME_NBYTES,
     NO_KEY,
     SUM_NBYTES,
@@ -174,6 +175,8 @@ def _header(entry: EntryOut, joined: pb.JoinReply) -> tuple[bytes, FrameHeader]:
         expires_ms=message.expires_ms,
         writer="",
     )
+    if any(len(one.shape) > MAX_DIMS for one, _ in entry.tensors):  # else multiplying a million sizes takes minutes
+        raise FrameError(f"a tensor of more than {MAX_DIMS} dimensions")
     specs = [TensorSpec(one.name, one.dtype, tuple(one.shape)) for one, _ in entry.tensors]
     for spec, (one, data) in zip(specs, entry.tensors, strict=True):
         if len(data) != spec.nbytes or len(one.xxh3_128) != SUM_NBYTES:

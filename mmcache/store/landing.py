@@ -89,15 +89,18 @@ class Landing:
         self.landed_nbytes += len(source)
         if self.refusal is not None:
             return
+        longest = 0
         try:
             for start in range(0, len(source), SLICE_NBYTES):
-                self._check.copy(source[start : start + SLICE_NBYTES])
+                part = source[start : start + SLICE_NBYTES]
+                longest = max(longest, len(part))
+                self._check.copy(part)
         except FrameError:
             self.refusal = Refusal.BAD_FRAME
         finally:
             with shard.lock:
                 shard.index.end_write(self._reservation_id)
-                shard.longest_step_nbytes = max(shard.longest_step_nbytes, min(len(source), SLICE_NBYTES))
+                shard.longest_step_nbytes = max(shard.longest_step_nbytes, longest)
 
     def seal(self, sum_of_all: bytes) -> None:
         """All bytes have landed, and this stands for the checksums that their writer found (frame.sum_of_sums)."""

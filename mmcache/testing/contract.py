@@ -24,7 +24,7 @@ from mmcache.errors import TensorError, UsageError
 from mmcache.keyset import Keys
 from mmcache.tensors import Pieces, as_dtype, as_numpy
 from mmcache.testing.values import blanks, eventually, keys_of, value_of, values_of
-from mmcache.transport.base import RING_SLOTS, SLICE_NBYTES, Outcome
+from mmcache.transport.base import RING_SLOT_NBYTES, RING_SLOTS, SLICE_NBYTES, Outcome
 
 MEMORY: Final = 64 << 20
 BATCH_KEYS: Final = 8
@@ -34,7 +34,7 @@ LIMITS: Final = {
     "MMCACHE_MAX_INLINE_NBYTES": str(INLINE_NBYTES),
     "MMCACHE_MAX_GRPC_NBYTES": str(2 * MEMORY),  # a gRPC message holds whole values, too large ones too
 }
-RING_NBYTES: Final = RING_SLOTS * SLICE_NBYTES
+RING_NBYTES: Final = RING_SLOTS * RING_SLOT_NBYTES
 _fresh = count()
 
 
@@ -84,8 +84,8 @@ def outcomes(results: Any) -> list[str]:
 
 
 @_check(
-    [1], [63], [64], [4097], [SLICE_NBYTES - 1], [SLICE_NBYTES], [SLICE_NBYTES + 1], [RING_NBYTES],
-    [3 * RING_NBYTES + 17],
+    [1], [63], [64], [4097], [SLICE_NBYTES - 1], [SLICE_NBYTES], [SLICE_NBYTES + 1], [2 * RING_SLOT_NBYTES],
+    [RING_NBYTES + RING_SLOT_NBYTES + 17],
 )  # fmt: skip
 def what_is_put_comes_back_whatever_its_size(cache: Client, nbytes: int) -> None:
     keys = fresh_keys(3)

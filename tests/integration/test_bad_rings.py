@@ -151,8 +151,8 @@ def test_a_ring_is_really_used_when_it_is_sound(server: ServerProcess, bystander
     assert bystander.match_prefix(keys) == 1
 
 
-def reserve_sums_last(raw: RawRing, keys: Keys, sizes: list[int]) -> None:
-    request = reserve_request(keys, sizes, ring=True)
+def reserve_sums_last(raw: Raw, keys: Keys, sizes: list[int], *, ring: bool = True) -> None:
+    request = reserve_request(keys, sizes, ring=ring)
     request.sums_last = True
     raw.ask(Op.RESERVE, request)
     op, body = raw.answer()
@@ -196,3 +196,26 @@ def test_a_frame_that_is_no_frame_is_followed_by_the_next_one_all_the_same(
         assert raw.recv(1) == b"\x01"
         assert raw.put_done() == bytes([pb.BAD_FRAME, pb.STORED])
     assert bystander.contains(keys) == [False, True]
+
+
+@pytest.mark.parametrize("step", [1 << 20, 16 << 10, 4099])
+def test_over_a_socket_too_each_frame_stands_for_itself_wherever_the_stream_is_cut(
+    server: ServerProcess, bystander: Client, step: int
+) -> None:
+    keys, value = keys_of(4, f"sums last, socket, {step}"), bytes(300_000)
+    sums = sum_of_sums([xxhash.xxh3_128_digest(value)])
+    frames = [frame_bytes(keys[at : at + 1], value) for at in range(4)]
+    frames[0] = bytes(len(frames[0]))
+    stream = b"".join(frame + (bytes(16) if at == 2 else sums) for at, frame in enumerate(frames))
+    with Raw(server) as raw:
+        raw.sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        assert raw.join().protocol == 1
+        reserve_sums_last(raw, keys, [len(frame) for frame in frames], ring=False)
+        for start in range(0, len(stream), step):
+            raw.send(stream[start : start + step])
+        assert raw.put_done() == bytes([pb.BAD_FRAME, pb.STORED, pb.BAD_FRAME, pb.STORED])
+        assert raw.reserve(keys[1:2], [len(frames[1])]) == bytes([pb.PRESENT]), "the connection goes on"
+    assert bystander.contains(keys) == [False, True, False, True]
+    into = [bytearray(b"?" * len(value)) for _ in keys]
+    assert [bool(one) for one in bystander.get_into(keys, into)] == [False, True, False, True]
+    assert (bytes(into[1]), bytes(into[3])) == (value, value)

@@ -59,6 +59,7 @@ CORRUPT: list[dict[str, Any]] = [
     {"shape": (1 << 40,)},
     {"shape": ((1 << 64) - 1,) * 8},
     {"shape": (1,) * 9 + (NBYTES,)},
+    {"shape": (127,) * 500_000},  # multiplied, these would hold the interpreter for longer than the deadline
     {"shape": (0, 1 << 60), "data": b"", "xxh3_128": xxhash.xxh3_128_digest(b"")},
     {"dtype": "complex64"},
     {"dtype": ""},

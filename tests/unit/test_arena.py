@@ -49,14 +49,15 @@ def huge_pages() -> Iterator[None]:
     except StoreError:
         pass
     try:
-        setting.write_text(str(int(before) + 2))
-        check_huge_pages(2 * NBYTES)
-    except (OSError, StoreError) as error:
-        pytest.skip(f"no huge page can be set aside here: {error}")
-    try:
+        try:
+            setting.write_text(str(int(before) + 2))
+            check_huge_pages(2 * NBYTES)
+        except (OSError, StoreError) as error:
+            pytest.skip(f"no huge page can be set aside here: {error}")
         yield
     finally:
-        setting.write_text(before)
+        with contextlib.suppress(OSError):
+            setting.write_text(before)
 
 
 @pytest.fixture

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import tracemalloc
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
@@ -12,6 +13,7 @@ import xxhash
 from hypothesis import given
 from hypothesis import strategies as st
 
+import mmcache.frame
 from mmcache.errors import CorruptFrame, FrameError, KeyInputError, TensorError
 from mmcache.frame import (
     DTYPES,
@@ -342,3 +344,22 @@ def test_every_byte_of_a_header_is_read_once() -> None:
     data = frame_of(SMALL)
     changing: Any = Changing(bytes(data))
     assert parse_header(changing) == Frame.parse(data).header
+
+
+def test_what_is_remembered_of_frames_is_bounded_though_strangers_choose_them() -> None:
+    count = 6
+    tracemalloc.start()
+    try:
+        for form in range(count):
+            sizes = range(2000 * form + 1000, 2000 * form + 1000 + MAX_TENSORS)
+            specs = [
+                TensorSpec(f"{size}".ljust(56, "x"), "uint8", (0, size, size + 1, 2, 2, 2, 2, 2)) for size in sizes
+            ]
+            pack_header(META, specs, None)
+            del specs
+        kept = tracemalloc.get_traced_memory()[0] // count
+    finally:
+        tracemalloc.stop()
+    most = max(int(one.cache_info().maxsize or 1 << 40) for one in (mmcache.frame._check_specs, mmcache.frame._table))
+    assert kept > MAX_TENSORS * ENTRY_NBYTES
+    assert kept * most < 128 << 20

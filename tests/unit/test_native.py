@@ -55,7 +55,20 @@ def test_rows_that_lie_apart_are_filled_and_what_lies_between_is_left_alone(
     assert np.all(memory[:, 4 + nbytes :] == 0x5A)
 
 
-def test_what_was_hashed_is_what_was_written_though_the_source_changes_meanwhile() -> None:
+def whole(source: Any, target: Any, stream: bool) -> bytes:
+    return bytes(copy_hashed([source], [target], stream, 1))
+
+
+def in_parts(source: Any, target: Any, stream: bool) -> bytes:
+    hasher = native.NATIVE.hasher()
+    for start in range(0, len(source), 99_991):
+        hasher.copy(source[start : start + 99_991].data, target[start : start + 99_991].data, stream)
+    return hasher.take()
+
+
+@pytest.mark.parametrize("copy", [whole, in_parts])
+@pytest.mark.parametrize("stream", [False, True])
+def test_what_was_hashed_is_what_was_written_though_the_source_changes_meanwhile(copy: Any, stream: bool) -> None:
     source, target = np.zeros(32 << 20, np.uint8), np.empty(32 << 20, np.uint8)
     stop = threading.Event()
 
@@ -70,7 +83,7 @@ def test_what_was_hashed_is_what_was_written_though_the_source_changes_meanwhile
     try:
         mixed = False
         for _ in range(20):
-            assert copy_hashed([source], [target], True, 1) == digest(target)
+            assert copy(source, target, stream) == digest(target)
             mixed |= bool(np.any(target != target[0]))
     finally:
         stop.set()
