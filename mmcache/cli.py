@@ -30,6 +30,7 @@ from mmcache.connect import connect
 from mmcache.errors import ConfigError, FrameError, MMCacheError, UsageError
 from mmcache.frame import parse_header
 from mmcache.logs import log_to_stderr
+from mmcache.server.heap import keep_freed_memory
 from mmcache.server.serve import Server
 from mmcache.server.shard_plan import place_text, shard_configs
 from mmcache.server.supervisor import STOP_SIGNALS, Supervisor
@@ -237,6 +238,8 @@ def _run_shards(config: ServerConfig, words: list[str], *, as_json: bool) -> Non
 def _run_until_signal(config: ServerConfig, *, as_json: bool) -> None:
     with progress_bar("taking memory") as show:
         server = Server(config, progress=show)
+    if config.grpc:
+        keep_freed_memory()
     server.start()
     host, port = server.address or ("", 0)
     scheme = "mmcaches" if config.tls_cert else "mmcache"

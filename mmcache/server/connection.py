@@ -235,6 +235,7 @@ class Connection:
         finally:
             if lease_id:
                 self.service.shard.release(self.caller.tenant, lease_id)
+            self.service.shard.tell_uses()
 
     def _put(self, prelude: Prelude, body: bytes) -> None:
         request = parse(pb.ReserveRequest(), body)

@@ -25,7 +25,6 @@ from mmcache.config import ServerConfig
 from mmcache.errors import TransportError
 from mmcache.pb import cache_pb2 as pb
 from mmcache.server.caller import Caller
-from mmcache.server.heap import keep_freed_memory
 from mmcache.server.refuse import BadRequest
 from mmcache.server.service import Service
 from mmcache.server.tensor_service import METHODS, Gone, TensorService
@@ -121,7 +120,6 @@ class RpcServer:
 
     def start(self) -> None:
         """Answer calls; health says SERVING."""
-        keep_freed_memory()
         self._server.start()
         self._calls.start()
         for name in ("", SERVICE):
@@ -169,6 +167,7 @@ class RpcServer:
             held.close()
             self._refuse(method, context, error)
             raise
+        held.callback(self._tensors.service.shard.tell_uses)
         self._calls.sending(context, len(reply), held.close)
         return reply
 

@@ -61,7 +61,8 @@ class ArenaMap:
 
 
 class Ring:
-    """A client's write ring: `slots` slots of `slot_nbytes` in a sealed memfd; the server maps it read-only."""
+    """A client's write ring: `slots` slots of `slot_nbytes` in a sealed memfd; the server maps it read-only. It takes
+    memory when it is first written to: most links of most clients only read."""
 
     def __init__(self, slots: int = RING_SLOTS, slot_nbytes: int = RING_SLOT_NBYTES) -> None:
         self.slots, self.slot_nbytes = slots, slot_nbytes
@@ -72,7 +73,7 @@ class Ring:
         try:
             os.ftruncate(self.fd, slots * slot_nbytes)
             fcntl.fcntl(self.fd, fcntl.F_ADD_SEALS, _SIZE_SEALS | fcntl.F_SEAL_SEAL)
-            self._map = mmap.mmap(self.fd, slots * slot_nbytes, flags=mmap.MAP_SHARED | mmap.MAP_POPULATE)
+            self._map = mmap.mmap(self.fd, slots * slot_nbytes, flags=mmap.MAP_SHARED)
         except OSError as error:
             os.close(self.fd)
             raise TransportError(f"no memory for a write ring: {error}") from error
