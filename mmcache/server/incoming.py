@@ -24,15 +24,18 @@ class SocketStream:
 
     def land(self, landing: Landing) -> None:
         """Put what has arrived of a frame into place; waits for the first of it."""
+        self._channel.want(min(landing.left_nbytes, SLICE_NBYTES))
         self._channel.wait_readable(min(self._deadline, self._next_by()))
         landing.land(SLICE_NBYTES, self._channel.recv_available_into, _DROPPED)
 
     def take(self, nbytes: int) -> bytes:
         """The next few bytes."""
+        self._channel.want(1)
         return self._channel.recv(nbytes, min(self._deadline, self._next_by()))
 
     def end(self) -> None:
         """All has come that was announced."""
+        self._channel.want(1)
 
 
 class RingStream:

@@ -50,7 +50,7 @@ class Channel:
     """
 
     __slots__ = ("_ahead", "_end", "_poll", "_recv_timeout_s", "_rest_s", "_send_timeout_s", "_soon", "_spin_from",
-                 "_start", "sock", "spin_s")  # fmt: skip
+                 "_start", "_wanted_nbytes", "sock", "spin_s")  # fmt: skip
 
     def __init__(self, sock: socket.socket) -> None:
         sock.setblocking(True)
@@ -64,6 +64,7 @@ class Channel:
         self._poll.register(sock)
         self.spin_s = SPIN_S
         self._spin_from = self._rest_s = 0.0
+        self._wanted_nbytes = 1
         self._soon = True  # the next message is expected within `spin_s`, as the last one came within that
 
     def _arm(self, option: int, current_s: float, deadline: float | None) -> float:
@@ -170,9 +171,29 @@ class Channel:
         return count
 
     def wait_readable(self, deadline: float) -> None:
-        """Wait until there is something to receive. Raises DeadlineExceeded."""
-        if self._start == self._end:
-            self._wait_for(select.POLLIN, deadline)
+        """Wait until there is something to receive, awake for a moment: a sleeper that the sender's CPU wakes is often
+        put on that CPU, and then the two take turns. Raises DeadlineExceeded."""
+        if self._start < self._end:
+            return
+        self._poll.modify(self.sock, select.POLLIN)
+        now = time.perf_counter()
+        end = now + self.spin_s if now >= self._spin_from else now
+        while now < end:
+            if self._poll.poll(0):
+                return
+            os.sched_yield()
+            later = time.perf_counter()
+            if later - now > CROWDED_S:
+                break
+            now = later
+        self._wait_for(select.POLLIN, deadline)
+
+    def want(self, nbytes: int) -> None:
+        """Have the waits that follow end when so many bytes are there at least: one wake-up instead of many. Say 1 when
+        fewer may come. Where the transport knows no such thing, this does nothing."""
+        if nbytes != self._wanted_nbytes and not self.is_unix:
+            self.sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVLOWAT, nbytes)
+            self._wanted_nbytes = nbytes
 
     def _wait_for(self, event: int, deadline: float | None) -> None:
         """Wait until the socket is ready. The kernel's own timeouts bound the call that follows, but begin anew after

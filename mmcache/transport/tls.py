@@ -198,6 +198,9 @@ class TlsChannel(Channel):
         if self._start == self._end and not self._tls.pending():
             self._wait(select.POLLIN, deadline)
 
+    def want(self, nbytes: int) -> None:
+        """See Channel. How many bytes of ciphertext there must be is not known."""
+
     def _try_recv(self, view: memoryview) -> int:
         try:
             return self._tls.recv_into(view)
