@@ -10,6 +10,7 @@ import numpy as np
 
 KiB, MiB = 1 << 10, 1 << 20
 OPS: Final = ("put", "get")
+VIEW: Final = "view"  # of a batch, by peers that can
 
 
 @dataclass(frozen=True)

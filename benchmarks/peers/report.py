@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass
 from statistics import median
 from typing import Any, Final
 
-from benchmarks.peers.plan import OPS, Case, Plan, Row
+from benchmarks.peers.plan import OPS, VIEW, Case, Plan, Row
 from benchmarks.peers.registry import CONTROLS, PEERS
 from mmcache.bench.transfer_page import case_text
 from mmcache.transport import native
@@ -21,6 +21,7 @@ MEASURED: Final = (
 NOTES: Final = (
     "a figure is sliced memcpy's time over the peer's, for the same bytes on the same number of processes at once: "
     "median [quartiles] over the pairs; 1 is as fast as memcpy",
+    "a view ends when the values can be seen where the peer keeps them; what is seen is compared afterwards, untimed",
     "a get ends when the bytes are in the caller's buffer, which was there before; a put when they are stored",
     "verified: the peer checks the bytes itself at both ends, within the time shown; the others deliver what they find",
     "own: each process reads what it put itself, as the peer's memory is not another process's",
@@ -42,8 +43,8 @@ class Report:
         """What is not as it must be, in words: wrong bytes of a peer, or a control that was not caught."""
         gets = [row for row in self.rows if row.op == "get"]
         found = [
-            f"{row.peer}, {_what(row)}: {row.wrong} of {row.compared} values were wrong"
-            for row in gets
+            f"{row.peer}, {row.op}, {_what(row)}: {row.wrong} of {row.compared} values were wrong"
+            for row in self.rows
             if row.wrong and row.peer not in CONTROLS
         ]
         expected = len(self.plan.cases) * len(self.plan.clients)
@@ -53,6 +54,8 @@ class Report:
                 found.append(f"{control} did not run: {self.failed[control]}")
             elif caught < expected:
                 found.append(f"{control} was caught in {caught} of {expected} cases only")
+            if any(row.op == VIEW and not row.wrong for row in self.rows if row.peer == control):
+                found.append(f"{control} was not caught in every view")
         return found
 
     @property
@@ -134,6 +137,15 @@ def table(report: Report) -> tuple[list[str], list[list[str]]]:
     return heads, lines
 
 
+def views(report: Report) -> list[str]:
+    """Lines with how long it takes to see a batch of values where the peer keeps them."""
+    return [
+        f"{row.peer}: {BAD if row.wrong else f'{row.p50_us:,.0f} us'} to see {_what(row)}, without a copy (p50)"
+        for row in report.rows
+        if row.op == VIEW
+    ]
+
+
 def markdown(report: Report, isolated: str) -> str:
     """The table and the verdict, for a terminal or a document."""
     heads, lines = table(report)
@@ -143,6 +155,7 @@ def markdown(report: Report, isolated: str) -> str:
         "| " + " | ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)) + " |"
         for line in [heads, ["-" * width for width in widths], *lines]
     ]
+    text += ["", *views(report)]
     memcpy = report.memcpy_gbps()
     text += ["", f"memcpy, one process: {memcpy['sliced']:.1f} GB/s in slices, {memcpy['whole']:.1f} GB/s whole; "
              f"{report.plan.turns * report.plan.pairs} pairs; {report.wall_s:.0f} s; "

@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from benchmarks.peers.install import PeerError, install, need
-from benchmarks.peers.plan import CONTROL_PAIRS, OPS, Case, Plan, Row, Sample, row_of
+from benchmarks.peers.plan import CONTROL_PAIRS, OPS, VIEW, Case, Plan, Row, Sample, row_of
 from benchmarks.peers.registry import PEERS
 from benchmarks.peers.report import Report
 from benchmarks.peers.team import Source, Team
@@ -94,7 +94,7 @@ def _rows(samples: dict[Key, list[Sample]], failed: dict[str, str], plan: Plan, 
     rows = []
     for clients in plan.clients:
         for name in names:
-            for op in OPS:
+            for op in (*OPS, VIEW):
                 for case in plan.cases:
                     found = samples.get((name, clients, op, case), [])
                     if found and (name not in failed or any(sample.wrong for sample in found)):

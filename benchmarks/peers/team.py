@@ -19,7 +19,7 @@ import numpy as np
 import numpy.typing as npt
 
 from benchmarks.peers.install import PeerError, python_of
-from benchmarks.peers.plan import Case, Sample, name_of, readers_of
+from benchmarks.peers.plan import VIEW, Case, Sample, name_of, readers_of
 from benchmarks.peers.registry import Peer
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -127,7 +127,10 @@ class Team:
             self._all(self._workers, [{"do": "close"}] * len(self._workers))
 
     def round(self, case: Case, turn: int, pair: int) -> dict[str, Sample]:
-        """One put and one get of the same values by all clients, each after memcpy. Raises PeerError."""
+        """One put and one get of the same values by all clients, and of batches a view, each after memcpy.
+
+        Raises PeerError.
+        """
         clients = self._clients
         self._source.stamp(case, clients)
         names = [[name_of(case, turn, pair, client, index) for index in range(case.count)] for client in range(clients)]
@@ -148,9 +151,14 @@ class Team:
         copies = self._copies(readers, poison=True)
         op_ns, each_ns = self._timed(readers, {"do": "get"})
         wrong = sum(self._all(readers, [{"do": "check"}] * clients))
-        get = Sample(nbytes, *copies, op_ns, each_ns, wrong, case.count * clients)
+        found = {"put": put, "get": Sample(nbytes, *copies, op_ns, each_ns, wrong, case.count * clients)}
+        if case.batch > 1 and all(self._all(readers, [{"do": "can_view"}] * clients)):
+            copies = self._copies(readers, poison=True)
+            op_ns, each_ns = self._timed(readers, {"do": "view"})
+            wrong = sum(self._all(readers, [{"do": "check"}] * clients))
+            found[VIEW] = Sample(nbytes, *copies, op_ns, each_ns, wrong, case.count * clients)
         self._all(writers, [{"do": "delete", "names": own} for own in names])
-        return {"put": put, "get": get}
+        return found
 
     def _prepare(self, workers: Sequence[_Process], op: str, names: Sequence[Sequence[str]], case: Case) -> None:
         """Worker by worker, whose values: the part of the source that has the place of the names in `names`."""

@@ -25,7 +25,7 @@ POISON = 0xA5
 
 
 class Worker:
-    """Rounds of one client: `prepare`, then `copy`, `poison`, `put` or `get`, `check`, in the order it is told."""
+    """Rounds of one client: `prepare`, then `copy`, `poison`, `put`, `get` or `view`, `check`, as it is told."""
 
     def __init__(self, source_path: str, target_nbytes: int) -> None:
         with open(source_path, "r+b") as file:
@@ -79,6 +79,25 @@ class Worker:
     def get(self, at_ns: int) -> dict[str, Any]:
         """Fetch the values, from `at_ns` on."""
         return self._timed(at_ns, self.client.get)
+
+    def can_view(self) -> bool:
+        """Whether the peer shows values where it keeps them."""
+        return self.client.VIEWS
+
+    def view(self, at_ns: int) -> dict[str, Any]:
+        """See the values, from `at_ns` on, a call at a time; what is seen is copied to the target, untimed."""
+        each_ns, at = [], 0
+        started_ns = _wait(at_ns)
+        for batch in self._calls:
+            before_ns = time.monotonic_ns()
+            views = self.client.view(batch)
+            each_ns.append(time.monotonic_ns() - before_ns)
+            for view in views:
+                self._target[at : at + self._size_bytes] = np.frombuffer(view, np.uint8)[: self._size_bytes]
+                at += self._size_bytes
+            del view, views
+            self.client.leave(batch)
+        return {"start_ns": started_ns, "end_ns": started_ns + sum(each_ns), "each_ns": each_ns}
 
     def _timed(
         self, at_ns: int, call: Callable[[Any], None], last: Callable[[Any], None] | None = None

@@ -1,7 +1,7 @@
 """A policy that hears of uses a little later, never too late: noting a use is then as cheap as adding to a list.
 
-Whoever looked something up, or gives it back, can be answered first. Everything else that a policy is told or asked comes
-after what was noted before it, so the order in which rows leave is the same as without this. PURE: no clock, no
+Whoever looked something up, or gives it back, can be answered first. Everything else that a policy is told or asked
+comes after what was noted before it, so the order in which rows leave is the same as without this. PURE: no clock, no
 randomness, no I/O.
 """
 

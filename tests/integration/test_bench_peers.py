@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from benchmarks.peers.install import python_of
-from benchmarks.peers.plan import Case, Plan
+from benchmarks.peers.plan import VIEW, Case, Plan
 from benchmarks.peers.registry import CONTROLS
 from benchmarks.peers.report import Report, markdown
 from benchmarks.peers.run import measure
@@ -31,6 +31,9 @@ def assert_controls_are_caught(report: Report) -> None:
         gets = [row for row in report.rows if row.peer == control and row.op == "get"]
         assert [row.wrong for row in gets] == [row.compared for row in gets], "each value must differ"
         assert len(gets) == len(CASES) * len(report.plan.clients)
+    views = [row for row in report.rows if row.peer == "control-other-key" and row.op == VIEW]
+    assert [row.wrong for row in views] == [row.compared for row in views]
+    assert len(views) == len(report.plan.clients), "one case has batches"
 
 
 def test_controls_are_caught_and_what_does_not_start_is_in_the_table(tmp_path: Path) -> None:
@@ -47,7 +50,10 @@ def test_controls_are_caught_and_what_does_not_start_is_in_the_table(tmp_path: P
     rows = [row for row in report.rows if row.peer not in CONTROLS]
     assert {row.peer for row in rows} == {"mmcache-shm", "mmcache-nixl", "mmcache-grpc", "grpc-floor"} - set(reasons)
     assert all(row.pairs == 2 and row.ratio > 0 and row.wrong == 0 for row in rows)
-    assert markdown(report, "").count("BAD DATA") == len(CONTROLS) * len(CASES) + 1  # and the note that explains it
+    assert [row.compared for row in rows if row.op == VIEW] == [2 * 2 * 2]
+    text = markdown(report, "")
+    assert "mmcache-shm: " in text
+    assert text.count("BAD DATA") == len(CONTROLS) * len(CASES) + 1 + 1  # a view, and the note that explains it
 
 
 def test_redis_delivers_what_was_put_and_the_controls_beside_it_are_caught() -> None:

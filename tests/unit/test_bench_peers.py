@@ -101,7 +101,7 @@ def test_a_report_is_believed_only_with_both_controls_caught() -> None:
 def test_wrong_bytes_of_a_peer_are_a_complaint_and_stand_in_the_table() -> None:
     bad = report("redis-tcp", "ray", wrong="ray")
     assert not bad.ok
-    assert bad.complaints()[0] == "ray, 64 KiB, alone, 1 client: 60 of 60 values were wrong"
+    assert bad.complaints()[0] == "ray, get, 64 KiB, alone, 1 client: 60 of 60 values were wrong"
     lines = {line[0]: line for line in table(bad)[1]}
     assert lines["ray"].count("BAD DATA") == len(CASES)
     assert "BAD DATA" not in lines["redis-tcp"]

@@ -47,7 +47,8 @@ def test_the_order_is_that_of_a_policy_told_at_once(name: str, seed: int) -> Non
         elif what != "insert":
             getattr(at_once, what)(row)
             getattr(uses, what)(row)
-        assert uses.exhausted() == at_once.exhausted()
+        if not choose.randrange(10):  # asking tells all that was noted
+            assert uses.exhausted() == at_once.exhausted()
     assert uses.listed() == at_once.listed()
 
 

@@ -36,6 +36,8 @@ class Client:
     not stored or did not come back. All buffers are parts of `source` and `target`.
     """
 
+    VIEWS = False  # whether values can be seen where the peer keeps them
+
     def __init__(self, options: Mapping[str, Any], source: Bytes, target: Bytes) -> None:
         self.options, self.source, self.target = options, source, target
 
@@ -50,6 +52,13 @@ class Client:
     def get(self, batch: Any) -> None:
         """Fetch the values into the buffers, in one call if the peer has one for that."""
         raise NotImplementedError
+
+    def view(self, batch: Any) -> list[Any]:
+        """The values where the peer keeps them, as buffers, in one call; with VIEWS only."""
+        raise NotImplementedError
+
+    def leave(self, batch: Any) -> None:
+        """What `view` showed is not looked at any more."""
 
     def settle(self, batch: Any) -> None:
         """Wait for what `put` has only begun. It is part of the time of a round, not of a call."""

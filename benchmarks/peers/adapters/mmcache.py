@@ -59,6 +59,7 @@ class ByPath(Client):
         from mmcache.connect import connect
 
         self._client = connect(self._url(options), deadline_s=DEADLINE_S)
+        self._leased: Any = None
         said = self._client.stat()
         if said["transport"] != self.TRANSPORT:
             found = f"{said['transport']}: {said['transport_why']}"
@@ -78,6 +79,14 @@ class ByPath(Client):
     def get(self, batch: Any) -> None:
         _demand(self._client.get_into(*batch))
 
+    def _views(self, keys: Any) -> list[Any]:
+        self._leased = self._client.acquire(keys)
+        return [frame.payload(frame.header.tensors[0]) for frame in self._leased.frames]
+
+    def leave(self, batch: Any) -> None:
+        if not self._leased.release():
+            raise RuntimeError("the lease expired")
+
     def delete(self, names: Sequence[str]) -> None:
         self._client.delete(_keys(names))
 
@@ -96,6 +105,10 @@ class Shm(ByPath):
     """Shared memory."""
 
     TRANSPORT = "shm"
+    VIEWS = True
+
+    def view(self, batch: Any) -> list[Any]:
+        return self._views(batch[0])
 
 
 class Tcp(ByPath):
@@ -131,7 +144,9 @@ class Grpc(ByPath):
 
 
 class OtherKey(Tcp):
-    """Control: every get delivers the bytes of the key beside the one that was asked for."""
+    """Control: every get delivers, and every view shows, the bytes of the key beside the one that was asked for."""
+
+    VIEWS = True
 
     def prepare(self, names: Sequence[str], buffers: Sequence[Bytes]) -> Any:
         return super().prepare(names, buffers), super().prepare([_neighbour(name) for name in names], buffers)
@@ -141,6 +156,9 @@ class OtherKey(Tcp):
 
     def get(self, batch: Any) -> None:
         super().get(batch[1])
+
+    def view(self, batch: Any) -> list[Any]:
+        return self._views(batch[1][0])
 
 
 class Untouched(Tcp):

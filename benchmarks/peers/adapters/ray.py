@@ -46,6 +46,8 @@ def _end_all(mark: str) -> None:
 class Ray(Client):
     """A driver."""
 
+    VIEWS = True
+
     def __init__(self, options: Mapping[str, Any], source: Bytes, target: Bytes) -> None:
         super().__init__(options, source, target)
         import ray
@@ -62,10 +64,12 @@ class Ray(Client):
             self._refs[name] = self._ray.put(buffer)
 
     def get(self, batch: Any) -> None:
-        names, targets = batch
-        values = self._ray.get([self._learned[name] for name in names], timeout=30)
-        for value, target in zip(values, targets, strict=True):
+        for value, target in zip(self.view(batch), batch[1], strict=True):
             np.copyto(target, value)
+
+    def view(self, batch: Any) -> list[Any]:
+        values: list[Any] = self._ray.get([self._learned[name] for name in batch[0]], timeout=30)
+        return values
 
     def handles(self, names: Sequence[str]) -> list[str]:
         parts = [self._core.serialize_object_ref(self._refs[name])[0:3] for name in names]

@@ -33,6 +33,8 @@ def serve(run: Path, environments: Path, stack: ExitStack) -> dict[str, Any]:
 class Vineyard(Client):
     """A connection over the unix socket."""
 
+    VIEWS = True
+
     def __init__(self, options: Mapping[str, Any], source: Bytes, target: Bytes) -> None:
         super().__init__(options, source, target)
         import vineyard
@@ -48,9 +50,11 @@ class Vineyard(Client):
             self._ids[name] = blob.seal(self._client).id
 
     def get(self, batch: Any) -> None:
-        names, targets = batch
-        for blob, target in zip(self._client.get_blobs([self._learned[name] for name in names]), targets, strict=True):
-            np.copyto(target, np.frombuffer(memoryview(blob), np.uint8)[: target.nbytes])
+        for view, target in zip(self.view(batch), batch[1], strict=True):
+            np.copyto(target, np.frombuffer(view, np.uint8)[: target.nbytes])
+
+    def view(self, batch: Any) -> list[Any]:
+        return [memoryview(blob) for blob in self._client.get_blobs([self._learned[name] for name in batch[0]])]
 
     def handles(self, names: Sequence[str]) -> list[str]:
         return [repr(self._ids[name]) for name in names]
