@@ -41,7 +41,6 @@ log = logging.getLogger("mmcache.server")
 MAX_SPINNING: Final = 4  # with more connections than this, none waits awake for its next request
 SLOWEST_NBYTES_PER_S: Final = 4 << 20  # slower payload, either way, is not waited for: it holds memory
 MAX_JOIN_NBYTES: Final = 64 << 10  # of strangers nothing large is read
-SOON_TOLD: Final = 16  # of more, the policy hears when they are given back: who found them copies now, on every core
 LINGER_S: Final = 1.0  # how long a peer that broke the rules may take to read why
 _STATUS_V1: Final = bytes(pb.OVERLOADED if code in (pb.QUOTA, pb.STOPPED) else code for code in range(256))
 _HTTP_TEXT = b"This port speaks mmcache's framed protocol, not HTTP. Connect with mmcache://HOST:PORT.\n"
@@ -154,8 +153,6 @@ class Connection:
                 reply = self.service.handle(prelude.op, self.caller, body)
                 if prelude.request_id:
                     self._reply(prelude, reply)
-                if prelude.op == Op.FINISH:
-                    self.service.shard.tell_uses()
         except BadRequest as error:
             if not prelude.request_id:
                 raise ProtocolError(str(error)) from None
@@ -230,8 +227,7 @@ class Connection:
         reply, found, inline = self.service.acquire(self.caller, body)
         if not inline:
             self._reply(prelude, reply)
-            if len(found) <= SOON_TOLD:
-                self.service.shard.tell_uses()
+            self.service.shard.tell_uses()
             return
         lease_id, reply.lease_id = reply.lease_id, 0
         try:

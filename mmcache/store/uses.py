@@ -1,8 +1,7 @@
 """A policy that hears of uses a little later, never too late: noting a use is then as cheap as adding to a list.
 
-Whoever looked something up, or gives it back, can be answered first. Everything else that a policy is told or asked
-comes after what was noted before it, so the order in which rows leave is the same as without this. PURE: no clock, no
-randomness, no I/O.
+Whoever looked something up can be answered first. Everything else that a policy is told or asked comes after the uses
+noted before it, so the order in which rows leave is the same as without this. PURE: no clock, no randomness, no I/O.
 """
 
 from __future__ import annotations
@@ -12,7 +11,7 @@ from typing import Final
 
 from mmcache.store.policy import Policy
 
-MOST_WAITING: Final = 1024  # noted and not told yet, before one more lookup
+MOST_WAITING: Final = 4096  # uses noted and not told yet, before one more call
 
 
 class Uses:
@@ -20,7 +19,7 @@ class Uses:
 
     def __init__(self, policy: Policy) -> None:
         self._policy = policy
-        self._waiting: list[int] = []  # rows: used; their complements: unshelved
+        self._waiting: list[int] = []
 
     def note(self, rows: Iterable[int]) -> None:
         """As `touch` for each, in order, before any other call takes effect."""
@@ -29,14 +28,11 @@ class Uses:
         self._waiting.extend(rows)
 
     def tell(self) -> Policy:
-        """Tell the policy of all that was noted. The policy."""
+        """Tell the policy of all uses noted. The policy."""
         policy, waiting = self._policy, self._waiting
         if waiting:
             for row in waiting:
-                if row >= 0:
-                    policy.touch(row)
-                else:
-                    policy.unshelve(~row)
+                policy.touch(row)
             waiting.clear()
         return policy
 
@@ -56,7 +52,7 @@ class Uses:
         self.tell().shelve(row)
 
     def unshelve(self, row: int) -> None:
-        self._waiting.append(~row)
+        self.tell().unshelve(row)
 
     def victim(self, evictable: Callable[[int], bool], max_scan: int) -> int | None:
         return self.tell().victim(evictable, max_scan)
