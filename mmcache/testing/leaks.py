@@ -21,6 +21,7 @@ from mmcache.testing.way import DEADLINE_S, MEMORY, NBYTES, Stored, Way, holds_n
 
 WARM: Final = 8  # what is taken once, by gRPC's or NIXL's own threads too, is no leak
 FAILURES: Final = 24
+WINDOWS: Final = 3
 GROWTH_NBYTES: Final = FAILURES * NBYTES // 3
 
 
@@ -115,12 +116,19 @@ def _cut(between: Between, reader: Reader) -> None:
 
 
 def _repeat(reader: Reader, fail: Callable[[], None]) -> None:
+    """A leak goes on; a heap that is still growing to its usual size (gRPC's takes some 60 failures) comes to an end."""
     for _ in range(WARM):
         fail()
-    before = Taken(*reader.tell("taken"))
-    for _ in range(FAILURES):
-        fail()
-    reader.settles(before)
+    for window in range(WINDOWS):
+        before = Taken(*reader.tell("taken"))
+        for _ in range(FAILURES):
+            fail()
+        try:
+            reader.settles(before)
+            return
+        except AssertionError:
+            if window == WINDOWS - 1:
+                raise
 
 
 def main(url: str, commands: IO[str], answers: IO[str]) -> None:
