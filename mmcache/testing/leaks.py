@@ -116,7 +116,7 @@ def _cut(between: Between, reader: Reader) -> None:
 
 
 def _repeat(reader: Reader, fail: Callable[[], None]) -> None:
-    """A leak goes on; a heap that is still growing to its usual size (gRPC's takes some 60 failures) comes to an end."""
+    """A leak goes on; a heap that grows to its usual size still (gRPC takes some 60 failures) comes to an end."""
     for _ in range(WARM):
         fail()
     for window in range(WINDOWS):
