@@ -50,7 +50,7 @@ def test_controls_are_caught_and_what_does_not_start_is_in_the_table(tmp_path: P
     rows = [row for row in report.rows if row.peer not in CONTROLS]
     assert {row.peer for row in rows} == {"mmcache-shm", "mmcache-nixl", "mmcache-grpc", "grpc-floor"} - set(reasons)
     assert all(row.pairs == 2 and row.ratio > 0 and row.wrong == 0 for row in rows)
-    assert [row.compared for row in rows if row.op == VIEW] == [2 * 2 * 2]
+    assert [(row.compared, row.verified) for row in rows if row.op == VIEW] == [(2 * 2 * 2, False)]
     text = markdown(report, "")
     assert "mmcache-shm: " in text
     assert text.count("BAD DATA") == len(CONTROLS) * len(CASES) + 1 + 1  # a view, and the note that explains it
