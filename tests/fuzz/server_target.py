@@ -19,7 +19,16 @@ from google.protobuf.message import Message
 
 from mmcache.client.blocking import Client
 from mmcache.config import ClientConfig, ServerConfig
-from mmcache.frame import FrameMeta, Kind, TensorSpec, frame_segments, pack_header
+from mmcache.frame import (
+    SUM_NBYTES,
+    FrameMeta,
+    Kind,
+    TensorSpec,
+    frame_segments,
+    pack_header,
+    parse_header,
+    sum_of_sums,
+)
 from mmcache.frame_view import Frame
 from mmcache.keys import Namespace, opaque_key
 from mmcache.keyset import Keys
@@ -32,7 +41,7 @@ from tests.fuzz.bed import ANSWER_S, Complaints, Descriptors, Mutate, in_time, r
 from tests.fuzz.edits import REPLIES, REQUESTS, Piece, edit_stream, pack, split
 
 NAMESPACE: Final = Namespace(kind="kv", model="fuzz", dtype="uint8", layout="LBHNC", block_size=16)
-KEYS: Final = Keys.of([opaque_key(NAMESPACE, f"{number}".encode()) for number in range(6)])
+KEYS: Final = Keys.of([opaque_key(NAMESPACE, f"{number}".encode()) for number in range(10)])
 KNOWN: Final = [*KEYS.digests, bytes(32)]
 VALUE: Final = np.arange(700, dtype=np.uint32).view(np.uint8)
 RING_SLOTS: Final = 4
@@ -63,16 +72,22 @@ def _piece(op: Op, message: Message, rest: bytes = b"") -> Piece:
     return Piece(op, 1, message.SerializeToString(), 0, rest)
 
 
-def _reserve(*positions: int, ring: bool = False, rest: bytes | None = None) -> Piece:
+def _reserve(*positions: int, ring: bool = False, rest: bytes | None = None, sums_last: bool = False) -> Piece:
     frames = [frame_of(position) for position in positions]
+    sent = [frame + _sum_after(frame) if sums_last else frame for frame in frames]
     request = pb.ReserveRequest(
         keys=b"".join(KEYS.digests[position] for position in positions),
         parents=b"".join(KEYS.parents[position] for position in positions),
         frame_nbytes=list(map(len, frames)),
         kinds=bytes([Kind.KV] * len(positions)),
         ring=ring,
+        sums_last=sums_last,
     )
-    return _piece(Op.RESERVE, request, b"".join(frames) if rest is None else rest)
+    return _piece(Op.RESERVE, request, b"".join(sent) if rest is None else rest)
+
+
+def _sum_after(frame: bytes) -> bytes:
+    return sum_of_sums([tensor.checksum for tensor in parse_header(frame).tensors])
 
 
 def _seeds() -> list[bytes]:
@@ -90,11 +105,15 @@ def _seeds() -> list[bytes]:
         [_reserve(1), _piece(Op.INSPECT, pb.InspectRequest(key=KEYS.digests[1]))],
         [_reserve(2), _piece(Op.RECHECK, pb.RecheckRequest(keys=keys))],
         [_reserve(0), _piece(Op.ACQUIRE, pb.AcquireRequest(keys=KEYS.digests[0], inline=True))],
+        [_reserve(6, sums_last=True), _piece(Op.ACQUIRE, pb.AcquireRequest(keys=KEYS.digests[6], inline=True))],
+        [_reserve(7, 8, 9, sums_last=True), _reserve(7)],
         [_reserve(3, 4, 5), _piece(Op.DELETE, pb.DeleteRequest(keys=KEYS.digests[4])), _reserve(4)],
     ]
     conversations += [[_piece(op, kind())] for op, kind in REQUESTS.items()]
     streams = [pack(b"", [join, *pieces]) for pieces in conversations]
     streams.append(pack(b"", [_piece(Op.JOIN, with_ring), _reserve(0, ring=True, rest=note)]))
+    note = SLOT_NOTE.pack(len(frame_of(0)) + SUM_NBYTES)
+    streams.append(pack(b"", [_piece(Op.JOIN, with_ring), _reserve(0, ring=True, rest=note, sums_last=True)]))
     streams.append(pack(b"", [_piece(Op.JOIN, pb.JoinRequest(protocol=PROTOCOL, want_arena=True))]))
     return [*streams, b"GET / HTTP/1.1\r\nHost: fuzz\r\n\r\n"]
 
@@ -120,7 +139,8 @@ class ServerTarget:
         self._server.start()
         self._other = Client(ClientConfig(transport="tcp", deadline_s=5), self._dial)
         self._ring = Ring(RING_SLOTS, RING_SLOT_NBYTES)
-        self._ring.data[: len(frame_of(0))] = np.frombuffer(frame_of(0), np.uint8)
+        whole = frame_of(0) + _sum_after(frame_of(0))
+        self._ring.data[: len(whole)] = np.frombuffer(whole, np.uint8)
         self._inputs = 0
         self._checkup()
         self._descriptors = Descriptors()
