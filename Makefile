@@ -35,7 +35,7 @@ help:
 	@echo "make check   install, then run ruff, mypy and the import contracts"
 	@echo "make fuzz    install, then give every fuzz target FUZZ_BYTES=10000000 bytes"
 	@echo "make soak    install, then run eight clients against a server for five minutes, then 10,000 connections"
-	@echo "make bench-peers   install other caches into .peers, then measure them and mmcache (twenty minutes; QUICK=1: five)"
+	@echo "make bench-peers   install other caches into .peers, then measure them and mmcache (a quarter of an hour; QUICK=1: minutes)"
 	@echo "make test-engines        install the real vLLM and SGLang (CPU) into .engines, then run the engine suites"
 	@echo "make test-engines-full   the same, with every case (half an hour)"
 	@echo "PYTHON=...   the Python to build .venv with (default: python3; 3.11 or newer)"

@@ -120,9 +120,7 @@ def bench_diffusion(
     "**mmcache bench transfer --transport shm --clients 4** · **mmcache bench transfer --html transfer.html**",
 )
 def bench_transfer(
-    quick: Annotated[
-        bool, typer.Option("--quick", help="Fewer rows and rounds: seconds instead of two minutes.")
-    ] = False,
+    quick: Annotated[bool, typer.Option("--quick", help="Fewer rows and rounds: seconds instead of a minute.")] = False,
     transports: Annotated[
         list[str] | None,
         typer.Option("--transport", metavar="NAME", help="shm, unix, tcp or nixl; may repeat; default: all but nixl."),

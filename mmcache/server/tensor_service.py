@@ -37,7 +37,7 @@ from mmcache.server.refuse import BadRequest, parse
 from mmcache.server.service import KEY_NBYTES, Service, status_of
 from mmcache.store.answers import Found, Refusal
 from mmcache.store.landing import Landing
-from mmcache.transport.base import SLICE_NBYTES, Op
+from mmcache.transport.base import Op
 from mmcache.transport.large_bodies import (
     FIELDS_PER_KEY,
     EntryIn,
@@ -55,7 +55,6 @@ METHODS: Final = tuple(method.name for method in pb.DESCRIPTOR.services_by_name[
 ENTRY_NBYTES: Final = 8  # at most, of a reply's entry that was not found; one that was takes no more than its frame
 MODALITIES: Final = frozenset(pb.Modality.values())
 _MAX_MS: Final = 1 << 62
-_NO_SCRATCH: Final = memoryview(bytearray(0))  # a landing that is refused takes nothing more
 
 
 class Gone(Exception):
@@ -269,19 +268,8 @@ class TensorService:
         alignment = self.service.config.alignment
         header = pack_header(entry.meta, entry.specs, sums, alignment)
         for segment in frame_segments(header, entry.payloads, alignment):
-            _copy(memoryview(segment), landing)
+            landing.land_from(memoryview(segment))
         return status_of(landing.commit())
-
-
-def _copy(segment: memoryview, landing: Landing) -> None:
-    position = 0
-
-    def fill(target: memoryview) -> int:
-        target[:] = segment[position : position + len(target)]
-        return len(target)
-
-    while position < len(segment) and landing.refusal is None:
-        position += landing.land(min(SLICE_NBYTES, len(segment) - position), fill, _NO_SCRATCH)
 
 
 def _wrong_entries(answer: bytes, entries: Sequence[Outgoing]) -> list[int]:

@@ -98,8 +98,9 @@ def test_what_fits_a_slot_is_not_cut_and_no_slot_is_sent_that_had_room_for_what_
     at = 0
     for frame in frames:
         nbytes = sum(map(len, frame))
-        cut = any(at < end < at + nbytes for end in ends)
+        cut = [note for end, note in zip(ends, notes, strict=True) if at < end < at + nbytes]
         assert not cut or nbytes > 16
+        assert cut == [16] * len(cut)
         if at in starts[1:]:
             before = notes[starts.index(at) - 1]
             assert before == 16 or 16 - before < nbytes <= 16
