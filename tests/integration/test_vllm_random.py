@@ -45,10 +45,14 @@ class Chaos:
 
     def run(self) -> None:
         for number in range(4 * REQUESTS):
-            if number >= REQUESTS and all(self.engine.counts[name] >= times for name, times in WANTED.items()):
+            more = number >= REQUESTS  # what the mix has not come to by then is sought out
+            if more and all(self.engine.counts[name] >= times for name, times in WANTED.items()):
                 break
             request = self._request(number)
-            if self.chance.random() < 0.6:
+            if more:
+                finish(self.engine, *list(self.engine.requests.values()))
+                self.engine.forget_local()
+            if more or self.chance.random() < 0.6:
                 self._damage(request)
             self.asked.append(self.engine.add(request))
             for _ in range(self.chance.randrange(6)):
@@ -82,6 +86,12 @@ class Chaos:
             if self.cache.delete(key) == [True] and self.chance.random() < 0.8:
                 self.cache.put(key, [b"another shape"])
 
+    def _forget_local(self) -> None:
+        """A reset of the engine's own prefix cache alone."""
+        for request in reversed(list(self.engine.running)):
+            self.engine.preempt(request)
+        self.engine.forget_local()
+
     def _disturb(self, number: int) -> None:
         engine, chance = self.engine, self.chance
         busy = [one for one in engine.requests.values() if one.state in ("running", "loading")]
@@ -89,10 +99,8 @@ class Chaos:
             engine.end(chance.choice(busy))
         if engine.running and chance.random() < 0.15:
             engine.preempt(chance.choice(engine.running))
-        if chance.random() < 0.4:  # a reset of the engine's own prefix cache alone
-            for request in reversed(list(engine.running)):
-                engine.preempt(request)
-            engine.forget_local()
+        if chance.random() < 0.4:
+            self._forget_local()
         if not engine.known and chance.random() < 0.3:  # after a reset that was not clean nothing is cached
             finish(engine, *list(engine.requests.values()))
         if chance.random() < 0.04 or (not engine.known and not engine.requests):
