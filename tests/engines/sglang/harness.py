@@ -35,7 +35,7 @@ BACKEND: dict[str, Any] = {
 def shim_environment() -> dict[str, str]:
     """This process's environment, and what SGLang needs to run without a GPU."""
     return os.environ | {
-        "PYTHONPATH": str(HERE / "shim"),
+        "PYTHONPATH": os.pathsep.join(filter(None, (str(HERE / "shim"), os.environ.get("PYTHONPATH")))),
         "SGLANG_USE_CPU_ENGINE": "1",
         "HF_HUB_OFFLINE": "1",
         "TOKENIZERS_PARALLELISM": "false",
