@@ -1,0 +1,161 @@
+"""`MMCacheEmbeddingStore`: SGLang's global encoder cache keeps its embeddings in mmcache. Made by SGLang's encoder.
+
+SGLang calls from its encoder's event loop, by way of a thread, and from one background thread; it takes False for what
+it has to encode. Once made, no method raises, and no call to the cache takes longer than the deadline. Interface as of
+SGLang 0.5.23.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from sglang.srt.mem_cache.embedding_store import EmbeddingStore
+from sglang.srt.runtime_context import get_parallel
+
+import mmcache
+from mmcache.keys import Key, Namespace, embedding_key
+from mmcache.transport.base import Outcome
+from mmcache_connectors.sglang import encoder_items
+from mmcache_connectors.sglang.encoder_facts import encoder_facts
+from mmcache_connectors.sglang.encoder_memory import Pools
+from mmcache_connectors.sglang.encoder_settings import environment_settings
+from mmcache_connectors.sglang.pages import cuts
+from mmcache_connectors.sglang.transfer import CALL_NBYTES
+from mmcache_connectors.sglang.weights import ChangedFiles
+
+log = logging.getLogger("mmcache.sglang")
+Move = Callable[[list[Key], list[Any]], list[bool]]
+
+
+class MMCacheEmbeddingStore(EmbeddingStore):  # type: ignore[misc]
+    """Embeddings of a whole fleet's encoders in an mmcache server, `[tokens, width]` each, named by what the item is.
+
+    Settings that cannot be taken, and a model whose weights cannot be told, raise ConfigError when it is made; a server
+    that does not answer is only warned of. Names are those of encoder_items.py; what has another is not cached.
+    """
+
+    def __init__(self) -> None:
+        self._settings = settings = environment_settings(os.environ)
+        encoder_items.install()
+        self._pools = Pools()
+        self._facts: dict[str, Any] | None = None
+        self._namespace: Namespace | None = None
+        self._faults: set[str] = set()
+        self._cache = mmcache.connect(settings.url, lazy=True, deadline_s=settings.deadline_s, verify=settings.verify)
+        if get_parallel().tp_rank:  # the first rank reads and stores for all
+            return
+        try:
+            self._facts = encoder_facts(settings.model_identity)
+        except ChangedFiles as error:
+            log.error("mmcache: %s; this encoder stores and reads nothing", error)
+
+    def register_buffer(self, tensor: torch.Tensor) -> None:
+        """Take one of the host pools, `[tokens, width]`, that embeddings lie in. SGLang makes both before it asks."""
+        self._pools.add(tensor)
+        if self._facts is None or self._namespace is not None:
+            return
+        dtype = str(tensor.dtype).removeprefix("torch.")
+        self._namespace = Namespace(kind="embedding", dtype=dtype, width=tensor.shape[1], **self._facts)
+        log.info("mmcache: embeddings go to %s as namespace %s", self._settings.url, self._namespace.id.hex())
+        self._ask_once(self._namespace)
+
+    # ------------------------------------------------------------------------------------------ what SGLang calls
+
+    def batch_get(self, hashes: list[str], ptrs: list[int], sizes: list[int]) -> list[bool]:
+        """Read embeddings into a pool; True for each that is there. What the others' memory holds then is undefined."""
+        return self.batch_get_into_multi_buffers(hashes, _each_alone(ptrs), _each_alone(sizes))
+
+    def batch_put(self, hashes: list[str], ptrs: list[int], sizes: list[int]) -> list[bool]:
+        """Store embeddings of a pool; True for each that is stored now."""
+        return self.batch_put_from_multi_buffers(hashes, _each_alone(ptrs), _each_alone(sizes))
+
+    def batch_get_into_multi_buffers(
+        self, hashes: list[str], ptrs: list[list[int]], sizes: list[list[int]]
+    ) -> list[bool]:
+        """As `batch_get`, each embedding into several places, one after the other."""
+        return self._run(lambda: self._move(hashes, ptrs, sizes, self._read), len(hashes))
+
+    def batch_put_from_multi_buffers(
+        self, hashes: list[str], ptrs: list[list[int]], sizes: list[list[int]]
+    ) -> list[bool]:
+        """As `batch_put`, each embedding from several places, one after the other."""
+        return self._run(lambda: self._move(hashes, ptrs, sizes, self._write), len(hashes))
+
+    def batch_is_exist(self, hashes: list[str]) -> list[bool]:
+        """Which are stored."""
+
+        def look() -> list[bool]:
+            keys = [self._key(name) for name in hashes]
+            found = iter(self._cache.contains([key for key in keys if key is not None]))
+            return [key is not None and next(found) for key in keys]
+
+        return self._run(look, len(hashes))
+
+    def get_key(self, mm_hash: str) -> str:
+        """The key an embedding is stored under, in hex; "" if it is not cached."""
+        key = self._key(mm_hash)
+        return key.digest.hex() if key is not None else ""
+
+    # ------------------------------------------------------------------------------------------ inside
+
+    def _key(self, name: str) -> Key | None:
+        item = encoder_items.item_digest(name)
+        return embedding_key(self._namespace, item) if self._namespace is not None and item is not None else None
+
+    def _move(self, names: list[str], ptrs: list[list[int]], sizes: list[list[int]], move: Move) -> list[bool]:
+        """Move what has a key and lies in whole rows of a pool, in calls of bounded size."""
+        moved = [False] * len(names)
+        rows: list[tuple[int, Key, list[torch.Tensor]]] = []
+        for at, (name, *memory) in enumerate(zip(names, ptrs, sizes, strict=True)):
+            key, places = self._key(name), self._pools.rows(*memory)
+            if key is not None and places:
+                rows.append((at, key, places))
+        for cut in cuts([sum(sizes[at]) for at, *_ in rows], CALL_NBYTES):
+            results = move([key for _, key, _ in rows[cut]], [places for *_, places in rows[cut]])
+            for (at, *_), result in zip(rows[cut], results, strict=True):
+                moved[at] = result
+        return moved
+
+    def _read(self, keys: list[Key], places: list[list[torch.Tensor]]) -> list[bool]:
+        whole = [rows[0] if len(rows) == 1 else _room_for(rows) for rows in places]
+        found = [bool(result) for result in self._cache.get_into(keys, whole)]
+        for value, rows, there in zip(whole, places, found, strict=True):
+            if there and len(rows) > 1:
+                for piece, place in zip(value.split([len(row) for row in rows]), rows, strict=True):
+                    place.copy_(piece)
+        return found
+
+    def _write(self, keys: list[Key], places: list[list[torch.Tensor]]) -> list[bool]:
+        values = {key.digest: (key, rows) for key, rows in zip(keys, places, strict=True)}  # one picture, shown twice
+        whole = [rows[0] if len(rows) == 1 else torch.cat(rows) for _, rows in values.values()]
+        results = self._cache.put([key for key, _ in values.values()], whole)
+        stored = dict(zip(values, map(bool, results), strict=True))
+        return [stored[key.digest] for key in keys]
+
+    def _ask_once(self, namespace: Namespace) -> None:
+        """Have it said now, and not at the first picture, that no server answers or that it refuses this client."""
+        (result,) = self._cache.get_into([embedding_key(namespace, bytes(32))], [bytearray(1)])
+        if result.outcome is Outcome.UNAVAILABLE and self._cache.answering:  # else the client has said so
+            log.warning("mmcache: %s", result.reason)
+
+    def _run(self, work: Callable[[], list[bool]], count: int) -> list[bool]:
+        """`work()`, or misses if it fails; what fails again is said once."""
+        try:
+            return work()
+        except Exception as error:
+            if type(error).__name__ not in self._faults:
+                self._faults.add(type(error).__name__)
+                log.exception("mmcache: a call failed inside the connector; it counts as a miss, and so will others")
+            return [False] * count
+
+
+def _room_for(rows: list[torch.Tensor]) -> torch.Tensor:
+    return rows[0].new_empty(sum(map(len, rows)), rows[0].shape[1])
+
+
+def _each_alone(values: Iterable[int]) -> list[list[int]]:
+    return [[value] for value in values]
