@@ -25,19 +25,21 @@ from mmcache_connectors.sglang.plugin import PREFIX
 from tests.engines.sglang.harness import ANSWER_S, HERE, START_S, shim_environment
 
 GLOBAL_CACHE = ("--enable-mm-global-cache",)
+ROW_NBYTES = 64 * 2  # of one token's embedding: the model's width, bfloat16
 
 
 class Encoded(NamedTuple):
-    """What came over ZMQ: the embeddings' bytes; and how many items the encoder's model was run for."""
+    """The embeddings' bytes as they came over ZMQ, for how many items the model was run, and the names of all."""
 
     data: bytes
     encoded: int
+    names: list[str]
 
 
 class Encoder:
     """An encoder server. `settings`: of mmcache, as variables of its environment without their prefix."""
 
-    def __init__(self, model: Path, settings: Mapping[str, str] | None, *arguments: str) -> None:
+    def __init__(self, model: Path, settings: Mapping[str, str] | None, *arguments: str, pool_nbytes: int = 0) -> None:
         with socket.create_server(("127.0.0.1", 0)) as free:
             self._port = free.getsockname()[1]
         words = [
@@ -46,6 +48,8 @@ class Encoder:
             *(arguments if "--dtype" in arguments else (*arguments, "--dtype", "bfloat16")),
         ]
         environment = shim_environment() | {PREFIX + name: text for name, text in (settings or {}).items()}
+        if pool_nbytes:
+            environment |= {"ENCODER_POOL_NBYTES": str(pool_nbytes), "ENCODER_PAGE_NBYTES": str(4 * ROW_NBYTES)}
         self._log = tempfile.TemporaryFile()  # noqa: SIM115
         self._process = subprocess.Popen(
             [sys.executable, "-W", "ignore", str(HERE / "encoder_driver.py"), *words],
@@ -87,7 +91,8 @@ class Encoder:
             assert receiver.poll(ANSWER_S * 1000), self.log()
             parts = receiver.recv_multipart()
         assert len(parts) == 2, self.log()
-        return Encoded(parts[1], self.passes - before)
+        names = [line.split()[3:] for line in self.lines("names asked for:")]
+        return Encoded(parts[1], self.passes - before, names[-1] if names else [])
 
     @property
     def passes(self) -> int:
@@ -134,9 +139,14 @@ class Encoder:
 
 
 @contextlib.contextmanager
-def encoding(model: Path, settings: Mapping[str, str] | None, *arguments: str) -> Iterator[Encoder]:
-    """An encoder server that is ready; killed on leaving, as a crash would end it."""
-    encoder = Encoder(model, settings, *arguments)
+def encoding(
+    model: Path, settings: Mapping[str, str] | None, *arguments: str, pool_nbytes: int = 0
+) -> Iterator[Encoder]:
+    """An encoder server that is ready; killed on leaving, as a crash would end it.
+
+    `pool_nbytes`: of its host memory, where SGLang has 4 GiB.
+    """
+    encoder = Encoder(model, settings, *arguments, pool_nbytes=pool_nbytes)
     try:
         yield encoder.wait_ready()
     finally:

@@ -10,7 +10,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import mmcache
-from mmcache.keys import Keys, Part
+from mmcache.keys import Key, Keys, Part
 from mmcache_connectors.sglang.pages import page_keys
 from tests.engines.sglang.harness import Cache, Engine
 from tests.engines.sglang.prompts import PAGE
@@ -29,13 +29,13 @@ def keys_of(engine: Engine, ids: list[int]) -> Keys:
     return page_keys(namespace, Part(), hashes, [])
 
 
-def forget(cache: Cache, keys: Keys) -> None:
+def forget(cache: Cache, keys: Keys | list[Key]) -> None:
     """Delete entries; all must have been there."""
     with mmcache.connect(cache.url) as client:
         assert all(client.delete(keys))
 
 
-def flip(cache: Cache, key: Keys) -> None:
+def flip(cache: Cache, key: Keys | list[Key]) -> None:
     """Change one byte in the middle of one entry's first tensor, and of its equals, in the server's memory."""
     with mmcache.connect(cache.url) as client, client.acquire(key) as leased:
         frame = leased.frames[0]
