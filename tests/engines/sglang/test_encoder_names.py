@@ -1,4 +1,4 @@
-"""The installed SGLang's embedding store against ours, and what its encoder takes for one item that ours tells apart."""
+"""The installed SGLang's embedding store against ours; and what its encoder takes for one item, and ours does not."""
 
 from __future__ import annotations
 
