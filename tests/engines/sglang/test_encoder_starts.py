@@ -32,7 +32,7 @@ def right(made: Path, picture: Path) -> bytes:
     [
         (
             {"URL": NOWHERE, "COLOUR": "red"},
-            f"{PREFIX}COLOUR is no setting of mmcache's; the known ones are {PREFIX}URL",
+            f"{PREFIX}COLOUR is no setting of mmcache's; the known ones are",
         ),
         ({"VERIFY": "yes"}, f"{PREFIX}URL is not set; name a server"),
     ],
