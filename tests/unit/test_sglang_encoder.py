@@ -14,7 +14,7 @@ import torch
 
 from mmcache.config import server_config
 from mmcache.errors import ConfigError
-from mmcache_connectors.sglang.encoder_items import item_digest
+from mmcache_connectors.sglang.encoder_items import digest_of, modality_of
 from mmcache_connectors.sglang.encoder_memory import Pools
 from mmcache_connectors.sglang.encoder_settings import environment_settings
 from mmcache_connectors.sglang.plugin import PREFIX
@@ -85,10 +85,15 @@ def test_the_documentation_names_every_variable() -> None:
 
 
 # ----------------------------------------------------------------------------------------------- names and memory
-def test_only_names_of_64_digits_have_a_key() -> None:
-    assert item_digest("0a" * 32) == b"\x0a" * 32
-    for name in ("18446744073709551615", "", "once-" + "0" * 59, "0A" * 32, "0a" * 33, "0a" * 32 + "\n", 7, None):
-        assert item_digest(name) is None  # type: ignore[arg-type]
+def test_only_names_that_are_digests_have_a_key() -> None:
+    for modality in ("image", "video", "audio"):
+        name = f"{modality}-{'0a' * 32}"
+        assert (digest_of(name), modality_of(name)) == (b"\x0a" * 32, modality)
+    digits = "0a" * 32
+    for other in ("18446744073709551615", "", digits, f"once-{digits}", f"image-{digits.upper()}", f"image-{digits}0a"):
+        assert digest_of(other) is None
+    assert digest_of(f"image-{digits}\n") is digest_of(f" image-{digits}") is digest_of(f"image-{digits[:32]}") is None
+    assert digest_of(7) is digest_of(None) is None  # type: ignore[arg-type]
 
 
 def test_addresses_become_rows_of_one_pool() -> None:

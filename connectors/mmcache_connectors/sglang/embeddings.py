@@ -10,7 +10,7 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Callable, Iterable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from sglang.srt.mem_cache.embedding_store import EmbeddingStore
@@ -18,6 +18,7 @@ from sglang.srt.runtime_context import get_parallel
 
 import mmcache
 from mmcache.keys import Key, Namespace, embedding_key
+from mmcache.media import Media
 from mmcache.transport.base import Outcome
 from mmcache_connectors.sglang import encoder_items
 from mmcache_connectors.sglang.encoder_facts import encoder_facts
@@ -28,7 +29,18 @@ from mmcache_connectors.sglang.transfer import CALL_NBYTES
 from mmcache_connectors.sglang.weights import ChangedFiles
 
 log = logging.getLogger("mmcache.sglang")
-Move = Callable[[list[Key], list[Any]], list[bool]]
+
+
+class Value(NamedTuple):
+    """One embedding of a call: its place in the call, its name and key, and where in a pool it lies."""
+
+    at: int
+    name: str
+    key: Key
+    rows: list[torch.Tensor]
+
+
+Move = Callable[[list[Value]], list[bool]]
 
 
 class MMCacheEmbeddingStore(EmbeddingStore):  # type: ignore[misc]
@@ -103,38 +115,40 @@ class MMCacheEmbeddingStore(EmbeddingStore):  # type: ignore[misc]
     # ------------------------------------------------------------------------------------------ inside
 
     def _key(self, name: str) -> Key | None:
-        item = encoder_items.item_digest(name)
+        item = encoder_items.digest_of(name)
         return embedding_key(self._namespace, item) if self._namespace is not None and item is not None else None
 
     def _move(self, names: list[str], ptrs: list[list[int]], sizes: list[list[int]], move: Move) -> list[bool]:
         """Move what has a key and lies in whole rows of a pool, in calls of bounded size."""
-        moved = [False] * len(names)
-        rows: list[tuple[int, Key, list[torch.Tensor]]] = []
+        values = []
         for at, (name, *memory) in enumerate(zip(names, ptrs, sizes, strict=True)):
-            key, places = self._key(name), self._pools.rows(*memory)
-            if key is not None and places:
-                rows.append((at, key, places))
-        for cut in cuts([sum(sizes[at]) for at, *_ in rows], CALL_NBYTES):
-            results = move([key for _, key, _ in rows[cut]], [places for *_, places in rows[cut]])
-            for (at, *_), result in zip(rows[cut], results, strict=True):
-                moved[at] = result
+            key, rows = self._key(name), self._pools.rows(*memory)
+            if key is not None and rows:
+                values.append(Value(at, name, key, rows))
+        moved = [False] * len(names)
+        for cut in cuts([sum(sizes[value.at]) for value in values], CALL_NBYTES):
+            for value, there in zip(values[cut], move(values[cut]), strict=True):
+                moved[value.at] = there
         return moved
 
-    def _read(self, keys: list[Key], places: list[list[torch.Tensor]]) -> list[bool]:
-        whole = [rows[0] if len(rows) == 1 else _room_for(rows) for rows in places]
-        found = [bool(result) for result in self._cache.get_into(keys, whole)]
-        for value, rows, there in zip(whole, places, found, strict=True):
-            if there and len(rows) > 1:
-                for piece, place in zip(value.split([len(row) for row in rows]), rows, strict=True):
-                    place.copy_(piece)
+    def _read(self, values: list[Value]) -> list[bool]:
+        places = [value.rows[0] if len(value.rows) == 1 else _room_for(value.rows) for value in values]
+        found = [bool(result) for result in self._cache.get_into([value.key for value in values], places)]
+        for value, place, there in zip(values, places, found, strict=True):
+            if there and len(value.rows) > 1:
+                for piece, rows in zip(place.split([*map(len, value.rows)]), value.rows, strict=True):
+                    rows.copy_(piece)
         return found
 
-    def _write(self, keys: list[Key], places: list[list[torch.Tensor]]) -> list[bool]:
-        values = {key.digest: (key, rows) for key, rows in zip(keys, places, strict=True)}  # one picture, shown twice
-        whole = [rows[0] if len(rows) == 1 else torch.cat(rows) for _, rows in values.values()]
-        results = self._cache.put([key for key, _ in values.values()], whole)
-        stored = dict(zip(values, map(bool, results), strict=True))
-        return [stored[key.digest] for key in keys]
+    def _write(self, values: list[Value]) -> list[bool]:
+        once = list({value.name: value for value in values}.values())  # one picture may be shown twice
+        results = self._cache.put(
+            [value.key for value in once],
+            [value.rows[0] if len(value.rows) == 1 else torch.cat(value.rows) for value in once],
+            media=[Media(encoder_items.modality_of(value.name)) for value in once],
+        )
+        stored = {value.name: bool(result) for value, result in zip(once, results, strict=True)}
+        return [stored[value.name] for value in values]
 
     def _ask_once(self, namespace: Namespace) -> None:
         """Have it said now, and not at the first picture, that no server answers or that it refuses this client."""

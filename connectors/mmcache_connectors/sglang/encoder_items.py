@@ -5,6 +5,11 @@ feature bytes alone: a row and a column of the same tiles are one item to it. So
 it takes for empty, so all such are one item. And whoever sends a request may give the hashes. Two methods of its
 encoder are changed when the store is made, so that both tiers use the names from here. Nothing of SGLang is imported
 until then.
+
+What has no name here is not cached, as its embedding might be wrong:
+- items of one request for which the processor gives something together, as one mask for all sounds. When only some of
+  them are to be encoded SGLang shows the model the whole of it all the same, and rows of one may become another's;
+- films of which a rank has decoded its own share of frames.
 """
 
 from __future__ import annotations
@@ -19,11 +24,13 @@ from types import SimpleNamespace
 from typing import Any, Final
 
 from mmcache.encoding import canonical, digest
-from mmcache_connectors.sglang.media import item_identity
+from mmcache_connectors.sglang.media import Unidentified, item_identity
 
 log = logging.getLogger("mmcache.sglang")
 DOMAIN: Final = "mmcache.sglang.embedding.1"
-_NAME: Final = re.compile(r"[0-9a-f]{64}")
+TIMES: Final = frozenset({"second_per_grid_ts", "video_timestamps"})  # of all films together, and no encoder reads them
+MOST_SAID: Final = 20
+_NAME: Final = re.compile(r"(image|video|audio)-([0-9a-f]{64})")
 # The methods that are changed, and the parameters they are known by.
 KNOWN: Final[Mapping[str, tuple[str, ...]]] = {
     "_calculate_hashes_from_features": ("self", "mm_feature", "grid_thw", "modality", "mm_inputs"),
@@ -34,35 +41,56 @@ _said: set[str] = set()
 
 
 def item_names(encoder: Any, feature: Any, grids: Sequence[Any], modality: Any, inputs: Any = None) -> list[str]:
-    """For each item 64 hexadecimal digits over all that the encoder's model is shown of it.
+    """For each item its modality and 64 hexadecimal digits over all that the encoder's model is shown of it.
 
-    What a processor gives for all items together (sound comes with one mask) the model is shown with each: it is in the
-    name then, with the item's place. An item that cannot be identified gets a name nobody will ask for again.
+    An item that has no name gets one that nobody will ask for again, so that nothing is found for it or stored.
     """
     layout = SimpleNamespace(mm_inputs=inputs, grid_thw=grids)
     return [_name(encoder, feature, layout, place, modality) for place in range(len(grids))]
 
 
-def item_digest(name: str) -> bytes | None:
-    """The 32 bytes of a name made here; None for any other."""
-    return bytes.fromhex(name) if isinstance(name, str) and _NAME.fullmatch(name) else None
+def digest_of(name: str) -> bytes | None:
+    """The item's 32 bytes, of a name made here; None for any other."""
+    found = _NAME.fullmatch(name) if isinstance(name, str) else None
+    return bytes.fromhex(found[2]) if found else None
+
+
+def modality_of(name: str) -> str:
+    """The item's modality, of a name that has a digest: "image", "video" or "audio"."""
+    return name.partition("-")[0]
 
 
 def _name(encoder: Any, feature: Any, layout: Any, place: int, modality: Any) -> str:
+    try:
+        return f"{modality.name.lower()}-{_identity(encoder, feature, layout, place, modality).hex()}"
+    except Exception as error:
+        said = str(error) if isinstance(error, Unidentified) else repr(error)
+        if said not in _said and len(_said) < MOST_SAID:
+            _said.add(said)
+            log.warning("mmcache: such items are not cached: %s", said)
+        return f"once-{uuid.uuid4().hex}"
+
+
+def _identity(encoder: Any, feature: Any, layout: Any, place: int, modality: Any) -> bytes:
     from sglang.srt.disaggregation.encoder.preprocessor import _mm_grid_attrs
     from sglang.srt.multimodal.encoder_preprocessing import get_encoder_preprocessed_items
 
-    try:
-        own = get_encoder_preprocessed_items(layout.mm_inputs) is not None
-        made = encoder._build_model_mm_items(feature, layout, [place], modality)
-        shared = not own and any(set(item.model_specific_data) - {*_mm_grid_attrs[modality]} for item in made)
-        fields = [["int", place] if shared else None, [item_identity(item) for item in made]]
-        return digest(DOMAIN, canonical(fields, "item")).hex()
-    except Exception as error:
-        if type(error).__name__ not in _said:
-            _said.add(type(error).__name__)
-            log.warning("mmcache: a media item cannot be identified (%s): such items are not cached", error)
-        return f"once-{uuid.uuid4().hex}"
+    if modality.name == "VIDEO" and _in_shares():
+        raise Unidentified("films of which each rank decodes its share (--mm-enable-dp-encoder)")
+    made = encoder._build_model_mm_items(feature, layout, [place], modality)
+    together: set[str] = set()
+    if get_encoder_preprocessed_items(layout.mm_inputs) is None:
+        together = {name for item in made for name in item.model_specific_data} - {*_mm_grid_attrs[modality]}
+    if len(layout.grid_thw) > 1 and together - TIMES:
+        raise Unidentified(f"several items of {modality.name} with {', '.join(sorted(together - TIMES))} in common")
+    fields = [["int", place] if together else None, [item_identity(item) for item in made]]
+    return digest(DOMAIN, canonical(fields, "item"))
+
+
+def _in_shares() -> bool:
+    from sglang.srt.runtime_context import get_mm, get_parallel
+
+    return bool(get_mm().mm_enable_dp_encoder) and get_parallel().attn_tp_size > 1
 
 
 def install() -> None:

@@ -20,10 +20,10 @@ WORKERS: Final = ("launch_encoder", "launch_dp_worker")  # what SGLang's runtime
 
 def register() -> None:
     """Put the store in the place of SGLang's own, here and in processes started from here. May be called again."""
+    EmbeddingStoreFactory.register_backend(BACKEND, "mmcache_connectors.sglang.embeddings", "MMCacheEmbeddingStore")
     for name in WORKERS:
         if not callable(getattr(runtime, name, None)):
             raise ConfigError(f"this SGLang's encoder runtime has no {name}; use a version named in docs/sglang.md")
-    EmbeddingStoreFactory.register_backend(BACKEND, "mmcache_connectors.sglang.embeddings", "MMCacheEmbeddingStore")
     runtime.launch_encoder, runtime.launch_dp_worker = launch_encoder, launch_dp_worker
 
 

@@ -42,26 +42,29 @@ def main() -> None:
     def picture(*grids: list[int], feature: torch.Tensor = patches, **more: Any) -> list[list[str]]:
         return named(encoder, Modality.IMAGE, feature, image_grid_thw=torch.tensor(grids), **more)
 
-    def sound(first: int, second: int) -> list[list[str]]:
-        lengths = torch.tensor([30, 30])
-        return named(encoder, Modality.AUDIO, sounds[[first, second]], audio_feature_lens_raw=lengths)
+    def sound(*which: int, **more: Any) -> list[list[str]]:
+        lengths = torch.full((len(which),), 30)
+        return named(encoder, Modality.AUDIO, sounds[list(which)], audio_feature_lens_raw=lengths, **more)
 
-    sizes = torch.tensor([[1, 2], [3, 4]])
+    halves = [1, 2, 2], [1, 2, 2]
+    same = torch.cat([patches[:4], patches[:4]])
     found = {
         "methods": [parameters(EmbeddingStore), parameters(MMCacheEmbeddingStore)],
         "abstract": sorted(EmbeddingStore.__abstractmethods__),
         "row": picture([1, 2, 4]),
         "row again": picture([1, 2, 4]),
         "column": picture([1, 4, 2]),
-        "halves": picture([1, 2, 2], [1, 2, 2]),
-        "first half": picture([1, 2, 2], feature=patches[:4]),
+        "halves": picture(*halves),
+        "first half": picture(halves[0], feature=patches[:4]),
         "other dtype": picture([1, 2, 4], feature=patches.view(torch.int32)),
-        "twice": picture([1, 2, 2], [1, 2, 2], feature=torch.cat([patches[:4], patches[:4]])),
-        "twice, of two sizes": picture(
-            [1, 2, 2], [1, 2, 2], feature=torch.cat([patches[:4], patches[:4]]), image_sizes=sizes
-        ),
+        "twice": picture(*halves, feature=same),
+        "twice, with times": picture(*halves, feature=same, video_timestamps=[[0.5], [1.5]]),
+        "twice, with sizes": picture(*halves, feature=same, image_sizes=torch.ones(2, 2)),
+        "row with a size": picture([1, 2, 4], image_sizes=torch.ones(1, 2)),
         "sounds": sound(0, 1),
         "other sounds": sound(2, 3),
+        "masked sounds": sound(0, 1, feature_attention_mask=torch.ones(2, 30)),
+        "masked sound": sound(0, feature_attention_mask=torch.ones(1, 30)),
         "unknown": picture([1, 2, 4], what=object()),
     }
     print(json.dumps(found))

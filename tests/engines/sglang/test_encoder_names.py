@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from mmcache_connectors.sglang.encoder_items import digest_of
 from tests.engines.sglang.harness import HERE, shim_environment
 
 THEIRS, OURS = 0, 1
@@ -45,12 +46,17 @@ def test_what_sglang_takes_for_one_item_is_told_apart(probe: dict[str, Any]) -> 
         assert probe[one][OURS][place] != probe[other][OURS][place]
 
 
-def test_what_comes_for_all_items_together_counts_with_the_place(probe: dict[str, Any]) -> None:
-    first, second = probe["twice, of two sizes"][OURS]
-    assert len({first, second, *probe["twice"][OURS]}) == 3
+def test_what_comes_for_the_item_counts_and_so_does_its_place_among_several(probe: dict[str, Any]) -> None:
+    assert probe["row with a size"][OURS] != probe["row"][OURS]
+    assert probe["masked sound"][OURS] != probe["sounds"][OURS][:1]
+    assert len({*probe["twice, with times"][OURS], *probe["twice"][OURS]}) == 3
 
 
-def test_what_cannot_be_identified_has_a_name_of_no_key(probe: dict[str, Any]) -> None:
-    (name,) = probe["unknown"][OURS]
-    assert name.startswith("once-")
-    assert all(len(name) == 64 for name in probe["row"][OURS] + probe["sounds"][OURS])
+@pytest.mark.parametrize("items", ["unknown", "masked sounds", "twice, with sizes"])
+def test_what_might_become_a_wrong_embedding_has_no_name(probe: dict[str, Any], items: str) -> None:
+    assert all(name.startswith("once-") for name in probe[items][OURS])
+
+
+@pytest.mark.parametrize("items", ["row", "halves", "sounds", "masked sound", "row with a size", "twice, with times"])
+def test_a_name_is_a_digest(probe: dict[str, Any], items: str) -> None:
+    assert all(digest_of(name) for name in probe[items][OURS])
