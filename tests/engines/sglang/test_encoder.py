@@ -238,11 +238,11 @@ def test_nothing_changes_when_the_cache_stops_dies_and_comes_back_full(
         assert encoder.lines("mmcache", "answers again")
         with mmcache.connect(small.url) as client:
             assert client.stat()["counters"]["stored"] > 0
-            key = embedding_key(Namespace(kind="embedding", model="full", dtype="uint8"), bytes(32))
-            filling = [np.zeros(62 << 10, np.uint8)]
-            eventually(lambda: all(client.put([key], filling)), "what was asked last is stored, and can be evicted")
+            other = Namespace(kind="embedding", model="other", dtype="uint8")
+            keys = [embedding_key(other, bytes([number]) * 32) for number in range(64)]
+            client.put(keys, [np.zeros(900, np.uint8)] * len(keys))
             failed = len(encoder.lines("PUT failed for"))
-            with client.acquire([key]):
+            with client.acquire(keys):
                 ask_in_turn()
             assert len(encoder.lines("PUT failed for")) > failed
     assert encoder.lines("failed inside") == []
