@@ -7,12 +7,15 @@ import json
 from typing import Any
 
 import torch
+from sglang.srt.arg_groups.arg_utils import namespace_of
 from sglang.srt.disaggregation.encoder.preprocessor import EncoderPreprocessor
 from sglang.srt.disaggregation.encoder.server import MMEncoder
 from sglang.srt.managers.schedule_batch import Modality
 from sglang.srt.mem_cache.embedding_store import EmbeddingStore
+from sglang.srt.server_args import ServerArgs
 
 from mmcache_connectors.sglang.embeddings import MMCacheEmbeddingStore
+from mmcache_connectors.sglang.encoder_facts import PROCESSING
 from mmcache_connectors.sglang.encoder_items import item_names
 
 
@@ -50,6 +53,7 @@ def main() -> None:
     same = torch.cat([patches[:4], patches[:4]])
     found = {
         "methods": [parameters(EmbeddingStore), parameters(MMCacheEmbeddingStore)],
+        "processing": sorted(set(PROCESSING) - set(namespace_of(ServerArgs))),
         "abstract": sorted(EmbeddingStore.__abstractmethods__),
         "row": picture([1, 2, 4]),
         "row again": picture([1, 2, 4]),

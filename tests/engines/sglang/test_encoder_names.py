@@ -32,6 +32,10 @@ def test_every_method_is_there_with_its_parameters(probe: dict[str, Any]) -> Non
     assert len(theirs) == 7
 
 
+def test_every_argument_that_is_named_exists(probe: dict[str, Any]) -> None:
+    assert probe["processing"] == []
+
+
 def test_a_name_is_the_same_for_the_same(probe: dict[str, Any]) -> None:
     assert probe["row"] == probe["row again"]
     assert probe["halves"][OURS][0] == probe["first half"][OURS][0]
