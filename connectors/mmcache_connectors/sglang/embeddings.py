@@ -1,16 +1,18 @@
 """`MMCacheEmbeddingStore`: SGLang's global encoder cache keeps its embeddings in mmcache. Made by SGLang's encoder.
 
-SGLang calls from its encoder's event loop, by way of a thread, and from one background thread; it takes False for what
-it has to encode. Once made, no method raises, and no call to the cache takes longer than the deadline. Interface as of
-SGLang 0.5.23.
+SGLang has requests wait for its question what is there; it reads, and stores, from one background thread. It takes
+False for what it has to encode. Once made, no method raises, and no call to the cache takes longer than the deadline.
+When one has failed, requests are not made to wait again: what is stored in the background finds out when the cache
+answers. Interface as of SGLang 0.5.23.
 """
 
 from __future__ import annotations
 
 import logging
 import os
+import time
 from collections.abc import Callable, Iterable
-from typing import Any, NamedTuple
+from typing import Any, Final, NamedTuple
 
 import torch
 from sglang.srt.mem_cache.embedding_store import EmbeddingStore
@@ -29,6 +31,7 @@ from mmcache_connectors.sglang.transfer import CALL_NBYTES
 from mmcache_connectors.sglang.weights import ChangedFiles
 
 log = logging.getLogger("mmcache.sglang")
+ASK_AGAIN_S: Final = 30.0  # should nothing be stored that finds out
 
 
 class Value(NamedTuple):
@@ -57,6 +60,7 @@ class MMCacheEmbeddingStore(EmbeddingStore):  # type: ignore[misc]
         self._facts: dict[str, Any] | None = None
         self._namespace: Namespace | None = None
         self._faults: set[str] = set()
+        self._ask_at = 0.0
         self._cache = mmcache.connect(settings.url, lazy=True, deadline_s=settings.deadline_s, verify=settings.verify)
         if get_parallel().tp_rank:  # the first rank reads and stores for all
             return
@@ -98,11 +102,14 @@ class MMCacheEmbeddingStore(EmbeddingStore):  # type: ignore[misc]
         return self._run(lambda: self._move(hashes, ptrs, sizes, self._write), len(hashes))
 
     def batch_is_exist(self, hashes: list[str]) -> list[bool]:
-        """Which are stored."""
+        """Which are stored. None, at once, while the cache is known not to answer."""
 
         def look() -> list[bool]:
+            if time.monotonic() < self._ask_at:
+                return [False] * len(hashes)
             keys = [self._key(name) for name in hashes]
             found = iter(self._cache.contains([key for key in keys if key is not None]))
+            self._note_whether_it_answers()
             return [key is not None and next(found) for key in keys]
 
         return self._run(look, len(hashes))
@@ -129,6 +136,7 @@ class MMCacheEmbeddingStore(EmbeddingStore):  # type: ignore[misc]
         for cut in cuts([sum(sizes[value.at]) for value in values], CALL_NBYTES):
             for value, there in zip(values[cut], move(values[cut]), strict=True):
                 moved[value.at] = there
+            self._note_whether_it_answers()
         return moved
 
     def _read(self, values: list[Value]) -> list[bool]:
@@ -155,6 +163,10 @@ class MMCacheEmbeddingStore(EmbeddingStore):  # type: ignore[misc]
         (result,) = self._cache.get_into([embedding_key(namespace, bytes(32))], [bytearray(1)])
         if result.outcome is Outcome.UNAVAILABLE and self._cache.answering:  # else the client has said so
             log.warning("mmcache: %s", result.reason)
+        self._note_whether_it_answers()
+
+    def _note_whether_it_answers(self) -> None:
+        self._ask_at = 0.0 if self._cache.answering else time.monotonic() + ASK_AGAIN_S
 
     def _run(self, work: Callable[[], list[bool]], count: int) -> list[bool]:
         """`work()`, or misses if it fails; what fails again is said once."""

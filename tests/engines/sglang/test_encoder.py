@@ -211,7 +211,7 @@ def test_what_is_not_what_was_stored_is_encoded(
 def test_nothing_changes_when_the_cache_stops_dies_and_comes_back_full(
     encoder: Encoder, cache: Cache, shown: dict[str, Path], truth: Truth
 ) -> None:
-    """Last here: what was stored is gone. A request is late by a deadline or two, and most are not late at all."""
+    """Last here: what was stored is gone. At most one request waits for a cache that has stopped."""
 
     def ask_in_turn() -> list[float]:
         took_s = []
@@ -224,8 +224,8 @@ def test_nothing_changes_when_the_cache_stops_dies_and_comes_back_full(
     slowest_s = max(ask_in_turn())
     suspend(cache.pid)
     stopped_s = ask_in_turn() + ask_in_turn()
-    assert max(stopped_s) < 2 * DEADLINE_S + 2 * slowest_s
-    assert sum(took_s > DEADLINE_S for took_s in stopped_s) < len(stopped_s) / 2
+    assert max(stopped_s) < DEADLINE_S + 0.5 + 2 * slowest_s
+    assert sum(took_s > DEADLINE_S for took_s in stopped_s) <= 1
     kill(cache.pid, signal.SIGCONT)
     cache.stop(signal.SIGKILL)
     time.sleep(2.5)  # the longest pause before a server that failed is asked again
@@ -233,11 +233,16 @@ def test_nothing_changes_when_the_cache_stops_dies_and_comes_back_full(
     assert len(encoder.lines("mmcache", "does not answer")) == 1
     everything = {"MMCACHE_PINNED_SHARE": "1.0"}
     with ServerProcess("64KiB", listen=urlsplit(cache.url).netloc, environment=everything) as small:
-        time.sleep(2.5)
-        ask_in_turn()
+
+        def found_again() -> bool:
+            assert encoder.encode([shown[FILLS_POOL]]).data == truth[FILLS_POOL]
+            answer = encoder.encode([shown["p4"]])
+            assert answer.data == truth["p4"]
+            return answer.encoded == 0
+
+        eventually(found_again, "it is asked again")
         assert encoder.lines("mmcache", "answers again")
         with mmcache.connect(small.url) as client:
-            assert client.stat()["counters"]["stored"] > 0
             other = Namespace(kind="embedding", model="other", dtype="uint8")
             keys = [embedding_key(other, bytes([number]) * 32) for number in range(64)]
             client.put(keys, [np.zeros(900, np.uint8)] * len(keys))

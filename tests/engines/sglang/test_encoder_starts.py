@@ -8,7 +8,8 @@ import pytest
 
 from mmcache_connectors.sglang.plugin import PREFIX
 from tests.engines.sglang.encoders import GLOBAL_CACHE, encoding
-from tests.engines.sglang.harness import Cache
+from tests.engines.sglang.harness import Cache, running
+from tests.engines.sglang.prompts import TEXTS
 
 pytestmark = pytest.mark.full
 NOWHERE = "mmcache://127.0.0.1:1"
@@ -67,6 +68,14 @@ def test_another_dtype_is_another_embedding(made: Path, picture: Path, right: by
         with encoding(made / "vl", {"URL": cache.url}, *GLOBAL_CACHE) as again:
             answer = again.encode([picture])
         assert (answer.data, answer.encoded) == (right, 0)
+
+
+def test_an_engine_that_is_no_encoder_goes_on_as_ever(made: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(PREFIX + "URL", NOWHERE)
+    with running(made / "text") as engine:
+        assert len(engine.ask(TEXTS["plain"]).tokens) == 8
+        assert engine.lines("Executed general plugin: mmcache")
+        assert not engine.lines("does not answer")
 
 
 @pytest.mark.parametrize(("ranks", "processes"), [("--dp-size", 3), ("--tp-size", 2)])
