@@ -74,7 +74,7 @@ def test_an_engine_that_is_no_encoder_goes_on_as_ever(made: Path, monkeypatch: p
     monkeypatch.setenv(PREFIX + "URL", NOWHERE)
     with running(made / "text") as engine:
         assert len(engine.ask(TEXTS["plain"]).tokens) == 8
-        assert engine.lines("Executed general plugin: mmcache")
+        assert engine.lines("'mooncake' is already registered")
         assert not engine.lines("does not answer")
 
 
