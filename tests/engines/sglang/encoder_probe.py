@@ -1,9 +1,13 @@
-"""Prints, as JSON, what the installed SGLang says of its embedding store, and what its encoder and ours name items."""
+"""Prints, as JSON, what the installed SGLang says of its embedding store, and what its encoder and ours name items.
+
+`python encoder_probe.py MODEL`: a model of which an encoder could be made.
+"""
 
 from __future__ import annotations
 
 import inspect
 import json
+import sys
 from typing import Any
 
 import torch
@@ -12,11 +16,14 @@ from sglang.srt.disaggregation.encoder.preprocessor import EncoderPreprocessor
 from sglang.srt.disaggregation.encoder.server import MMEncoder
 from sglang.srt.managers.schedule_batch import Modality
 from sglang.srt.mem_cache.embedding_store import EmbeddingStore
+from sglang.srt.runtime_context import get_parallel, publish
 from sglang.srt.server_args import ServerArgs
 
 from mmcache_connectors.sglang.embeddings import MMCacheEmbeddingStore
 from mmcache_connectors.sglang.encoder_facts import PROCESSING
 from mmcache_connectors.sglang.encoder_items import item_names
+
+GRIDS = ("image_grid_thw", "video_grid_thw", "audio_feature_lens_raw")
 
 
 def parameters(store: type) -> dict[str, list[str]]:
@@ -27,9 +34,17 @@ def parameters(store: type) -> dict[str, list[str]]:
 
 def named(encoder: Any, modality: Modality, feature: torch.Tensor, **inputs: Any) -> list[list[str]]:
     """What items are named by SGLang, and by us."""
-    grids = next(value for name, value in inputs.items() if name in ("image_grid_thw", "audio_feature_lens_raw"))
+    grids = next(value for name, value in inputs.items() if name in GRIDS)
     theirs = MMEncoder._calculate_hashes_from_features(encoder, feature, grids, modality, inputs)
     return [[str(one) for one in theirs], item_names(encoder, feature, grids, modality, inputs)]
+
+
+def film_by(ranks: int, encoder: Any, patches: torch.Tensor) -> list[list[str]]:
+    """What a film is named by the first of so many tensor-parallel ranks, which may share out its frames."""
+    arguments = ServerArgs(model_path=sys.argv[1], device="cpu", tp_size=ranks, mm_enable_dp_encoder=True)
+    publish(arguments, role="encoder")
+    with get_parallel().override(attn_tp_size=ranks):
+        return named(encoder, Modality.VIDEO, patches, video_grid_thw=torch.tensor([[2, 2, 2]]))
 
 
 def main() -> None:
@@ -69,6 +84,8 @@ def main() -> None:
         "other sounds": sound(2, 3),
         "masked sounds": sound(0, 1, feature_attention_mask=torch.ones(2, 30)),
         "masked sound": sound(0, feature_attention_mask=torch.ones(1, 30)),
+        "film": film_by(1, encoder, patches),
+        "film of two ranks": film_by(2, encoder, patches),
         "unknown": picture([1, 2, 4], what=object()),
     }
     print(json.dumps(found))

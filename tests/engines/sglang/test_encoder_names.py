@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -16,9 +17,9 @@ THEIRS, OURS = 0, 1
 
 
 @pytest.fixture(scope="module")
-def probe() -> dict[str, Any]:
+def probe(made: Path) -> dict[str, Any]:
     """What encoder_probe.py prints."""
-    command = [sys.executable, "-W", "ignore", str(HERE / "encoder_probe.py")]
+    command = [sys.executable, "-W", "ignore", str(HERE / "encoder_probe.py"), str(made / "vl")]
     done = subprocess.run(command, env=shim_environment(), capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
@@ -56,11 +57,13 @@ def test_what_comes_for_the_item_counts_and_so_does_its_place_among_several(prob
     assert len({*probe["twice, with times"][OURS], *probe["twice"][OURS]}) == 3
 
 
-@pytest.mark.parametrize("items", ["unknown", "masked sounds", "twice, with sizes"])
+@pytest.mark.parametrize("items", ["unknown", "masked sounds", "twice, with sizes", "film of two ranks"])
 def test_what_might_become_a_wrong_embedding_has_no_name(probe: dict[str, Any], items: str) -> None:
     assert all(name.startswith("once-") for name in probe[items][OURS])
 
 
-@pytest.mark.parametrize("items", ["row", "halves", "sounds", "masked sound", "row with a size", "twice, with times"])
+@pytest.mark.parametrize(
+    "items", ["row", "halves", "sounds", "masked sound", "row with a size", "twice, with times", "film"]
+)
 def test_a_name_is_a_digest(probe: dict[str, Any], items: str) -> None:
     assert all(digest_of(name) for name in probe[items][OURS])
