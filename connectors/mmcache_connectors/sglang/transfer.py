@@ -16,9 +16,7 @@ from mmcache_connectors.sglang.pages import cuts
 CALL_NBYTES: Final = 256 << 20  # what a slow link still moves within the default deadline
 
 
-def read_pages(
-    cache: Client, keys: Keys, places: Sequence[Any], wait_s: float, limit: int = CALL_NBYTES
-) -> list[bool]:
+def read_pages(cache: Client, keys: Keys, places: Sequence[Any], wait_s: float, limit: int = CALL_NBYTES) -> list[bool]:
     """Fill `places`, for each key a tensor or a list of arrays; True for each that is there.
 
     No call begins when `wait_s` has passed, as nobody waits any more, nor after one in which something was missing. An
@@ -26,7 +24,7 @@ def read_pages(
     """
     found: list[bool] = []
     give_up_s = time.monotonic() + wait_s
-    for cut in cuts([_nbytes(place) for place in places], limit):
+    for cut in cuts([nbytes_of(place) for place in places], limit):
         results = cache.get_into(keys[cut], places[cut])
         found += map(bool, results)
         odd = [row for row, result in enumerate(results) if result.outcome is Outcome.MISMATCH]
@@ -40,9 +38,10 @@ def read_pages(
 
 def write_pages(cache: Client, keys: Keys, values: Sequence[Any], limit: int = CALL_NBYTES) -> list[bool]:
     """Store pages; True for each that is stored now."""
-    parts = cuts([_nbytes(value) for value in values], limit)
+    parts = cuts([nbytes_of(value) for value in values], limit)
     return [bool(result) for cut in parts for result in cache.put(keys[cut], values[cut])]
 
 
-def _nbytes(value: Any) -> int:
+def nbytes_of(value: Any) -> int:
+    """The size of a page's tensor, or of its arrays together."""
     return sum(array.nbytes for array in value) if isinstance(value, list) else int(value.nbytes)

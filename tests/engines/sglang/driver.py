@@ -7,16 +7,39 @@ the engine's arguments. Requests: {"ids": [...]}, {"text": ..., "images": [paths
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import sys
+from collections.abc import Callable
 from typing import Any
 
 import sglang
+from sglang.srt.layers.attention.torch_native_backend import TorchNativeAttnBackend
 from sglang.srt.mem_cache.pool_host import base
 
 # SGLang wants 10 GiB free besides its pools, which are of a few MiB here. Its processes import this module too.
 base.HICACHE_HOST_MEMORY_RESERVE_BYTES = 0
+
+
+def in_the_window(run: Callable[..., Any]) -> Callable[..., Any]:
+    """Have SGLang's CPU attention read a sliding window where it is.
+
+    It writes the keys and values of such layers to their own pool's places but reads them by those of the full pool,
+    which are the same only until something is evicted or loaded: wrong tokens, without any cache (SGLang 0.5.23).
+    """
+
+    @functools.wraps(run)
+    def read(self: Any, q: Any, o: Any, keys: Any, values: Any, places: Any, *args: Any, **kwargs: Any) -> Any:
+        if self.use_sliding_window_kv_pool and kwargs.get("sliding_window_size") is not None:
+            places = self.token_to_kv_pool.translate_loc_from_full_to_swa(places.long())
+        return run(self, q, o, keys, values, places, *args, **kwargs)
+
+    return read
+
+
+for name in ("_run_sdpa_forward_extend", "_run_sdpa_forward_decode"):
+    setattr(TorchNativeAttnBackend, name, in_the_window(getattr(TorchNativeAttnBackend, name)))
 
 
 def answer(engine: Any, request: dict[str, Any]) -> dict[str, Any]:
