@@ -106,7 +106,8 @@ class MMCacheHiCacheStorage(HiCacheStorage):  # type: ignore[misc]
     def on_host_pools_registered(self) -> None:
         """All pools are known that the model starts with."""
         if self._pages is not None and self._pages.further:
-            log.info("mmcache: the model has further pages: %s", ", ".join(self._pages.further))
+            for name, pool in self._pages.further.items():
+                log.info("mmcache: pages of the pool %s are in namespace %s", name, pool.namespace.id.hex())
 
     # ------------------------------------------------------------------------------------------ interface v1
 

@@ -1,8 +1,9 @@
 """One SGLang engine in a process of its own: reads a JSON request a line from stdin, answers one a line.
 
 Answers go to the descriptor named by the first argument, as SGLang writes to stdout. The second argument is the JSON of
-the engine's arguments. Requests: {"ids": [...]}, {"text": ..., "images": [paths]}, {"weights": path},
-{"flush": true}, {"attach": the extra config's JSON}; it ends with its input.
+the engine's arguments. Requests: {"ids": [...]}, {"many": [[...], ...]} for several at once, {"text": ..., "images":
+[paths]}, {"weights": path}, {"flush": true}, {"attach": the extra config's JSON}, {"detach": true}; it ends with its
+input.
 """
 
 from __future__ import annotations
@@ -53,14 +54,22 @@ def answer(engine: Any, request: dict[str, Any]) -> dict[str, Any]:
             engine.tokenizer_manager.attach_hicache_storage("dynamic", request["attach"])
         )
         return {"attached": bool(tried.success), "said": tried.message}
+    if "detach" in request:
+        gone = engine.loop.run_until_complete(engine.tokenizer_manager.detach_hicache_storage())
+        return {"detached": bool(gone.success), "said": gone.message}
     extra = {name: request[name] for name in ("mm_hashes", "cache_salt") if name in request}
     made = engine.generate(
         prompt=request.get("text"),
-        input_ids=request.get("ids"),
+        input_ids=request.get("many") or request.get("ids"),
         sampling_params={"temperature": 0.0, "max_new_tokens": request.get("tokens", 8), "ignore_eos": True},
         image_data=request.get("images") or None,
         **extra,
     )
+    return {"all": [told(one) for one in made]} if "many" in request else told(made)
+
+
+def told(made: dict[str, Any]) -> dict[str, Any]:
+    """What is passed on of an answer."""
     info = made["meta_info"]
     return {
         "tokens": made["output_ids"],
