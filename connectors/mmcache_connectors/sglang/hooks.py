@@ -21,6 +21,8 @@ UPDATES: Final = (
     "update_weights_from_tensor",
 )
 
+_installed = False
+
 
 def identify(made: Any, output: Any, **_: object) -> None:
     """Give each item of a MultimodalInputs an identity of 32 bytes, whatever hash it came with.
@@ -46,14 +48,24 @@ def weights_replaced(*args: object, **_: object) -> None:
     TRUST.end("the weights of this engine are replaced or tested while it runs")
 
 
+def installed() -> bool:
+    """Whether this process has had the hooks from before it read its weights or met any media."""
+    return _installed
+
+
 def install() -> None:
-    """Put the hooks in, once a process. Raises RuntimeError if this SGLang has not the methods they belong to."""
+    """Put the hooks in, once a process. Raises RuntimeError if this SGLang has not the methods they belong to.
+
+    Only for a process that has not yet served anything: `installed` says so from then on.
+    """
+    global _installed
     from sglang.srt.managers.schedule_batch import MultimodalInputs
     from sglang.srt.managers.scheduler_components.weight_updater import SchedulerWeightUpdaterManager
 
     wrap(MultimodalInputs, "from_processor_output", identify, after=True)  # all requests with media pass it
     for name in UPDATES:
         wrap(SchedulerWeightUpdaterManager, name, weights_replaced)
+    _installed = True
 
 
 def wrap(owner: Any, name: str, hook: Callable[..., None], *, after: bool = False) -> None:

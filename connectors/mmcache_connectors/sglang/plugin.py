@@ -10,14 +10,20 @@ import os
 from typing import Final
 
 PREFIX: Final = "MMCACHE_SGLANG_EMBEDDINGS_"
+ATTACH: Final = "MMCACHE_SGLANG_ATTACH"
 
 
 def activate() -> None:
-    """Make mmcache the store of SGLang's global encoder cache, if any variable of the environment begins with PREFIX.
+    """Make mmcache the store of SGLang's global encoder cache, if any variable of the environment begins with PREFIX;
+    and put the hooks in that the HiCache backend needs from a process's start, if ATTACH is set to anything but 0.
 
     What they say is looked at where an encoder is made, as SGLang only logs an error of a plugin. Source: load_plugins
     in SGLang 0.5.23.
     """
+    if os.environ.get(ATTACH, "0") not in ("", "0"):
+        from mmcache_connectors.sglang import hooks
+
+        hooks.install()
     if any(name.startswith(PREFIX) for name in os.environ):
         from mmcache_connectors.sglang import encoder_processes
 

@@ -1,6 +1,7 @@
-"""Writes tiny models with real random weights into a folder: `python models.py FOLDER` makes FOLDER/text and FOLDER/vl.
+"""Writes tiny models with real random weights into a folder: `python models.py FOLDER` makes FOLDER/text, vl, window.
 
-Text: Qwen2, 2 layers, 4 heads, 2 kv heads of 16. VL: Qwen2-VL around the same decoder, patches of 14, 2 x 2 merged. The
+Text: Qwen2, 2 layers, 4 heads, 2 kv heads of 16. VL: Qwen2-VL around the same decoder, patches of 14, 2 x 2 merged.
+Window: Mellum, 4 such layers, every second of which sees the last WINDOW tokens alone, so there are two pools. The
 vocabulary is t0 .. t1999 and what the processor needs. Weights are drawn wide enough, and heads are not tied, so that
 another prompt or picture gives other tokens.
 """
@@ -13,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 SPECIAL = ("<|im_end|>", "<|vision_start|>", "<|vision_end|>", "<|vision_pad|>", "<|image_pad|>", "<|video_pad|>")
+WINDOW = 33
 SPREAD = 0.12  # of the weights: small ones answer every prompt alike
 DECODER: dict[str, Any] = {
     "hidden_size": 64,
@@ -64,6 +66,26 @@ def write_text_model(folder: Path, seed: int = 1) -> None:
     Qwen2ForCausalLM(config).to(torch.bfloat16).save_pretrained(folder)
 
 
+def write_window_model(folder: Path, seed: int = 3) -> None:
+    """A Mellum of four layers without experts."""
+    import torch
+    from transformers import MellumConfig, MellumForCausalLM
+
+    ids = write_tokenizer(folder)
+    torch.manual_seed(seed)
+    more = {
+        "num_hidden_layers": 4,
+        "head_dim": 16,
+        "sliding_window": WINDOW,
+        "layer_types": ["sliding_attention", "full_attention"] * 2,
+        "mlp_layer_types": ["dense"] * 4,
+        "pad_token_id": None,
+    }
+    end = ids["<|im_end|>"]
+    config = MellumConfig(**(DECODER | more), eos_token_id=end, bos_token_id=end)
+    MellumForCausalLM(config).to(torch.bfloat16).save_pretrained(folder)
+
+
 def write_vl_model(folder: Path, seed: int = 2) -> None:
     """A Qwen2-VL of two layers with a vision tower of two."""
     import torch
@@ -105,3 +127,4 @@ if __name__ == "__main__":
     target = Path(sys.argv[1])
     write_text_model(target / "text")
     write_vl_model(target / "vl")
+    write_window_model(target / "window")
