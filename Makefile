@@ -105,7 +105,9 @@ engines:
 test-engines: engines
 	$(ENGINES)/vllm/bin/python -m pytest tests/engines/vllm -m "not full"
 	$(ENGINES)/sglang/bin/python -m pytest tests/engines/sglang -m "not full"
+	SGLANG_PYTHON=$(ENGINES)/sglang/bin/python $(ENGINES)/vllm/bin/python -m pytest tests/engines/cross -m "not full"
 
 test-engines-full: engines
 	$(ENGINES)/vllm/bin/python -m pytest tests/engines/vllm
 	$(ENGINES)/sglang/bin/python -m pytest tests/engines/sglang
+	SGLANG_PYTHON=$(ENGINES)/sglang/bin/python $(ENGINES)/vllm/bin/python -m pytest tests/engines/cross

@@ -16,7 +16,7 @@ from mmcache.config import server_config
 from mmcache.errors import ConfigError
 from mmcache_connectors.sglang.encoder_items import digest_of, modality_of
 from mmcache_connectors.sglang.encoder_memory import Pools
-from mmcache_connectors.sglang.encoder_settings import environment_settings
+from mmcache_connectors.sglang.encoder_settings import EncoderSettings, environment_settings
 from mmcache_connectors.sglang.plugin import PREFIX
 from mmcache_connectors.sglang.settings import Settings
 
@@ -49,10 +49,14 @@ def test_the_plugin_does_nothing_unless_a_variable_is_set() -> None:
 
 # ---------------------------------------------------------------------------------------------------- the settings
 def test_variables_are_the_settings_of_the_hicache_backend() -> None:
-    assert environment_settings({PREFIX + "URL": URL, "HOME": "/root", "MMCACHE_MEMORY": "1GiB"}) == Settings(url=URL)
-    given = {"URL": URL, "DEADLINE_S": "0.5", "MODEL_IDENTITY": "m@1", "VERIFY": "no"}
+    assert environment_settings({PREFIX + "URL": URL, "HOME": "/root", "MMCACHE_MEMORY": "1GiB"}) == EncoderSettings(
+        url=URL
+    )
+    given = {"URL": URL, "DEADLINE_S": "0.5", "MODEL_IDENTITY": "m@1", "VERIFY": "no", "SHARED_EMBEDDINGS": "1"}
     settings = environment_settings({PREFIX + name: text for name, text in given.items()})
-    assert settings == Settings(url=URL, deadline_s=0.5, model_identity="m@1", verify=False)
+    assert settings == EncoderSettings(
+        url=URL, deadline_s=0.5, model_identity="m@1", verify=False, shared_embeddings=True
+    )
 
 
 @pytest.mark.parametrize(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import fields
+from dataclasses import asdict, dataclass, fields
 from typing import Any, Final
 
 from mmcache.errors import ConfigError
@@ -13,12 +13,19 @@ from mmcache_connectors.sglang.settings import Settings, parse_settings
 _TRUTHS: Final = {"1": True, "true": True, "yes": True, "0": False, "false": False, "no": False}
 
 
-def environment_settings(environ: Mapping[str, str]) -> Settings:
+@dataclass(frozen=True, slots=True)
+class EncoderSettings(Settings):
+    """Those of the HiCache backend, and whether pictures' embeddings are shared with other kinds of engines."""
+
+    shared_embeddings: bool = False
+
+
+def environment_settings(environ: Mapping[str, str]) -> EncoderSettings:
     """MMCACHE_SGLANG_EMBEDDINGS_URL and its like, named and meant as the HiCache backend's settings are.
 
     Raises ConfigError, with what to change, for any it cannot take, and for none.
     """
-    kinds = {field.name: str(field.type) for field in fields(Settings)}
+    kinds = {field.name: str(field.type) for field in fields(EncoderSettings)}
     given: dict[str, Any] = {}
     for variable, text in environ.items():
         name = variable.removeprefix(PREFIX).lower()
@@ -30,7 +37,8 @@ def environment_settings(environ: Mapping[str, str]) -> Settings:
         given[name] = _value(variable, text, kinds[name])
     if not given.get("url"):
         raise ConfigError(f'{PREFIX}URL is not set; name a server, such as "mmcache://127.0.0.1:7600"')
-    return parse_settings(given)
+    shared = given.pop("shared_embeddings", False)
+    return EncoderSettings(**asdict(parse_settings(given)), shared_embeddings=shared)
 
 
 def _value(variable: str, text: str, kind: str) -> Any:
