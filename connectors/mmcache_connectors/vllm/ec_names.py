@@ -51,15 +51,15 @@ class Namer:
             item = self._item(request, feature) if feature.identifier not in found else None
             if item is not None:
                 form = self._facts.form(feature.modality, feature.mm_position.get_num_embeds())
-                key = self._shared_key(feature, request.cache_salt or "") or embedding_key(namespace, item)
+                key = self._shared_key(feature, item, request.cache_salt or "") or embedding_key(namespace, item)
                 found[feature.identifier] = Named(feature.identifier, key, form, self._media(feature))
         return list(found.values())
 
-    def _shared_key(self, feature: Any, salt: str) -> Key | None:
+    def _shared_key(self, feature: Any, item: bytes, salt: str) -> Key | None:
         if self._shared is None or (namespace := self._shared.namespaces.get("", salt)) is None:
             return None
-        item = self._shared.item(feature)
-        return None if item is None else embedding_key(namespace, item)
+        picture = self._shared.item(feature, item)
+        return None if picture is None else embedding_key(namespace, picture)
 
     @property
     def epoch(self) -> str:

@@ -6,6 +6,7 @@ is not known here ends the sharing, and the log says why. Imports vLLM.
 
 from __future__ import annotations
 
+import contextlib
 import logging
 from collections.abc import Mapping
 from typing import Any, Final
@@ -14,6 +15,7 @@ import torch
 
 from mmcache_connectors.shared_embeddings import Normalisation, Tower, shared_facts, shared_item, why_not
 from mmcache_connectors.vllm.ec_facts import EncoderFacts
+from mmcache_connectors.vllm.items import REMEMBERED
 from mmcache_connectors.vllm.lookup import Namespaces
 
 log = logging.getLogger("mmcache.vllm")
@@ -58,6 +60,7 @@ class SharedNames:
     def __init__(self, vllm_config: Any, facts: EncoderFacts) -> None:
         self._model, self._facts = vllm_config.model_config, facts
         self._norm: Normalisation | None = None
+        self._known: dict[bytes, bytes | None] = {}
         reason = unshared(vllm_config, facts.settings_facts, adapters=facts.adapters_count)
         if reason is None:
             self._norm, reason = _normalisation(vllm_config.model_config)
@@ -74,8 +77,18 @@ class SharedNames:
         architecture = self._model.architecture
         return shared_facts(Tower(architecture, str(facts["model"]), str(facts["dtype"]), device, narrower))
 
-    def item(self, feature: Any) -> bytes | None:
-        """Which picture an item is; None for what has no shared name."""
+    def item(self, feature: Any, own: bytes) -> bytes | None:
+        """Which picture an item is; None for what has no shared name. Costs a hash of the pixels the first time that an
+        item comes whose own digest is `own`."""
+        with contextlib.suppress(KeyError):
+            return self._known[own]
+        picture = self._picture(feature)
+        if len(self._known) >= REMEMBERED:
+            self._known.clear()
+        self._known[own] = picture
+        return picture
+
+    def _picture(self, feature: Any) -> bytes | None:
         fields = {name: element.data for name, element in (feature.data or {}).items()}
         if self._norm is None or feature.modality != "image" or fields.keys() != {"pixel_values", "image_grid_thw"}:
             return None

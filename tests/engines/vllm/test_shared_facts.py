@@ -85,30 +85,39 @@ class Feature:
 
 
 @pytest.fixture(scope="module")
-def names(tmp_path_factory: pytest.TempPathFactory) -> SharedNames:
-    """Of an engine whose model says how pictures are normalised."""
+def model(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """One that says how pictures are normalised."""
     folder = tmp_path_factory.mktemp("shared") / "vision"
     shutil.copytree(model_path("vision"), folder)
     file = folder / "preprocessor_config.json"
     file.write_text(json.dumps(json.loads(file.read_text()) | STEPS | NUMBERS))
-    return SharedNames(*made({"model": str(folder)}))
+    return str(folder)
+
+
+@pytest.fixture(scope="module")
+def names(model: str) -> SharedNames:
+    """Of an engine with that model."""
+    return SharedNames(*made({"model": model}))
 
 
 def test_a_picture_is_what_the_tower_is_shown(names: SharedNames) -> None:
     pixels, grid = torch.randint(0, 256, (24, 1176), dtype=torch.uint8), torch.tensor([1, 4, 6])
     norm = Normalisation.of(NUMBERS["image_mean"], NUMBERS["image_std"], 1 / 255)
     expected = shared_item(pixels, [1, 4, 6], norm)
-    assert names.item(Feature(pixel_values=pixels, image_grid_thw=grid)) == expected is not None
-    for other in (
-        Feature("video", pixel_values=pixels, image_grid_thw=grid),
-        Feature(pixel_values=pixels),
-        Feature(pixel_values=pixels, image_grid_thw=grid, more=grid),
-        Feature(pixel_values=pixels.float(), image_grid_thw=grid),
-        Feature(pixel_values=pixels, image_grid_thw=torch.tensor([[1, 4, 6], [1, 4, 6]])),
-        Feature(pixel_values=None, image_grid_thw=grid),
-        Feature(),
+    assert names.item(Feature(pixel_values=pixels, image_grid_thw=grid), b"one") == expected is not None
+    assert names.item(Feature(), b"one") == expected, "it was not remembered"
+    for place, other in enumerate(
+        (
+            Feature("video", pixel_values=pixels, image_grid_thw=grid),
+            Feature(pixel_values=pixels),
+            Feature(pixel_values=pixels, image_grid_thw=grid, more=grid),
+            Feature(pixel_values=pixels.float(), image_grid_thw=grid),
+            Feature(pixel_values=pixels, image_grid_thw=torch.tensor([[1, 4, 6], [1, 4, 6]])),
+            Feature(pixel_values=None, image_grid_thw=grid),
+            Feature(),
+        )
     ):
-        assert names.item(other) is None
+        assert names.item(other, bytes([place])) is None
 
 
 def test_the_namespace_says_nothing_of_vllm(names: SharedNames) -> None:
@@ -123,9 +132,17 @@ def test_the_namespace_says_nothing_of_vllm(names: SharedNames) -> None:
     assert not [name for name, text in facts.items() if "vllm" in name or "vllm" in text]
 
 
+def test_the_operators_facts_and_epoch_keep_engines_apart(model: str) -> None:
+    namespace = SharedNames(*made({"model": model}, weights_epoch="7", extra_facts={"cluster": "a"})).namespaces.get(
+        "", ""
+    )
+    assert namespace is not None
+    assert (namespace.facts["weights_epoch"], namespace.facts["user.cluster"]) == ("7", "a")
+
+
 def test_nothing_is_shared_of_a_model_whose_pixels_are_not_normalised() -> None:
     assert "image_mean" not in json.loads((Path(model_path("vision")) / "preprocessor_config.json").read_text())
     names = SharedNames(*made({}))
     pixels = torch.zeros(4, 1176, dtype=torch.uint8)
-    assert names.item(Feature(pixel_values=pixels, image_grid_thw=torch.tensor([1, 2, 2]))) is None
+    assert names.item(Feature(pixel_values=pixels, image_grid_thw=torch.tensor([1, 2, 2])), b"one") is None
     assert names.namespaces.get("", "") is None
