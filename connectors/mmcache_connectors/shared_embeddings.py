@@ -52,7 +52,9 @@ class Normalisation(NamedTuple):
         """Of a Hugging Face image processor's settings; None if it does not do both steps, or does not say how."""
         mean, std, rescale = (settings.get(name) for name in ("image_mean", "image_std", "rescale_factor"))
         steps = settings.get("do_rescale") and settings.get("do_normalize")
-        if not (steps and mean and std and rescale) or len(mean) != len(std) or not all(std):
+        if not (steps and rescale and isinstance(mean, (list, tuple)) and isinstance(std, (list, tuple))):
+            return None
+        if not std or len(mean) != len(std) or not all(std):
             return None
         return cls.of(mean, std, rescale)
 
