@@ -29,7 +29,8 @@ from mmcache.bench.serving import ServeOptions, run
 from tests.engines.sglang.api_server import ApiServer
 from tests.engines.sglang.harness import HERE, Cache, shim_environment
 
-FLAGS = {"chat": [], "timing": ["--load-format", "dummy"]}
+# Weights that are drawn are known by their seed.
+FLAGS = {"chat": [], "timing": ["--load-format", "dummy", "--random-seed", "7"]}
 ASKED: dict[str, dict[str, Any]] = {
     "chat": {"images": 2, "text_tokens": 300, "image_size": (168, 112)},
     "timing": {"images": 2, "text_tokens": 256, "image_size": (448, 336)},
