@@ -92,15 +92,18 @@ def test_many_is_as_concurrent_as_it_is_told_to_be(
             async def alone() -> bool:
                 return await connections(observer) == 0
 
+            async def as_told() -> bool:
+                return await connections(observer) == used
+
             await eventually(alone, "the connections of earlier tests ended")
             async with reaching(server, path, max_connections=allowed) as cache:
                 stored = await cache.put_many(keys, values, concurrency=concurrency)
                 assert [result.outcome for result in stored] == ["stored"] * 30
-                assert await connections(observer) == used
+                await eventually(as_told, f"{used} connections, and none left over from finding the shortest path")
             await eventually(alone, "the connections end with the client")
             async with reaching(server, path, max_connections=allowed) as cache:
                 assert all(await cache.get_many(keys, buffers, concurrency=concurrency))
-                assert await connections(observer) == used
+                await eventually(as_told, f"{used} connections stay")
                 assert cache.counters["hits"] == 30
 
     asyncio.run(main())

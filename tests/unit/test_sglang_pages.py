@@ -9,7 +9,16 @@ import pytest
 
 import mmcache
 from mmcache.keys import NO_PARENT, Keys, Namespace, Part, run_bounds
-from mmcache_connectors.sglang.pages import by_page, cuts, in_page_order, page_keys, rank_part
+from mmcache_connectors.sglang.pages import (
+    beside,
+    by_page,
+    cuts,
+    in_page_order,
+    in_pieces,
+    page_keys,
+    rank_part,
+    split_heads,
+)
 
 HASHES = [hashlib.sha256(bytes([number & 255, number >> 8])).hexdigest() for number in range(600)]
 HALF = Part(kv_heads=(0, 1, 2))
@@ -127,3 +136,28 @@ def test_a_batch_is_cut_by_bytes(sizes: list[int], expected: list[list[int]]) ->
 def test_a_pool_that_lists_buffers_by_layer_is_noticed() -> None:
     assert in_page_order(["k0", "v0", "k1", "v1"], [["k0", "v0"], ["k1", "v1"]])
     assert not in_page_order(["k0", "k1", "v0", "v1"], [["k0", "v0"], ["k1", "v1"]])
+
+
+def test_what_one_rank_holds_is_cut_into_what_more_ranks_hold_each() -> None:
+    """A reader of any number of ranks finds the pieces of a writer of any other."""
+    whole, (first, second) = Part(), split_heads(rank_part((0, 28), 28, 8, 8, 0, 1) or HALF, 8, 2)
+    assert whole == rank_part((0, 28), 28, 8, 8, 0, 1)
+    assert (first, second) == tuple(rank_part((0, 28), 28, 4, 8, rank, 2) for rank in range(2))
+    quarters = [piece for half in (first, second) for piece in split_heads(half, 4, 2)]
+    assert quarters == [rank_part((0, 28), 28, 2, 8, rank, 4) for rank in range(4)]
+
+
+def test_pieces_come_page_after_page() -> None:
+    keys = page_keys(space(), Part(), HASHES[:3], [])
+    parts = [Part(kv_heads=(rank, rank + 1, 2)) for rank in range(2)]
+    alone = [keys.for_part(part) for part in parts]
+    assert list(in_pieces(keys, parts)) == [one[page] for page in range(3) for one in alone]
+
+
+def test_another_kind_of_page_lies_and_leaves_with_its_page() -> None:
+    first = page_keys(space(), Part(), HASHES[40:50], HASHES[:40])
+    other = Namespace(kind="kv", model="m@1", dtype="bfloat16", layout="page_first", block_size=16, page="window")
+    keys = beside(other, first, HASHES[40:50])
+    assert (keys.homes, keys.parents, keys.indices) == (first.homes, first.digests, first.indices)
+    assert keys.digests == page_keys(other, Part(), HASHES[40:50], []).digests
+    assert not set(keys.digests) & set(first.digests)

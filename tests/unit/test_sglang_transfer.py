@@ -14,6 +14,7 @@ from mmcache_connectors.sglang.transfer import read_pages, write_pages
 
 PAGES, PAGE_NBYTES = 11, 4096
 LIMIT = 3 * PAGE_NBYTES  # three pages a call
+WAIT_S = 60.0
 
 
 def keys() -> Keys:
@@ -32,9 +33,9 @@ def test_pages_come_back_as_they_were() -> None:
     with ServerProcess("64MiB") as server, mmcache.connect(server.url) as cache:
         assert write_pages(cache, keys(), pages(), LIMIT) == [True] * PAGES
         places = pages(0)
-        assert read_pages(cache, keys(), places, LIMIT) == [True] * PAGES
+        assert read_pages(cache, keys(), places, WAIT_S, LIMIT) == [True] * PAGES
         assert [[half.tolist() for half in page] for page in places] == [[h.tolist() for h in page] for page in pages()]
-        assert [read_pages(cache, keys()[:0], [], LIMIT), write_pages(cache, keys()[:0], [], LIMIT)] == [[], []]
+        assert [read_pages(cache, keys()[:0], [], WAIT_S, LIMIT), write_pages(cache, keys()[:0], [], LIMIT)] == [[], []]
 
 
 def test_nothing_is_read_behind_a_call_with_a_page_that_is_not_there() -> None:
@@ -42,12 +43,28 @@ def test_nothing_is_read_behind_a_call_with_a_page_that_is_not_there() -> None:
         write_pages(cache, keys(), pages(), LIMIT)
         cache.delete(keys()[4:5])
         places = pages(0)
-        found = read_pages(cache, keys(), places, LIMIT)
+        found = read_pages(cache, keys(), places, WAIT_S, LIMIT)
         assert found == [True] * 4 + [False, True] + [False] * 5
         assert all(half.max() == 0 for page in places[6:] for half in page)
 
 
+def test_no_call_begins_when_nobody_waits_any_more() -> None:
+    with ServerProcess("64MiB") as server, mmcache.connect(server.url) as cache:
+        write_pages(cache, keys(), pages(), LIMIT)
+        assert read_pages(cache, keys(), pages(0), 0.0, LIMIT) == [True] * 3 + [False] * (PAGES - 3)
+
+
+def test_an_entry_of_another_form_goes_and_the_right_one_can_be_stored() -> None:
+    with ServerProcess("64MiB") as server, mmcache.connect(server.url) as cache:
+        cache.put(keys()[2:3], [b"another form"])
+        write_pages(cache, keys(), pages(), LIMIT)
+        assert read_pages(cache, keys(), pages(0), WAIT_S, LIMIT) == [True, True] + [False] * (PAGES - 2)
+        assert cache.contains(keys()) == [page != 2 for page in range(PAGES)]
+        assert write_pages(cache, keys(), pages(), LIMIT) == [True] * PAGES
+        assert read_pages(cache, keys(), pages(0), WAIT_S, LIMIT) == [True] * PAGES
+
+
 def test_without_a_server_every_page_is_missed() -> None:
     with mmcache.connect("mmcache://127.0.0.1:1", lazy=True, deadline_s=0.2) as cache:
-        assert read_pages(cache, keys(), pages(0), LIMIT) == [False] * PAGES
+        assert read_pages(cache, keys(), pages(0), WAIT_S, LIMIT) == [False] * PAGES
         assert write_pages(cache, keys(), pages(), LIMIT) == [False] * PAGES

@@ -139,6 +139,13 @@ ONE_NUMBER: Final = frozenset(
 )
 
 
+# Host pools of which, in a model with MLA, every tensor-parallel rank holds the same. Source: pool_host/*.py and
+# memory_pool_host.py of SGLang 0.5.23.
+REPLICATED: Final = frozenset(
+    {"DSAIndexerPoolHost", "DeepSeekV4PagedHostPool", "DeepSeekV4StateHostPool", "MLATokenToKVPoolHost"}
+)
+
+
 def check_adapters(paths: Iterable[str | None]) -> None:
     """Raises ConfigError for an adapter known by name: SGLang seeds its pages with name and path, not with contents."""
     for path in paths:

@@ -12,6 +12,8 @@ from typing import Any, Final
 from mmcache_connectors.sglang.media import Unidentified, item_identity
 from mmcache_connectors.sglang.trust import TRUST
 
+# Set to 1 in the environment of an engine that the backend may be attached to while it runs.
+ATTACH_VARIABLE: Final = "MMCACHE_SGLANG_ATTACH"
 UPDATES: Final = (
     "begin_weight_update",
     "check_weights",  # one of its actions fills them with random numbers
@@ -20,6 +22,8 @@ UPDATES: Final = (
     "update_weights_from_ipc",
     "update_weights_from_tensor",
 )
+
+_installed = False
 
 
 def identify(made: Any, output: Any, **_: object) -> None:
@@ -46,14 +50,24 @@ def weights_replaced(*args: object, **_: object) -> None:
     TRUST.end("the weights of this engine are replaced or tested while it runs")
 
 
+def installed() -> bool:
+    """Whether this process has had the hooks from before it read its weights or met any media."""
+    return _installed
+
+
 def install() -> None:
-    """Put the hooks in, once a process. Raises RuntimeError if this SGLang has not the methods they belong to."""
+    """Put the hooks in, once a process. Raises RuntimeError if this SGLang has not the methods they belong to.
+
+    Only for a process that has not yet served anything: `installed` says so from then on.
+    """
+    global _installed
     from sglang.srt.managers.schedule_batch import MultimodalInputs
     from sglang.srt.managers.scheduler_components.weight_updater import SchedulerWeightUpdaterManager
 
     wrap(MultimodalInputs, "from_processor_output", identify, after=True)  # all requests with media pass it
     for name in UPDATES:
         wrap(SchedulerWeightUpdaterManager, name, weights_replaced)
+    _installed = True
 
 
 def wrap(owner: Any, name: str, hook: Callable[..., None], *, after: bool = False) -> None:

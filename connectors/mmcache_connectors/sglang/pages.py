@@ -2,7 +2,9 @@
 
 SGLang names a page of tokens by the SHA-256 chain of its prompt up to and with that page, in hex; a cache salt or an
 adapter seeds the chain. Nothing of the model or the memory layout is in it: the namespace holds that, the part which
-layers and heads. So a page's chain key is `opaque_key(namespace, bytes.fromhex(hash))`.
+layers and heads. So a page's chain key is `opaque_key(namespace, bytes.fromhex(hash))`. A model with pools of several
+kinds (sliding window, state space, an index, a draft model's) has pages of each under one hash: every kind has a
+namespace of its own, and its pages lie and leave with the page of the first kind.
 """
 
 from __future__ import annotations
@@ -11,7 +13,7 @@ from collections.abc import Sequence
 from typing import TypeVar
 
 from mmcache.keys import NO_PARENT, Keys, Namespace, Part, opaque_chain, run_bounds
-from mmcache.keyset import stored_keys
+from mmcache.keyset import WHOLE, stored_keys
 
 T = TypeVar("T")
 
@@ -41,6 +43,29 @@ def page_keys(namespace: Namespace, part: Part, hashes: Sequence[str], prefix: S
         range(first, first + len(chains)),
         [above, *chains[:-1]],
     )
+
+
+def in_pieces(keys: Keys, parts: Sequence[Part]) -> Keys:
+    """The keys of pages that are stored in several parts: all parts of the first page, of the second, and so on."""
+    columns = [keys.for_part(part) for part in parts]
+    if len(columns) == 1:
+        return columns[0]
+    each = [[getattr(one, name) for one in columns] for name in Keys.__slots__]
+    woven = {
+        name: [value for row in zip(*held, strict=True) for value in row]
+        for name, held in zip(Keys.__slots__, each, strict=True)
+    }
+    return Keys(**woven)
+
+
+def beside(namespace: Namespace, first: Keys, hashes: Sequence[str]) -> Keys:
+    """The keys of another kind of pages, given those of the first kind under the same hashes.
+
+    They are placed where the first kind's are, and each is evicted before the page it belongs to.
+    """
+    chains = [_chain(namespace, page) for page in hashes]
+    spaces: list[bytes] = [namespace.id] * len(chains)
+    return Keys(stored_keys(chains, WHOLE), chains, first.homes, spaces, first.digests, first.indices, first.chains)
 
 
 def _chain(namespace: Namespace, page: str) -> bytes:
@@ -86,6 +111,14 @@ def rank_part(
         else:
             return None
     return Part(layers=(start, stop, layers_total), kv_heads=held)
+
+
+def split_heads(part: Part, heads: int, pieces: int) -> list[Part]:
+    """A part that holds `heads` kv heads, cut by them into equal pieces: what ranks of a larger number hold each."""
+    start, stop, total = part.kv_heads or (0, heads, heads)
+    each = (stop - start) // pieces
+    bounds = range(start, stop, each)
+    return [Part(layers=part.layers, kv_heads=(first, first + each, total)) for first in bounds]
 
 
 def by_page(buffers: Sequence[T], pages: int) -> list[list[T]]:

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from tests.engines.sglang.harness import HERE, Answer, Cache, Engine, running, shim_environment
-from tests.engines.sglang.prompts import PICTURED, STORED, TEXTS, Pictured
+from tests.engines.sglang.prompts import MANY, PICTURED, STORED, TEXTS, Pictured
 
 TIMEOUT_S = 600  # an engine start may be one test's fixture
 NOWHERE = "mmcache://127.0.0.1:1"
@@ -34,7 +34,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.fixture(scope="session")
 def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with the models `text` and `vl`, and the pictures in `pictures`."""
+    """A folder with the models `text`, `vl` and `window`, and the pictures in `pictures`."""
     folder = tmp_path_factory.mktemp("sglang")
     for script, *words in (("models.py", folder), ("pictures.py", folder / "pictures", folder / "vl")):
         command = [sys.executable, "-W", "ignore", str(HERE / script), *map(str, words)]
@@ -45,7 +45,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def text_cache(made: Path) -> Iterator[Cache]:
-    """The cache an engine filled with TEXTS before it was killed, and what it answered when it found nothing."""
+    """The cache an engine filled with TEXTS and MANY before it was killed, and what it answered then."""
     with Cache() as cache:
         with running(made / "text", {"url": cache.url}) as engine:
             for name, prompt in TEXTS.items():
@@ -54,6 +54,8 @@ def text_cache(made: Path) -> Iterator[Cache]:
                 assert truth.cached == 0
                 engine.flush()
                 assert engine.ask(prompt).tokens == truth.tokens
+            engine.flush()
+            cache.many = engine.ask_many(MANY)
             cache.settle()
         yield cache
 

@@ -42,6 +42,13 @@ def shim_environment() -> dict[str, str]:
     }
 
 
+def _cores(ranks: int) -> dict[str, str]:
+    """On which core each of several ranks runs, which SGLang wants to be told."""
+    cores = sorted(os.sched_getaffinity(0))
+    bound = "|".join(str(cores[rank % len(cores)]) for rank in range(ranks))
+    return {"SGLANG_CPU_OMP_THREADS_BIND": bound} if ranks > 1 else {}
+
+
 class Answer(NamedTuple):
     """What an engine made of a request: its tokens, and how many of the prompt's came from where."""
 
@@ -49,6 +56,11 @@ class Answer(NamedTuple):
     prompt: int
     cached: int
     storage: int
+
+    @classmethod
+    def of(cls, made: dict[str, Any]) -> Answer:
+        """From what the driver says."""
+        return cls(made["tokens"], made["prompt"], made["cached"], made["details"].get("storage", 0))
 
     @property
     def full(self) -> int:
@@ -59,7 +71,13 @@ class Answer(NamedTuple):
 class Engine:
     """An engine process. `ask` runs a request; `log` is what it has written so far."""
 
-    def __init__(self, model: Path, cache: Mapping[str, Any] | None, **arguments: Any) -> None:
+    def __init__(
+        self,
+        model: Path,
+        cache: Mapping[str, Any] | None,
+        environment: Mapping[str, str] | None = None,
+        **arguments: Any,
+    ) -> None:
         settings: dict[str, Any] = {
             "model_path": str(model),
             "device": "cpu",
@@ -97,7 +115,7 @@ class Engine:
             stderr=self._log,
             text=True,
             pass_fds=[write],
-            env=shim_environment(),
+            env=shim_environment() | dict(environment or {}) | _cores(arguments.get("tp_size", 1)),
             start_new_session=True,
         )
         os.close(write)
@@ -114,8 +132,13 @@ class Engine:
         words = {"text" if isinstance(prompt, str) else "ids": prompt}
         made = self._send({**words, "images": [str(image) for image in images or []], **more})
         assert "tokens" in made, f"{made}\n{self.log()}"
-        details = made["details"]
-        return Answer(made["tokens"], made["prompt"], made["cached"], details.get("storage", 0))
+        return Answer.of(made)
+
+    def ask_many(self, prompts: list[list[int]]) -> list[Answer]:
+        """Run several requests at the same time."""
+        made = self._send({"many": prompts})
+        assert "all" in made, f"{made}\n{self.log()}"
+        return [Answer.of(one) for one in made["all"]]
 
     def flush(self) -> None:
         """Forget what the engine itself caches, on the device and in host memory; it must be idle."""
@@ -133,6 +156,11 @@ class Engine:
         """Try to attach the backend while it runs, as PUT /hicache/storage-backend does."""
         self.flush()
         return self._send({"attach": json.dumps(BACKEND | dict(cache))})
+
+    def detach(self) -> dict[str, Any]:
+        """Detach the backend while it runs, as DELETE /hicache/storage-backend does."""
+        self.flush()
+        return self._send({"detach": True})
 
     def log(self) -> str:
         """Everything it has written to stdout and stderr."""
@@ -186,6 +214,7 @@ class Cache(ServerProcess):
     def __init__(self, memory: str = "64MiB") -> None:
         super().__init__(memory)
         self.answers: dict[str, Answer] = {}
+        self.many: list[Answer] = []
 
     def __enter__(self) -> Cache:
         self.start()

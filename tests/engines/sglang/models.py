@@ -1,7 +1,8 @@
-"""Writes tiny models with real random weights into a folder: `python models.py FOLDER` makes FOLDER/text and FOLDER/vl,
+"""Writes tiny models with real random weights into a folder: `python models.py FOLDER` makes FOLDER/text, vl, window,
 `python models.py FOLDER NAME...` those of WRITERS.
 
-Text: Qwen2, 2 layers, 4 heads, 2 kv heads of 16. VL: Qwen2-VL around the same decoder, patches of 14, 2 x 2 merged. The
+Text: Qwen2, 2 layers, 4 heads, 2 kv heads of 16. VL: Qwen2-VL around the same decoder, patches of 14, 2 x 2 merged.
+Window: Mellum, 4 such layers, every second of which sees the last WINDOW tokens alone, so there are two pools. The
 vocabulary is t0 .. t1999 and what the processor needs. Weights are drawn wide enough, and heads are not tied, so that
 another prompt or picture gives other tokens. Chat: as VL, for OpenAI's chat API: a byte is a token, and a template.
 Timing: of 0.5B parameters behind a tower of ViT-B's size, without weights (--load-format dummy), to measure times with.
@@ -21,6 +22,7 @@ CHAT = (
     "{% if c['type'] == 'text' %}{{ c['text'] }}{% else %}<|vision_start|><|image_pad|><|vision_end|>{% endif %}"
     "{% endfor %}{% endif %}{% endfor %}"
 )
+WINDOW = 33
 SPREAD = 0.12  # of the weights: small ones answer every prompt alike
 DECODER: dict[str, Any] = {
     "hidden_size": 64,
@@ -99,6 +101,26 @@ def write_text_model(folder: Path, seed: int = 1) -> None:
     Qwen2ForCausalLM(config).to(torch.bfloat16).save_pretrained(folder)
 
 
+def write_window_model(folder: Path, seed: int = 3) -> None:
+    """A Mellum of four layers without experts."""
+    import torch
+    from transformers import MellumConfig, MellumForCausalLM
+
+    ids = write_tokenizer(folder, words(), unk_token="<unk>")
+    torch.manual_seed(seed)
+    more = {
+        "num_hidden_layers": 4,
+        "head_dim": 16,
+        "sliding_window": WINDOW,
+        "layer_types": ["sliding_attention", "full_attention"] * 2,
+        "mlp_layer_types": ["dense"] * 4,
+        "pad_token_id": None,
+    }
+    end = ids["<|im_end|>"]
+    config = MellumConfig(**(DECODER | more), eos_token_id=end, bos_token_id=end)
+    MellumForCausalLM(config).to(torch.bfloat16).save_pretrained(folder)
+
+
 def write_vl_model(folder: Path, seed: int = 2) -> None:
     """A Qwen2-VL of words, of two layers and a vision tower of two."""
     ids = write_tokenizer(folder, words(), unk_token="<unk>")
@@ -161,11 +183,12 @@ def _write_weights(folder: Path, config: Any, seed: int) -> None:
 WRITERS: dict[str, Callable[[Path], None]] = {
     "text": write_text_model,
     "vl": write_vl_model,
+    "window": write_window_model,
     "chat": write_chat_model,
     "timing": write_timing_model,
 }
 
 if __name__ == "__main__":
     target = Path(sys.argv[1])
-    for name in sys.argv[2:] or ("text", "vl"):
+    for name in sys.argv[2:] or ("text", "vl", "window"):
         WRITERS[name](target / name)

@@ -38,6 +38,7 @@ TEXTS: Final = {
     "same beginning": ids(5, 300) + ids(900, 220),
     "long": ids(31, 2200),  # more pages than SGLang asks for at once
 }
+MANY: Final = [ids(5, 96) + ids(100 * place + 200, 120) for place in range(16)]  # asked at the same time
 PICTURED: Final = {
     **{name: about(name) for name in ("first", "second", "touched", "row", "column", "wide", "tall")},
     "first second": about("first", "second"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import re
 from itertools import pairwise
@@ -11,14 +12,15 @@ from typing import Any
 
 import mmcache
 from mmcache.keys import Keys, Part
+from mmcache.keyset import NamespaceId
 from mmcache_connectors.sglang.pages import page_keys
 from tests.engines.sglang.harness import Cache, Engine
 from tests.engines.sglang.prompts import PAGE
 
 
-def keys_of(engine: Engine, ids: list[int]) -> Keys:
+def keys_of(engine: Engine, ids: list[int], pool: str = "") -> Keys:
     """The keys of a prompt's full pages: SHA-256 chains over little-endian tokens of 4 bytes, as SGLang 0.5.23 has."""
-    found = re.search(r"as namespace ([0-9a-f]{64})", engine.log())
+    found = re.search(f"{f'pool {pool} are in' if pool else 'as'} namespace ([0-9a-f]{{64}})", engine.log())
     assert found
     namespace: Any = SimpleNamespace(id=bytes.fromhex(found[1]), block_size=PAGE)
     above, hashes = b"", []
@@ -33,6 +35,16 @@ def forget(cache: Cache, keys: Keys) -> None:
     """Delete entries; all must have been there."""
     with mmcache.connect(cache.url) as client:
         assert all(client.delete(keys))
+
+
+def reshape(cache: Cache, keys: Keys) -> None:
+    """Put something of another form in place of entries."""
+    with mmcache.connect(cache.url) as client:
+        known = client.inspect(keys.digests[0])
+        forget(cache, keys)
+        space = NamespaceId(keys.namespaces[0], known.kind, dict(known.facts))
+        for key in keys:
+            assert all(client.put(dataclasses.replace(key, namespace=space), [b"another form"]))
 
 
 def flip(cache: Cache, key: Keys) -> None:

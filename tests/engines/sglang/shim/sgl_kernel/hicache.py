@@ -1,12 +1,14 @@
 """What HiCache asks of a device, on the CPU: events that are always done, and copies between the two tiers' layouts.
 
-`host` pools are [page, layer, token of the page, head, dim] (page_first_direct), `device` pools one [token, head, dim]
-a layer. Indices are tokens'. Parameters are named as SGLang passes them.
+`host` pools are [page, layer, token of the page, head, dim] (page_first_direct) or [page, head, token of the page,
+layer, dim] (page_head), `device` pools one [token, head, dim] a layer. Indices are tokens'. Parameters are named as
+SGLang passes them.
 """
 
 from __future__ import annotations
 
 import builtins
+import ctypes
 import time
 from typing import Any
 
@@ -74,6 +76,30 @@ def transfer_kv_all_layer_direct_lf_pf(
         dst_ptrs[place // layers][pages, place % layers] = tokens
 
 
+def transfer_kv_per_layer_ph_lf(
+    src_k: Any, dst_k: Any, src_v: Any, dst_v: Any, src_indices: Any, dst_indices: Any, layer_id: int, **more: Any
+) -> None:
+    """Copy one layer of whole pages from a host whose pages are cut by heads to the device."""
+    size = more["page_size"]
+    pages = src_indices[::size] // size
+    for host, device in ((src_k, dst_k), (src_v, dst_v)):
+        device[dst_indices] = host[pages][:, :, :, layer_id].transpose(1, 2).flatten(0, 1)
+
+
+def transfer_kv_all_layer_lf_ph(
+    src_k_layers: Any, dst_k: Any, src_v_layers: Any, dst_v: Any, src_indices: Any, dst_indices: Any, **more: Any
+) -> None:
+    """Copy every layer of whole pages from the device, known by its layers' addresses, to a host cut by heads."""
+    size, nbytes = more["page_size"], more["item_size"]
+    pages = dst_indices[::size] // size
+    rows = int(src_indices.max()) + 1
+    for addresses, host in ((src_k_layers, dst_k), (src_v_layers, dst_v)):
+        for layer, address in enumerate(addresses.tolist()):
+            memory = (ctypes.c_uint8 * (rows * nbytes)).from_address(address)
+            device = torch.frombuffer(memory, dtype=host.dtype).view(rows, host.shape[1], host.shape[4])
+            host[pages, :, :, layer] = device[src_indices].unflatten(0, (len(pages), size)).transpose(1, 2)
+
+
 def _unpinned(make: Any) -> Any:
     def call(*args: Any, **kwargs: Any) -> Any:
         kwargs.pop("pin_memory", None)
@@ -94,5 +120,7 @@ def install() -> None:
         transfer_kv_direct,
         transfer_kv_per_layer_direct_pf_lf,
         transfer_kv_all_layer_direct_lf_pf,
+        transfer_kv_per_layer_ph_lf,
+        transfer_kv_all_layer_lf_ph,
     ):
         setattr(builtins, function.__name__, function)
