@@ -18,7 +18,7 @@ from sglang.multimodal_gen.runtime.pipelines_core.stages.text_encoding import Te
 
 import mmcache
 from mmcache.client.blocking import Client
-from mmcache.errors import CorruptFrame, MMCacheError
+from mmcache.errors import CorruptFrame, LeaseLost, MMCacheError
 from mmcache.keys import Namespace, embedding_key
 from mmcache.keyset import Key
 from mmcache.tensors import as_torch
@@ -33,15 +33,16 @@ from mmcache_connectors.sglang.weights import ChangedFiles
 log = logging.getLogger("mmcache.sglang")
 TENSORS: Final = ("embeds", "mask", "pooled", "embeds_mask")  # of the stage's result, in order; its lengths come last
 LENGTHS: Final = "lengths"
+ENCODER: Final = "text_encoder"  # how the names of such components begin, in diffusers' folders and SGLang's pipelines
 Compute = Callable[[], Any]
 
 
 class Prompts:
-    """One worker's prompt embeddings in a cache. `modules`: the model's, by the names its files have."""
+    """One worker's prompt embeddings in a cache. `encoders`: the modules that are known by their weights."""
 
-    def __init__(self, client: Client, namespace: Namespace, settings: Settings, modules: Mapping[str, Any]) -> None:
+    def __init__(self, client: Client, namespace: Namespace, settings: Settings, encoders: Mapping[str, Any]) -> None:
         self._client, self._namespace, self._verify = client, namespace, settings.verify
-        self._modules = dict(modules)
+        self._encoders = dict(encoders)
         self._epoch = theirs.conditioning_weights_epoch()
         self._faults: set[str] = set()
 
@@ -71,7 +72,7 @@ class Prompts:
         if TRUST.reason is not None or not kept or not alone or theirs._refresh_cache.get():
             return None
         model = call["model"]
-        name = next((name for name, module in self._modules.items() if module is model), None)
+        name = next((name for name, module in self._encoders.items() if module is model), None)
         if name is None:
             return None
         device = torch.device(kwargs["device"]).type
@@ -85,19 +86,23 @@ class Prompts:
         return embedding_key(self._namespace, value_digest(asked, "prompt"))
 
     def _read(self, key: Key, device: str) -> Any:
+        """A stored result; None if there is none that is whole."""
         try:
             with self._client.acquire([key]) as leased:
                 frame = leased.frames[0]
                 if frame is None:
                     return None
                 tensors = frame.header.tensors
-                buffers = {one.spec.name: torch.empty(one.nbytes, dtype=torch.uint8) for one in tensors}
                 if self._verify:
                     frame.verify()
-                held = {one.spec.name: as_torch(one.spec, frame.payload(one)).clone() for one in tensors}
-        except CorruptFrame:
+                held = {one.spec.name: as_torch(one.spec, memoryview(bytearray(frame.payload(one)))) for one in tensors}
+        except LeaseLost:
+            return None
+        except CorruptFrame as error:
+            log.warning("mmcache: a damaged entry is not used: %s", error)
+            buffers = {one.spec.name: bytearray(one.nbytes) for one in tensors}
             self._client.get_into([key], [buffers])  # finds the same, and has the server look at it
-            raise
+            return None
         return _result(held, device)
 
     def _write(self, key: Key, made: Any, device: str) -> None:
@@ -129,12 +134,14 @@ def loaded(result: Any, worker: Any) -> None:
         TRUST.end("several processes compute together, which must agree on what is found")
         return
     try:
-        namespace = prompt_namespace(worker.server_args, settings.model_identity)
+        modules = worker.pipeline.modules.items()
+        encoders = {name: module for name, module in modules if name.startswith(ENCODER)}
+        namespace = prompt_namespace(worker.pipeline, encoders, settings.model_identity)
     except Exception as error:
         TRUST.end(str(error) if isinstance(error, (ChangedFiles, MMCacheError)) else f"prompts have no name: {error!r}")
         return
     client = mmcache.connect(settings.url, lazy=True, deadline_s=settings.deadline_s, verify=settings.verify)
-    _prompts[:] = [Prompts(client, namespace, settings, worker.pipeline.modules)]
+    _prompts[:] = [Prompts(client, namespace, settings, encoders)]
     log.info("mmcache: prompt embeddings go to %s as namespace %s", settings.url, namespace.id.hex())
 
 

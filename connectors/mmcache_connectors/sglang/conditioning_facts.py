@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import os
 import types
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import fields, is_dataclass
 from typing import Any, Final
 
@@ -20,7 +20,7 @@ import transformers
 from mmcache.errors import ConfigError
 from mmcache.keys import Namespace
 from mmcache_connectors.sglang import facts
-from mmcache_connectors.sglang.weights import REMEDY, Contents, commit, process_start_s
+from mmcache_connectors.sglang.weights import REMEDY, Contents, process_start_s
 
 OUT: Final = frozenset(
     {
@@ -51,8 +51,8 @@ OUT: Final = frozenset(
         "log_requests_target",
         "master_port",
         "model_loaded",  # what is loaded by now
-        "model_path",  # its contents are the fact `model`
-        "model_paths",  # where components of it were found; those given otherwise are `component_paths`
+        "model_path",  # its encoders' contents are the fact `model`
+        "model_paths",  # where other components were found
         "nccl_port",
         "numa_node",
         "otlp_service_name",
@@ -62,7 +62,7 @@ OUT: Final = frozenset(
         "pool_work_endpoint",
         "port",
         "prompt_file_path",
-        "revision",  # in `model` too
+        "revision",  # in `model` too, by contents
         "scheduler_port",
         "scheduler_ports",
         "scheduler_rpc_timeout",
@@ -83,12 +83,14 @@ OUT: Final = frozenset(
 COMPONENTS: Final = ("component_paths", "component_weights_paths")
 
 
-def prompt_namespace(arguments: Any, identity: str) -> Namespace:
-    """Name the prompt embeddings of a worker whose model is loaded. `identity`: the setting `model_identity`.
+def prompt_namespace(pipeline: Any, encoders: Iterable[str], identity: str) -> Namespace:
+    """Name the prompt embeddings of a pipeline whose model is loaded. `identity`: the setting `model_identity`.
 
-    Reads every byte of a local model unless it is set. Raises ConfigError if it cannot tell what decides them,
-    ChangedFiles if files may not be those that were loaded, KeyInputError if one it has to read cannot be.
+    Reads every byte of its text encoders, the components named `encoders`, unless it is set. Raises ConfigError if it
+    cannot tell what decides them, ChangedFiles if files may not be those that were loaded, KeyInputError if one it has
+    to read cannot be.
     """
+    arguments = pipeline.server_args
     contents = Contents(process_start_s())
     if arguments.srt_encoder_url:
         raise ConfigError("--srt-encoder-url has another server encode prompts, of which nothing is known here")
@@ -108,7 +110,7 @@ def prompt_namespace(arguments: Any, identity: str) -> Namespace:
         engine_version=sglang.__version__,
         torch=torch.__version__,
         transformers=transformers.__version__,
-        model=identity or _model(arguments, contents),
+        model=identity or {name: contents.digest(_folder(pipeline, name)) for name in encoders},
         dtype=" ".join(map(str, config.text_encoder_precisions)),
         pipeline=type(config).__name__,
         device=_device(),
@@ -116,14 +118,10 @@ def prompt_namespace(arguments: Any, identity: str) -> Namespace:
     )
 
 
-def _model(arguments: Any, contents: Contents) -> str:
-    path = str(arguments.model_path)
-    if os.path.exists(path):
-        return contents.digest(path)
-    found = commit(path, arguments.revision, "model_index.json")
-    if found is None:
-        raise ConfigError(f"cannot tell which weights {path!r} stands for; {REMEDY}")
-    return f"{path}@{found}"
+def _folder(pipeline: Any, name: str) -> str:
+    """Where a component was loaded from. Source: ComposedPipelineBase.load_modules of SGLang 0.5.23."""
+    given: str | None = pipeline.server_args.component_paths.get(name)
+    return given or os.path.join(pipeline.model_path, pipeline._extra_config_module_map.get(name, name))
 
 
 def _device() -> str:

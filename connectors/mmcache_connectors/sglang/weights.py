@@ -86,21 +86,18 @@ def model_identity(values: Mapping[str, Any], given: str, contents: Contents) ->
         raise ConfigError(f"the weights come from elsewhere than {path!r} ({way}); {REMEDY}")
     if os.path.exists(path):
         return contents.digest(path)
-    found = None if values["download_dir"] else commit(path, values["revision"], "config.json")
-    if found is None:
+    commit = None if values["download_dir"] else _commit(path, values["revision"])
+    if commit is None:
         raise ConfigError(f"cannot tell which weights {path!r} stands for; {REMEDY}")
-    return f"{path}@{found}"
+    return f"{path}@{commit}"
 
 
-def commit(repository: str, revision: str | None, name: str) -> str | None:
-    """The commit of a repository in the local Hugging Face cache, which SGLang downloads to; None if not there.
-
-    `name`: a file that each such repository has.
-    """
+def _commit(repository: str, revision: str | None) -> str | None:
+    """The commit of a repository in the local Hugging Face cache, which SGLang downloads to; None if not there."""
     from huggingface_hub import try_to_load_from_cache
 
     try:
-        file = try_to_load_from_cache(repository, name, revision=revision)
+        file = try_to_load_from_cache(repository, "config.json", revision=revision)
     except ValueError:  # no name of a repository
         return None
     return os.path.basename(os.path.dirname(file)) if isinstance(file, str) else None

@@ -1,4 +1,4 @@
-"""The SGLang-diffusion suite runs in the engine's own environment (install-sglang-diffusion.sh), all of it `full`."""
+"""The SGLang-diffusion suite runs in the engine's own environment (`make test-engines-full`), all of it `full`."""
 
 from __future__ import annotations
 
