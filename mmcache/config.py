@@ -1,7 +1,8 @@
 """Settings: one frozen dataclass for a server, one for a client, one reader of the environment, one URL parser.
 
 Every setting can be given by the command line, then by an environment variable MMCACHE_<NAME> (in capitals), then its
-default here. An unknown MMCACHE_ variable or a value that does not parse is an error, never ignored.
+default here. An unknown MMCACHE_ variable or a value that does not parse is an error, never ignored; those of an
+engine's connector are that connector's to look at.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ DEFAULT_PORT: Final = 7600
 BODY_NBYTES_PER_KEY: Final = 128  # a Reserve's key, parent, namespace, size, kind and media, with room to spare
 POLICY_NAMES: Final = ("value", "lru", "s3-fifo")
 ENV_PREFIX: Final = "MMCACHE_"
+CONNECTOR_PREFIXES: Final = ("MMCACHE_SGLANG_",)  # meant for an engine that shares its environment with a server
 MAX_SHARDS: Final = 256
 _LONGEST_S: Final = 86400.0  # the kernel's timers take no infinity, and what waits longer than a day is not waiting
 
@@ -251,7 +253,7 @@ def server_config(environ: Mapping[str, str] | None = None, **overrides: Any) ->
     known = {field.name for field in fields(ServerConfig)}
     settings: dict[str, Any] = {}
     for variable, value in environ.items():
-        if not variable.startswith(ENV_PREFIX):
+        if not variable.startswith(ENV_PREFIX) or variable.startswith(CONNECTOR_PREFIXES):
             continue
         name = variable[len(ENV_PREFIX) :].lower()
         name = "memory_nbytes" if name == "memory" else name

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import time
 from collections.abc import Awaitable, Callable, Iterator, Sequence
 from functools import partial
 from types import TracebackType
@@ -241,13 +242,13 @@ class LoopClient(ClientCore):
         """As `_demand`, but a failure becomes `fail(reason)`; a server that just failed is left alone for a while."""
         if reason := self._resting(needs):
             return fail(reason)
-        failures = self._breaker.failures
+        failures, begun_s = self._breaker.failures, time.monotonic()
         try:
             result = await self._demand(ask, self._deadline() if deadline is None else deadline)
         except UsageError:
             raise
         except Exception as error:
-            return fail(self._failed(error))
+            return fail(self._failed(error, begun_s))
         self._succeeded(failures)
         return result
 

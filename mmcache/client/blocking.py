@@ -7,6 +7,7 @@ raise only UsageError, for arguments that can never work; whatever happens to th
 from __future__ import annotations
 
 import contextlib
+import time
 from collections.abc import Callable, Sequence
 from functools import partial
 from types import TracebackType
@@ -183,13 +184,13 @@ class Client(ClientCore):
         """As `_demand`, but a failure becomes `fail(reason)`; a server that just failed is left alone for a while."""
         if reason := self._resting(needs):
             return fail(reason)
-        failures = self._breaker.failures
+        failures, begun_s = self._breaker.failures, time.monotonic()
         try:
             result = self._demand(ask, deadline)
         except UsageError:
             raise
         except Exception as error:
-            return fail(self._failed(error))
+            return fail(self._failed(error, begun_s))
         self._succeeded(failures)
         return result
 

@@ -149,15 +149,16 @@ class ClientCore:
         if mode is not None and (mode or self._stopped):
             self._stopped, self._asked_at = mode, time.monotonic()
 
-    def _failed(self, error: Exception) -> str:
-        """Note what ended a call; the reason for its results."""
+    def _failed(self, error: Exception, begun_s: float) -> str:
+        """Note what ended a call that began then (monotonic time); the reason for its results."""
         self._count({"failures": 1})
         if isinstance(error, (RequestRefused, PoolBusy)) and not isinstance(error, AccessDenied):  # it is there
             return str(error)
         if not isinstance(error, (MMCacheError, OSError)):
             log.error("an operation failed inside the client; it counts as a miss", exc_info=error)
         with self._counting:
-            first = self._breaker.failed(time.monotonic())
+            now = time.monotonic()
+            first = self._breaker.failed(now, now - begun_s)
         if first and self.announces:
             log.warning("%r does not answer: everything is a miss until it does (%s)", self, error)
         return str(error)

@@ -58,6 +58,7 @@ def shares(nbytes: Sequence[int], count: int) -> list[range]:
 class Breaker:
     """Whether a shard is worth asking. After a failure it is left alone for a pause that doubles up to a limit.
 
+    Up to there it is no shorter than the failed call took: silence costs callers half of their time at most.
     While open, calls answer misses at once instead of waiting for their deadline each time.
     """
 
@@ -69,11 +70,11 @@ class Breaker:
         """True if a call may go out at monotonic time `now`."""
         return now >= self.retry_at
 
-    def failed(self, now: float) -> bool:
-        """Note a failure; True if it is the first after a success."""
+    def failed(self, now: float, took_s: float = 0.0) -> bool:
+        """Note a failure that took so long to be one; True if it is the first after a success."""
         first = not self.pause_s
         self.failures += 1
-        self.pause_s = min(LONGEST_PAUSE_S, max(FIRST_PAUSE_S, 2 * self.pause_s))
+        self.pause_s = min(LONGEST_PAUSE_S, max(FIRST_PAUSE_S, took_s, 2 * self.pause_s))
         self.retry_at = now + self.pause_s
         return first
 

@@ -86,6 +86,16 @@ def test_a_breaker_doubles_its_pause_up_to_a_limit_and_forgets_on_success() -> N
     assert breaker.retry_at == pytest.approx(200.0 + FIRST_PAUSE_S)
 
 
+def test_a_pause_is_as_long_as_the_call_that_failed() -> None:
+    breaker = Breaker()
+    breaker.failed(100.0, took_s=0.7)
+    assert breaker.retry_at == pytest.approx(100.7)
+    breaker.failed(200.0, took_s=0.1)
+    assert breaker.retry_at == pytest.approx(201.4)
+    breaker.failed(300.0, took_s=30.0)
+    assert breaker.retry_at == pytest.approx(300.0 + LONGEST_PAUSE_S)
+
+
 def test_a_call_that_was_under_way_when_the_server_failed_does_not_say_that_it_is_back() -> None:
     breaker = Breaker()
     before = breaker.failures

@@ -16,6 +16,7 @@ from mmcache.errors import ConfigError
 from mmcache.keys import Namespace, Part
 from mmcache_connectors.sglang import facts, hooks
 from mmcache_connectors.sglang.pages import rank_part, split_heads
+from mmcache_connectors.sglang.plugin import ATTACH
 from mmcache_connectors.sglang.pools import FirstPool, FurtherPool, page_sizes
 from mmcache_connectors.sglang.store import Wait
 from mmcache_connectors.sglang.weights import Contents, model_identity, process_start_s
@@ -76,7 +77,8 @@ def _form(pool: Any) -> dict[str, object]:
         "layout": pool.layout,
         "pool": type(pool).__name__,
         "pool_format": pool.storage_format_tag,
-        "pool_layers": pool.layer_num,
+        "pool_layers": getattr(pool, "layer_num", None) or getattr(pool, "num_mamba_layers", None),
+        "pool_state_dtype": str(getattr(pool, "temporal_dtype", "")).removeprefix("torch."),
         "pool_page_size": pool.page_size,
         "head_dim": getattr(pool, "head_dim", None),
         "v_head_dim": getattr(pool, "v_head_dim", None),
@@ -100,7 +102,7 @@ def check_start(backend: type) -> tuple[bool, Wait]:
     if found is not backend and not hooks.installed():
         raise ConfigError(
             "mmcache cannot be attached to this running engine, as it has to see every change of weights and all media "
-            f"from the start: start SGLang with {hooks.ATTACH_VARIABLE}=1 in its environment, or with "
+            f"from the start: start SGLang with {ATTACH}=1 in its environment, or with "
             "--hicache-storage-backend dynamic and its extra config"
         )
     return (bool(parsed[4]), Wait(parsed[2], parsed[3])) if found is backend else (False, Wait())

@@ -12,8 +12,6 @@ from typing import Any, Final
 from mmcache_connectors.sglang.media import Unidentified, item_identity
 from mmcache_connectors.sglang.trust import TRUST
 
-# Set to 1 in the environment of an engine that the backend may be attached to while it runs.
-ATTACH_VARIABLE: Final = "MMCACHE_SGLANG_ATTACH"
 UPDATES: Final = (
     "begin_weight_update",
     "check_weights",  # one of its actions fills them with random numbers

@@ -16,7 +16,7 @@ from mmcache.errors import ConfigError
 from mmcache.identity import directory_digest, file_digest
 
 REMEDY: Final = (
-    'give "model_identity" in the extra config: any text that changes when the weights do, such as repository@commit'
+    'give "model_identity" (docs/sglang.md): any text that changes when the weights do, such as repository@commit'
 )
 # Formats whose weights come from elsewhere than the files `model_path` names. Source: LoadFormat in SGLang 0.5.23.
 FROM_ELSEWHERE: Final = ("ipc_cache", "private", "rdma", "remote", "remote_instance")

@@ -11,7 +11,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import mmcache
-from mmcache.keys import Keys, Part
+from mmcache.keys import Key, Keys, Part
 from mmcache.keyset import NamespaceId
 from mmcache_connectors.sglang.pages import page_keys
 from tests.engines.sglang.harness import Cache, Engine
@@ -31,7 +31,7 @@ def keys_of(engine: Engine, ids: list[int], pool: str = "") -> Keys:
     return page_keys(namespace, Part(), hashes, [])
 
 
-def forget(cache: Cache, keys: Keys) -> None:
+def forget(cache: Cache, keys: Keys | list[Key]) -> None:
     """Delete entries; all must have been there."""
     with mmcache.connect(cache.url) as client:
         assert all(client.delete(keys))
@@ -47,7 +47,7 @@ def reshape(cache: Cache, keys: Keys) -> None:
             assert all(client.put(dataclasses.replace(key, namespace=space), [b"another form"]))
 
 
-def flip(cache: Cache, key: Keys) -> None:
+def flip(cache: Cache, key: Keys | list[Key]) -> None:
     """Change one byte in the middle of one entry's first tensor, and of its equals, in the server's memory."""
     with mmcache.connect(cache.url) as client, client.acquire(key) as leased:
         frame = leased.frames[0]

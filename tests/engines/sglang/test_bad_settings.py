@@ -33,7 +33,7 @@ def test_a_running_engine_does_not_take_it(made: Path) -> None:
         for _ in range(2):
             tried = engine.attach({"url": cache.url})
             assert not tried["attached"]
-            assert "start SGLang with --hicache-storage-backend dynamic" in tried["said"]
+            assert "start SGLang with MMCACHE_SGLANG_ATTACH=1" in tried["said"]
         engine.ask(TEXTS["plain"])
         cache.settle()
         assert cache.counters()["stored"] == 0
