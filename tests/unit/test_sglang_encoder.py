@@ -16,7 +16,7 @@ from mmcache.config import server_config
 from mmcache.errors import ConfigError
 from mmcache_connectors.sglang.encoder_items import digest_of, modality_of
 from mmcache_connectors.sglang.encoder_memory import Pools
-from mmcache_connectors.sglang.environment import environment_settings
+from mmcache_connectors.sglang.encoder_settings import EncoderSettings, environment_settings
 from mmcache_connectors.sglang.plugin import PREFIX
 from mmcache_connectors.sglang.settings import Settings
 
@@ -49,11 +49,14 @@ def test_the_plugin_does_nothing_unless_a_variable_is_set() -> None:
 
 # ---------------------------------------------------------------------------------------------------- the settings
 def test_variables_are_the_settings_of_the_hicache_backend() -> None:
-    alone = {PREFIX + "URL": URL, "HOME": "/root", "MMCACHE_MEMORY": "1GiB"}
-    assert environment_settings(alone, PREFIX) == Settings(url=URL)
-    given = {"URL": URL, "DEADLINE_S": "0.5", "MODEL_IDENTITY": "m@1", "VERIFY": "no"}
-    settings = environment_settings({PREFIX + name: text for name, text in given.items()}, PREFIX)
-    assert settings == Settings(url=URL, deadline_s=0.5, model_identity="m@1", verify=False)
+    assert environment_settings({PREFIX + "URL": URL, "HOME": "/root", "MMCACHE_MEMORY": "1GiB"}) == EncoderSettings(
+        url=URL
+    )
+    given = {"URL": URL, "DEADLINE_S": "0.5", "MODEL_IDENTITY": "m@1", "VERIFY": "no", "SHARED_EMBEDDINGS": "1"}
+    settings = environment_settings({PREFIX + name: text for name, text in given.items()})
+    assert settings == EncoderSettings(
+        url=URL, deadline_s=0.5, model_identity="m@1", verify=False, shared_embeddings=True
+    )
 
 
 @pytest.mark.parametrize(
@@ -71,7 +74,7 @@ def test_variables_are_the_settings_of_the_hicache_backend() -> None:
 )
 def test_what_cannot_work_is_refused(variables: dict[str, str], said: str) -> None:
     with pytest.raises(ConfigError, match=re.escape(said)):
-        environment_settings({PREFIX + name: text for name, text in variables.items()}, PREFIX)
+        environment_settings({PREFIX + name: text for name, text in variables.items()})
 
 
 def test_a_server_in_the_same_environment_is_not_disturbed() -> None:

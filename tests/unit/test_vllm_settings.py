@@ -64,7 +64,7 @@ def test_every_setting_says_what_it_does() -> None:
 
 
 def test_the_encoder_caches_settings_are_its_own() -> None:
-    given: dict[str, Any] = {"url": URL, "load_buffer_mib": 8, "audit_share": 0.5, "trust_media_uuids": True}
+    given: dict[str, Any] = {"url": URL, "load_buffer_mib": 8, "audit_share": 0.5, "shared_embeddings": True}
     settings = parse_settings(given, EncoderSettings)
     assert {name: getattr(settings, name) for name in given} == given
     assert all(one.metadata.get("help") for one in fields(EncoderSettings))
@@ -72,6 +72,7 @@ def test_the_encoder_caches_settings_are_its_own() -> None:
         ({"load_mode": "sync"}, "ec_connector_extra_config has no setting 'load_mode'"),
         ({"load_buffer_mib": 0}, "from 1 to"),
         ({"audit_share": 2}, "from 0 to 1"),
+        ({"shared_embeddings": True, "trust_media_uuids": True}, "set one only"),
     ):
         with pytest.raises(ConfigError, match=why):
             parse_settings({"url": URL} | extra, EncoderSettings)

@@ -24,9 +24,9 @@ from mmcache.keyset import Key
 from mmcache.tensors import as_torch
 from mmcache_connectors.sglang.conditioning_facts import prompt_namespace
 from mmcache_connectors.sglang.diffusion_plugin import PREFIX
-from mmcache_connectors.sglang.environment import environment_settings
+from mmcache_connectors.sglang.environment import environment_values
 from mmcache_connectors.sglang.media import value_digest
-from mmcache_connectors.sglang.settings import Settings
+from mmcache_connectors.sglang.settings import Settings, parse_settings
 from mmcache_connectors.sglang.trust import TRUST
 from mmcache_connectors.sglang.weights import ChangedFiles
 
@@ -129,7 +129,7 @@ def loaded(result: Any, worker: Any) -> None:
 
     Raises ConfigError for settings that cannot be taken. What cannot be named is not cached, and the log says why.
     """
-    settings = environment_settings(os.environ, PREFIX)
+    settings = parse_settings(environment_values(os.environ, PREFIX, Settings))
     if torch.distributed.is_initialized() and torch.distributed.get_world_size() > 1:
         TRUST.end("several processes compute together, which must agree on what is found")
         return

@@ -23,13 +23,14 @@ from mmcache.keys import Key, Namespace, embedding_key
 from mmcache.media import Media
 from mmcache.transport.base import Outcome
 from mmcache_connectors.sglang import encoder_items
-from mmcache_connectors.sglang.encoder_facts import encoder_facts
+from mmcache_connectors.sglang.encoder_facts import encoder_facts, shared_tower
 from mmcache_connectors.sglang.encoder_memory import Pools
-from mmcache_connectors.sglang.environment import environment_settings
+from mmcache_connectors.sglang.encoder_settings import environment_settings
+from mmcache_connectors.sglang.encoder_shared import shared_picture
 from mmcache_connectors.sglang.pages import cuts
-from mmcache_connectors.sglang.plugin import PREFIX
 from mmcache_connectors.sglang.transfer import CALL_NBYTES
 from mmcache_connectors.sglang.weights import ChangedFiles
+from mmcache_connectors.shared_embeddings import shared_facts
 
 log = logging.getLogger("mmcache.sglang")
 ASK_AGAIN_S: Final = 30.0  # should nothing be stored that finds out
@@ -55,11 +56,12 @@ class MMCacheEmbeddingStore(EmbeddingStore):  # type: ignore[misc]
     """
 
     def __init__(self) -> None:
-        self._settings = settings = environment_settings(os.environ, PREFIX)
+        self._settings = settings = environment_settings(os.environ)
         encoder_items.install()
         self._pools = Pools()
         self._facts: dict[str, Any] | None = None
         self._namespace: Namespace | None = None
+        self._shared: Namespace | None = None  # of names that other kinds of engines use too
         self._faults: set[str] = set()
         self._ask_at = 0.0
         self._cache = mmcache.connect(settings.url, lazy=True, deadline_s=settings.deadline_s, verify=settings.verify)
@@ -78,6 +80,8 @@ class MMCacheEmbeddingStore(EmbeddingStore):  # type: ignore[misc]
         dtype = str(tensor.dtype).removeprefix("torch.")
         self._namespace = Namespace(kind="embedding", dtype=dtype, width=tensor.shape[1], **self._facts)
         log.info("mmcache: embeddings go to %s as namespace %s", self._settings.url, self._namespace.id.hex())
+        if self._settings.shared_embeddings:
+            self._share(self._facts["model"], dtype)
         self._ask_once(self._namespace)
 
     # ------------------------------------------------------------------------------------------ what SGLang calls
@@ -123,8 +127,10 @@ class MMCacheEmbeddingStore(EmbeddingStore):  # type: ignore[misc]
     # ------------------------------------------------------------------------------------------ inside
 
     def _key(self, name: str) -> Key | None:
-        item = encoder_items.digest_of(name)
-        return embedding_key(self._namespace, item) if self._namespace is not None and item is not None else None
+        item, namespace = encoder_items.digest_of(name), self._namespace
+        if item is None:
+            item, namespace = encoder_items.shared_digest_of(name), self._shared
+        return embedding_key(namespace, item) if namespace is not None and item is not None else None
 
     def _move(self, names: list[str], ptrs: list[list[int]], sizes: list[list[int]], move: Move) -> list[bool]:
         """Move what has a key and lies in whole rows of a pool, in calls of bounded size."""
@@ -158,6 +164,16 @@ class MMCacheEmbeddingStore(EmbeddingStore):  # type: ignore[misc]
         )
         stored = {value.name: bool(result) for value, result in zip(once, results, strict=True)}
         return [stored[value.name] for value in values]
+
+    def _share(self, model: str, dtype: str) -> None:
+        """Name pictures as other kinds of engines do, if theirs are the same; before the first one comes."""
+        tower, reason = shared_tower(model, dtype)
+        if tower is None:
+            log.warning("mmcache: shared_embeddings: nothing is shared with other kinds of engines: %s", reason)
+            return
+        self._shared = Namespace(kind="embedding", **shared_facts(tower))
+        encoder_items.share(shared_picture)
+        log.info("mmcache: pictures' embeddings are shared as namespace %s", self._shared.id.hex())
 
     def _ask_once(self, namespace: Namespace) -> None:
         """Have it said now, and not at the first picture, that no server answers or that it refuses this client."""

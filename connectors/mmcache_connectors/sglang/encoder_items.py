@@ -19,7 +19,7 @@ import inspect
 import logging
 import re
 import uuid
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from types import SimpleNamespace
 from typing import Any, Final
 
@@ -31,13 +31,16 @@ DOMAIN: Final = "mmcache.sglang.embedding.1"
 TIMES: Final = frozenset({"second_per_grid_ts", "video_timestamps"})  # of all films together, and no encoder reads them
 MOST_SAID: Final = 20
 _NAME: Final = re.compile(r"(image|video|audio)-([0-9a-f]{64})")
+_SHARED_NAME: Final = re.compile(r"image-shared-([0-9a-f]{64})")  # as other kinds of engines name the picture
 # The methods that are changed, and the parameters they are known by.
 KNOWN: Final[Mapping[str, tuple[str, ...]]] = {
     "_calculate_hashes_from_features": ("self", "mm_feature", "grid_thw", "modality", "mm_inputs"),
     "_prepare_encode_context": ("self", "requests", "modality", "use_global_cache", "is_health_check"),
     "_build_model_mm_items": ("self", "mm_feature", "preprocess_result", "indices", "modality"),
 }
+Picture = Callable[[Any, list[Any]], bytes | None]  # of an encoder and an item as its model is shown it
 _said: set[str] = set()
+_shared: list[Picture] = []  # one, where names are shared
 
 
 def item_names(encoder: Any, feature: Any, grids: Sequence[Any], modality: Any, inputs: Any = None) -> list[str]:
@@ -60,8 +63,18 @@ def modality_of(name: str) -> str:
     return name.partition("-")[0]
 
 
+def shared_digest_of(name: str) -> bytes | None:
+    """The picture's 32 bytes, of a name made here that other kinds of engines use too; None for any other."""
+    found = _SHARED_NAME.fullmatch(name) if isinstance(name, str) else None
+    return bytes.fromhex(found[1]) if found else None
+
+
 def _name(encoder: Any, feature: Any, layout: Any, place: int, modality: Any) -> str:
     try:
+        for picture in _shared if modality.name == "IMAGE" else ():
+            made = encoder._build_model_mm_items(feature, layout, [place], modality)
+            if (shared := picture(encoder, made)) is not None:
+                return f"image-shared-{shared.hex()}"
         return f"{modality.name.lower()}-{_identity(encoder, feature, layout, place, modality).hex()}"
     except Exception as error:
         said = str(error) if isinstance(error, Unidentified) else repr(error)
@@ -91,6 +104,11 @@ def _in_shares() -> bool:
     from sglang.srt.runtime_context import get_mm, get_parallel
 
     return bool(get_mm().mm_enable_dp_encoder) and get_parallel().attn_tp_size > 1
+
+
+def share(picture: Picture) -> None:
+    """From now on give items shared names; `picture` has 32 bytes for one that has such a name, None for others."""
+    _shared[:] = [picture]
 
 
 def install() -> None:

@@ -7,17 +7,17 @@ from dataclasses import fields
 from typing import Any, Final
 
 from mmcache.errors import ConfigError
-from mmcache_connectors.sglang.settings import Settings, parse_settings
+from mmcache_connectors.sglang.settings import Settings
 
 _TRUTHS: Final = {"1": True, "true": True, "yes": True, "0": False, "false": False, "no": False}
 
 
-def environment_settings(environ: Mapping[str, str], prefix: str) -> Settings:
-    """PREFIX + URL and its like, named and meant as the HiCache backend's settings are.
+def environment_values(environ: Mapping[str, str], prefix: str, kind: type[Settings]) -> dict[str, Any]:
+    """The fields of `kind` that are given: PREFIX + URL, and its like.
 
     Raises ConfigError, with what to change, for any it cannot take, and for no URL.
     """
-    kinds = {field.name: str(field.type) for field in fields(Settings)}
+    kinds = {field.name: str(field.type) for field in fields(kind)}
     given: dict[str, Any] = {}
     for variable, text in environ.items():
         name = variable.removeprefix(prefix).lower()
@@ -29,7 +29,7 @@ def environment_settings(environ: Mapping[str, str], prefix: str) -> Settings:
         given[name] = _value(variable, text, kinds[name])
     if not given.get("url"):
         raise ConfigError(f'{prefix}URL is not set; name a server, such as "mmcache://127.0.0.1:7600"')
-    return parse_settings(given)
+    return given
 
 
 def _value(variable: str, text: str, kind: str) -> Any:

@@ -20,6 +20,7 @@ from mmcache_connectors.vllm.ec_facts import EncoderFacts
 from mmcache_connectors.vllm.ec_messages import EncoderMetrics, EncoderStats, StepItems, WorkerReport
 from mmcache_connectors.vllm.ec_names import Namer
 from mmcache_connectors.vllm.ec_scheduler import EncoderScheduler
+from mmcache_connectors.vllm.ec_shared import SharedNames
 from mmcache_connectors.vllm.ec_worker import EncoderWorker
 from mmcache_connectors.vllm.guard import log_as_vllm_does, never_raises
 from mmcache_connectors.vllm.identities import shared_identities
@@ -55,7 +56,8 @@ class MMCacheECConnector(ECConnectorBase):  # type: ignore[misc]
         identities = shared_identities(vllm_config)
         items = identities.items(trust_uuids=self._settings.trust_media_uuids)
         vision = getattr(vllm_config.model_config.hf_config, "vision_config", None)
-        namer = Namer(facts, items, identities.adapters, getattr(vision, "patch_size", None))
+        shared = SharedNames(vllm_config, facts) if self._settings.shared_embeddings else None
+        namer = Namer(facts, items, identities.adapters, getattr(vision, "patch_size", None), shared)
         self._scheduler = EncoderScheduler(
             self._settings,
             namer,

@@ -28,7 +28,8 @@ class EncoderFacts:
         lora = vllm_config.lora_config
         self.adapters_count = lora is not None and bool(lora.enable_tower_connector_lora)
         self._dtype = str(vllm_config.model_config.dtype).removeprefix("torch.")
-        self._facts = {"engine": "vllm", "dtype": self._dtype, **_facts(vllm_config, with_lora=self.adapters_count)}
+        self.settings_facts = _facts(vllm_config, with_lora=self.adapters_count)
+        self._facts = {"engine": "vllm", "dtype": self._dtype, **self.settings_facts}
         self._facts |= {f"user.{name}": text for name, text in settings.extra_facts.items()}
         self._named_epoch = settings.weights_epoch
         self._shared = shared_identities(vllm_config)

@@ -9,10 +9,12 @@ from collections.abc import Iterable
 from typing import Any
 
 from mmcache.keys import embedding_key
+from mmcache.keyset import Key
 from mmcache.media import MODALITIES, Media
 from mmcache_connectors.vllm.adapters import AdapterIdentities
 from mmcache_connectors.vllm.ec_facts import EncoderFacts
 from mmcache_connectors.vllm.ec_items import Named, media_of, passes_through
+from mmcache_connectors.vllm.ec_shared import SharedNames
 from mmcache_connectors.vllm.items import ItemIdentities
 from mmcache_connectors.vllm.lookup import Namespaces
 
@@ -21,10 +23,12 @@ class Namer:
     """Names items. Thread-safe; a new item costs a hash of its features."""
 
     def __init__(
-        self, facts: EncoderFacts, items: ItemIdentities, adapters: AdapterIdentities, patch_size: int | None
-    ) -> None:
+        self, facts: EncoderFacts, items: ItemIdentities, adapters: AdapterIdentities, patch_size: int | None,
+        shared: SharedNames | None = None,
+    ) -> None:  # fmt: skip
         self._facts, self._items, self._adapters = facts, items, adapters
         self._patch_size = patch_size
+        self._shared = shared
         self._epoch = facts.epoch
         self._namespaces = Namespaces(facts.get, kind="embedding")
 
@@ -33,6 +37,8 @@ class Namer:
         epoch = self.epoch
         if self._epoch != epoch:
             self._namespaces.forget()
+            if self._shared is not None:
+                self._shared.namespaces.forget()
             self._epoch = epoch
         adapter = self._adapters.of_request(request) if self._facts.adapters_count else ""
         if adapter is None:
@@ -45,9 +51,15 @@ class Namer:
             item = self._item(request, feature) if feature.identifier not in found else None
             if item is not None:
                 form = self._facts.form(feature.modality, feature.mm_position.get_num_embeds())
-                key = embedding_key(namespace, item)
+                key = self._shared_key(feature, item, request.cache_salt or "") or embedding_key(namespace, item)
                 found[feature.identifier] = Named(feature.identifier, key, form, self._media(feature))
         return list(found.values())
+
+    def _shared_key(self, feature: Any, item: bytes, salt: str) -> Key | None:
+        if self._shared is None or (namespace := self._shared.namespaces.get("", salt)) is None:
+            return None
+        picture = self._shared.item(feature, item)
+        return None if picture is None else embedding_key(namespace, picture)
 
     @property
     def epoch(self) -> str:

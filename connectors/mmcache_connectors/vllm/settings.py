@@ -132,11 +132,19 @@ class EncoderSettings(CacheSettings):
         default=1024,
         metadata={"help": "host memory for fetched embeddings that are not used yet; what finds no room is a miss"},
     )
+    shared_embeddings: bool = field(
+        default=False,
+        metadata={"help": "true: pictures' embeddings are shared with other kinds of engines, where that was measured"},
+    )
 
     def __post_init__(self) -> None:
         CacheSettings.__post_init__(self)
         if not 1 <= self.load_buffer_mib <= MAX_BUFFER_MIB:
             raise ConfigError(f"load_buffer_mib is {self.load_buffer_mib}; use MiB from 1 to {MAX_BUFFER_MIB}")
+        if self.shared_embeddings and self.trust_media_uuids:
+            raise ConfigError(
+                "shared_embeddings goes by what a picture is, trust_media_uuids by its name; set one only"
+            )
 
 
 def parse_settings(extra: Mapping[str, Any], kind: type[S]) -> S:
