@@ -108,6 +108,8 @@ test-engines: engines
 	SGLANG_PYTHON=$(ENGINES)/sglang/bin/python $(ENGINES)/vllm/bin/python -m pytest tests/engines/cross -m "not full"
 
 test-engines-full: engines
+	bash tests/engines/install-sglang.sh $(ENGINES)/sglang-diffusion tests/data/sglang-diffusion-cpu-0.5.23.txt
 	$(ENGINES)/vllm/bin/python -m pytest tests/engines/vllm
 	$(ENGINES)/sglang/bin/python -m pytest tests/engines/sglang
+	$(ENGINES)/sglang-diffusion/bin/python -m pytest tests/engines/sglang_diffusion
 	SGLANG_PYTHON=$(ENGINES)/sglang/bin/python $(ENGINES)/vllm/bin/python -m pytest tests/engines/cross

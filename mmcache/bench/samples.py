@@ -91,7 +91,7 @@ class Ratio:
 def cached_share(samples: Sequence[Sample]) -> float | None:
     """Cached tokens over prompt tokens; None where no request reports cached tokens.
 
-    Where some do, the others had none: SGLang leaves them out at 0 (its entrypoints/openai/usage_processor.py).
+    Where some do, the others had none: some servers leave out a 0.
     """
     told = [sample for sample in samples if sample.prompt_tokens]
     if all(sample.cached_tokens is None for sample in told):

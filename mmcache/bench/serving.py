@@ -23,6 +23,7 @@ from mmcache.bench.prompts import Prompt, Shape
 from mmcache.bench.run import Progress
 from mmcache.bench.samples import Sample, arrivals_s, characters_per_token
 from mmcache.bench.serving_report import Served, ServeReport
+from mmcache.bench.stream import Usage
 from mmcache.errors import ConfigError, TransportError
 
 MAX_SERVERS: Final = 2
@@ -146,7 +147,7 @@ async def _run(options: ServeOptions, progress: Progress) -> ServeReport:
         ]
         models = [options.model or await server.first_model() for server in servers]
         askers = [_Asker(server, model, options) for server, model in zip(servers, models, strict=True)]
-        characters = await _characters_per_token(askers[0])
+        characters, *_ = [await _probe(asker) for asker in askers]
         shape = Shape(
             workload=options.workload,
             requests=options.requests,
@@ -180,6 +181,7 @@ class _Asker:
     def __init__(self, server: OpenAIServer, model: str, options: ServeOptions) -> None:
         self.server, self._model, self._options = server, model, options
         self._failed = 0
+        self.tells_of_text = False  # whether a prompt of text is said to have so many cached tokens, 0 included
 
     async def body(self, messages: Sequence[prompts.Message], max_tokens: int | None = None) -> bytes:
         """The request as it is sent, made on another thread: pictures make it large."""
@@ -215,9 +217,14 @@ class _Asker:
             total_s=reading.ended_s - since_s,
             prompt_tokens=usage.prompt if usage else None,
             completion_tokens=usage.completion if usage else None,
-            cached_tokens=usage.cached if usage else None,
+            cached_tokens=self._cached_tokens(usage),
             answer=hashlib.sha256(reading.text.encode(errors="surrogatepass")).hexdigest()[:16],
         )
+
+    def _cached_tokens(self, usage: Usage | None) -> int | None:
+        """A 0 only from a server that says it of text too: SGLang 0.5.23 without --enable-cache-report says it of each
+        prompt with images, cached or not (its entrypoints/openai/usage_processor.py)."""
+        return usage.cached if usage and (usage.cached or self.tells_of_text) else None
 
 
 class _Run:
@@ -267,8 +274,9 @@ class _Run:
         self._progress(sum(map(len, self._samples)), len(self._askers) * len(self._asked))
 
 
-async def _characters_per_token(asker: _Asker) -> float:
-    """Of the server's tokenizer, from its count of two texts' tokens; 4, as of English, where it counts none."""
+async def _probe(asker: _Asker) -> float:
+    """Characters per token, from the server's count of two texts' tokens; 4, as of English, where it counts none. Notes
+    whether it counts cached ones."""
     counted = []
     for characters in PROBES:
         text = prompts.made_up(random.Random(f"probe {characters}"), characters)
@@ -277,6 +285,7 @@ async def _characters_per_token(asker: _Asker) -> float:
             raise TransportError(f"{asker.server.url} does not answer a chat of {characters} characters: {error}")
         if reading.usage is None:
             return 4.0
+        asker.tells_of_text = reading.usage.cached is not None
         counted.append((characters, reading.usage.prompt))
     return characters_per_token(*counted)
 

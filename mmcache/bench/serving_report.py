@@ -21,7 +21,7 @@ from mmcache.units import count
 LATE_SHARE: Final = 0.05  # of the median time to the first token: more, and the sender is part of the figures
 NOT_REPORTED: Final = (
     "the server does not report cached tokens in its usage; vLLM does with --enable-prompt-tokens-details, SGLang with "
-    "--enable-cache-report where there are any"
+    "--enable-cache-report"
 )
 NO_USAGE: Final = "the server reports no usage at all; does it know stream_options.include_usage?"
 ONE_PIECE: Final = (

@@ -25,10 +25,12 @@ Answer = Callable[[web.Request, "Talk"], Awaitable[web.StreamResponse]]
 
 
 class Talk:
-    """A server on a thread. `answer` answers chats after the first two, which ask for its tokens' length."""
+    """A server on a thread. `answer` answers chats after the first two, which ask for its tokens' length; `details` is
+    what it says of those two beside their tokens."""
 
-    def __init__(self, answer: Answer) -> None:
+    def __init__(self, answer: Answer, details: dict[str, int] | None = None) -> None:
         self.answer = answer
+        self.details = details
         self.asked: list[dict[str, Any]] = []
         self.headers: list[dict[str, str]] = []
         self.moments_s: list[float] = []
@@ -71,7 +73,8 @@ class Talk:
         self.moments_s.append(time.perf_counter())
         if len(self.asked) <= 2:
             characters = sum(len(message["content"]) for message in body["messages"])
-            return await say(request, usage={"prompt_tokens": characters // 4, "completion_tokens": 1})
+            counted = {"prompt_tokens": characters // 4, "completion_tokens": 1, "prompt_tokens_details": self.details}
+            return await say(request, usage=counted)
         return await self.answer(request, self)
 
 
@@ -97,6 +100,13 @@ async def say(request: web.Request, wait_s: float = 0.0, **more: Any) -> web.Str
 
 async def right(request: web.Request, talk: Talk) -> web.StreamResponse:
     return await say(request)
+
+
+async def says_zero(request: web.Request, talk: Talk) -> web.StreamResponse:
+    details = {"cached_tokens": 0, "image_tokens": 60}
+    return await say(
+        request, usage={"prompt_tokens": 100, "completion_tokens": 3, "prompt_tokens_details": details}
+    )  # fmt: skip
 
 
 async def breaks_off(request: web.Request, talk: Talk) -> web.StreamResponse:
@@ -248,16 +258,29 @@ def test_two_servers_take_turns_at_the_same_requests(tmp_path: Path) -> None:
         ended, found = serve(*words, "--requests", "8", "--extra-body", '{"top_k": 1}')
     assert ended.returncode == 0
     assert [server["model"] for server in found["servers"]] == ["tiny", "tiny"]
-    assert one.asked[2:] == other.asked
+    assert one.asked == other.asked
     assert (len(one.connections), len(other.connections)) == (1, 1)  # no time to connect is in the figures
     assert all((body["top_k"], body["temperature"], body["stream"]) == (1, 0, True) for body in one.asked)
-    order = [first < second for first, second in zip(one.moments_s[2:], other.moments_s, strict=True)]
+    order = [first < second for first, second in zip(one.moments_s[2:], other.moments_s[2:], strict=True)]
     assert order == [True, False] * 4
     assert found["servers"][0]["ttft_s"]["median"] > 0.05 > found["servers"][1]["ttft_s"]["median"]
     assert found["pairs"]["ttft_s"]["of_medians"] < 1
     assert (found["pairs"]["same_answers"], found["servers"][0]["cached_share"]) == (8, 0.96)
     assert found["workload"]["characters_per_token"] == pytest.approx(4, rel=0.05)
     assert page.read_text().count('<svg class="plot"') >= 7
+
+
+@pytest.mark.parametrize(("details", "share"), [(None, None), ({"cached_tokens": 0}, 0.0)])
+def test_no_cached_tokens_are_believed_of_a_server_that_says_so_of_text_too(
+    details: dict[str, int] | None, share: float | None
+) -> None:
+    """SGLang without --enable-cache-report says 0 where there are pictures, and nothing where there are none."""
+    with Talk(says_zero, details) as talk, Talk(right) as other:
+        found = serve("--url", other.url, "--url", talk.url)[1]
+    assert [server["cached_share"] for server in found["servers"]] == [0.96, share]
+    assert [note for note in found["notes"] if "does not report cached tokens" in note] == found["notes"][
+        : share is None
+    ]
 
 
 def test_an_open_loop_counts_from_when_a_request_was_due() -> None:

@@ -1,16 +1,13 @@
-"""What can be set for the encoder cache: variables of the environment, as SGLang has no argument for a plugin's."""
+"""What can be set for the encoder cache, by variables of the environment."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields
-from typing import Any, Final
+from dataclasses import asdict, dataclass
 
-from mmcache.errors import ConfigError
+from mmcache_connectors.sglang.environment import environment_values
 from mmcache_connectors.sglang.plugin import PREFIX
 from mmcache_connectors.sglang.settings import Settings, parse_settings
-
-_TRUTHS: Final = {"1": True, "true": True, "yes": True, "0": False, "false": False, "no": False}
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,26 +22,6 @@ def environment_settings(environ: Mapping[str, str]) -> EncoderSettings:
 
     Raises ConfigError, with what to change, for any it cannot take, and for none.
     """
-    kinds = {field.name: str(field.type) for field in fields(EncoderSettings)}
-    given: dict[str, Any] = {}
-    for variable, text in environ.items():
-        name = variable.removeprefix(PREFIX).lower()
-        if not variable.startswith(PREFIX):
-            continue
-        if name not in kinds:
-            known = ", ".join(PREFIX + name.upper() for name in kinds)
-            raise ConfigError(f"{variable} is no setting of mmcache's; the known ones are {known}")
-        given[name] = _value(variable, text, kinds[name])
-    if not given.get("url"):
-        raise ConfigError(f'{PREFIX}URL is not set; name a server, such as "mmcache://127.0.0.1:7600"')
+    given = environment_values(environ, PREFIX, EncoderSettings)
     shared = given.pop("shared_embeddings", False)
     return EncoderSettings(**asdict(parse_settings(given)), shared_embeddings=shared)
-
-
-def _value(variable: str, text: str, kind: str) -> Any:
-    try:
-        if kind == "bool":
-            return _TRUTHS[text.lower()]
-        return float(text) if kind == "float" else text
-    except (KeyError, ValueError):
-        raise ConfigError(f"{variable} is {text!r}, which is no {kind}; see the table in docs/sglang.md") from None

@@ -55,8 +55,16 @@ def item_identity(item: Any, positions: Any = None) -> bytes:
         "specific": {name: held for name, held in item.model_specific_data.items() if name not in _TRANSPORT},
         "positions": [_relative(positions, span) for span in item.offsets or ()] if positions is not None else None,
     }
+    return value_digest(fields, "item")
+
+
+def value_digest(value: Any, path: str) -> bytes:
+    """32 bytes over plain values, tensors and arrays, in mappings and lists. `path`: what an error calls it.
+
+    Raises Unidentified if any of it has no canonical form.
+    """
     try:
-        return digest(DOMAIN, canonical(_plain(fields, "item"), "item"))
+        return digest(DOMAIN, canonical(_plain(value, path), path))
     except ValueError as error:
         raise Unidentified(str(error)) from None
 

@@ -8,8 +8,6 @@ read: what its services run is held to the same, and its parts must fit each oth
 from __future__ import annotations
 
 import importlib
-import re
-import shlex
 import subprocess
 import sys
 from collections.abc import Mapping
@@ -18,12 +16,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import typer
 
 import mmcache_connectors.vllm as connectors
-from mmcache.cli import app
-from mmcache.config import parse_url
 from mmcache_connectors.vllm.settings import CacheSettings, EncoderSettings, Settings, parse_settings
+from tests.engines.examples import commands, complaints, compose_complaints
 from tests.engines.vllm.harness import ENVIRONMENT, Cache, made
 from tests.engines.vllm.models import ROOT
 
@@ -31,24 +27,6 @@ from tests.engines.vllm.models import ROOT
 pytestmark = pytest.mark.filterwarnings("default::DeprecationWarning", "default::UserWarning")
 EXAMPLES = ROOT / "examples" / "vllm"
 PAGES = ("examples/vllm/README.md", "docs/vllm.md")
-OTHERS = {"pip", "docker"}  # not ours to check
-FENCE = re.compile(r"^```sh\n(.*?)^```", re.MULTILINE | re.DOTALL)
-
-
-def commands(text: str) -> list[list[str]]:
-    """Every command of every shell block of a page, as words; without what sets variables, and without `&`."""
-    found: list[list[str]] = []
-    for block in FENCE.findall(text):
-        lexer = shlex.shlex(re.sub(r"(?m)(^|\s)#.*$", "", block), posix=True, punctuation_chars="&;|\n")
-        lexer.whitespace, lexer.whitespace_split, lexer.commenters = " \t", True, ""
-        words: list[str] = []
-        for word in [*lexer, "\n"]:
-            if set(word) <= set("&;|\n"):
-                found += [words] if words else []
-                words = []
-            elif words or not re.match(r"\w+=", word):
-                words.append(word)
-    return found
 
 
 @cache
@@ -59,33 +37,9 @@ def _vllm_parser() -> Any:
     return cli.make_arg_parser(arguments.FlexibleArgumentParser(exit_on_error=False))
 
 
-def complaints(words: list[str]) -> list[str]:
+def wrong(words: list[str]) -> list[str]:
     """What is wrong with one command."""
-    program, *arguments = words
-    if program == "mmcache":
-        return _of_mmcache(arguments)
-    if program == "vllm":
-        return _of_vllm(arguments[1:]) if arguments[:1] == ["serve"] else [f"vllm {arguments[:1]} is not checked"]
-    if program == "python":
-        return _of_script(arguments)
-    return [] if program in OTHERS else [f"{program} is not a command this test knows"]
-
-
-def _of_mmcache(arguments: list[str]) -> list[str]:
-    command: Any = typer.main.get_command(app)
-    name = "mmcache"
-    while arguments and hasattr(command, "commands"):
-        if arguments[0] not in command.commands:
-            return [f"{name} has no command {arguments[0]}"]
-        name, command, arguments = arguments[0], command.commands[arguments[0]], arguments[1:]
-    try:
-        parsed = command.make_context(name, list(arguments))
-    except Exception as error:
-        return [f"mmcache {name}: {error}"]
-    url = parsed.params.get("url")
-    if url:
-        parse_url(url)
-    return []
+    return complaints(words, "vllm", _of_vllm)
 
 
 def _of_vllm(arguments: list[str]) -> list[str]:
@@ -122,20 +76,11 @@ def _of_connector(name: str, module: str) -> list[str]:
     return [] if there else [f"there is no connector {name} in {module}"]
 
 
-def _of_script(arguments: list[str]) -> list[str]:
-    path = ROOT / arguments[0]
-    if not path.is_file():
-        return [f"there is no {arguments[0]}"]
-    told = subprocess.run([sys.executable, path, "--help"], capture_output=True, text=True, check=True).stdout
-    flags = [word for word in arguments[1:] if word.startswith("--")]
-    return [f"{arguments[0]} has no {flag}" for flag in flags if not re.search(rf"(?<!\S){flag}\b", told)]
-
-
 @pytest.mark.parametrize("page", PAGES)
 def test_every_command_is_one_that_exists(page: str) -> None:
     found = commands((ROOT / page).read_text())
     assert {words[0] for words in found} >= {"mmcache", "vllm"}
-    assert {" ".join(words): complaints(words) for words in found if complaints(words)} == {}
+    assert {" ".join(words): wrong(words) for words in found if wrong(words)} == {}
 
 
 def test_the_check_of_commands_can_fail() -> None:
@@ -146,11 +91,11 @@ vllm serve m --prot 8000
 vllm serve m --kv-transfer-config '{"kv_connector": "X", "kv_connector_module_path": "y",
   "kv_role": "kv_both", "kv_connector_extra_config": {"ulr": "mmcache://127.0.0.1"}}'
 vllm serve m --kv-transfer-config '{"kv_connector": "X", "kv_role": "kv_booth"}'
-python examples/vllm/ask.py --imagine x; python examples/vllm/none.py
+python examples/ask.py --imagine x; python examples/vllm/none.py
 make coffee
 ```
 """
-    found = [complaints(words) for words in commands(text)]
+    found = [wrong(words) for words in commands(text)]
     assert [len(one) for one in found] == [1, 1, 1, 2, 1, 1, 1, 1]
     said = [" ".join(one) for one in found]
     wanted = ["--memry", "server", "--prot", "'ulr'", "kv_booth", "--imagine", "none.py", "make"]
@@ -158,48 +103,14 @@ make coffee
 
 
 # ---------------------------------------------------------------------------------------------------------- compose
-def compose_complaints(text: str) -> list[str]:
-    """What is wrong with a compose file: commands, services and volumes that are named, sockets, published ports."""
-    yaml = importlib.import_module("yaml")
-    file = yaml.safe_load(text)
-    services, found = file["services"], []
-    mounts = {name: dict(volume.split(":") for volume in one["volumes"]) for name, one in services.items()}
-    for name, one in services.items():
-        words = one["command"] if one["command"][0] == "mmcache" else ["vllm", "serve", *one["command"]]
-        found += [f"{name}: {why}" for why in complaints(words)]
-        found += _unhealthy(name, one)
-        found += _not_copied(name, one["build"])
-        found += [f"{name}: no volume {volume}" for volume in mounts[name] if volume not in file["volumes"]]
-        found += [f"{name}: no service {other}" for other in one.get("depends_on", {}) if other not in services]
-        found += [f"{name}: {port} is open to others" for port in one.get("ports", []) if not port.startswith("127.")]
-        for path in re.findall(r"(?:mmcache\+unix://|^)(/\S+/\w+\.sock)", "\n".join(one["command"]), re.MULTILINE):
-            if str(Path(path).parent) not in mounts[name].values():
-                found.append(f"{name}: {path} is on no volume")
-    sockets = {target for one in mounts.values() for volume, target in one.items() if volume == "socket"}
-    return found + ([] if len(sockets) == 1 else [f"the socket is at {sorted(sockets)}"])
-
-
-def _not_copied(name: str, build: Mapping[str, str]) -> list[str]:
-    """What a build copies and is not there, or installs and was not copied."""
-    lines = [line.split() for line in build["dockerfile_inline"].splitlines()]
-    copied = [path for words in lines if words[0] == "COPY" for path in words[1:-1]]
-    folder = EXAMPLES / build["context"]
-    needed = {"pyproject.toml", "README.md", "LICENSE", "mmcache", "connectors", "kernels"}
-    return [f"{name}: there is no {path}" for path in copied if not (folder / path).exists()] + [
-        f"{name}: {path} is not copied" for path in sorted(needed - set(copied))
-    ]
-
-
-def _unhealthy(name: str, service: Mapping[str, Any]) -> list[str]:
-    test = service.get("healthcheck", {}).get("test", [])
-    if test[:1] != ["CMD"] or len(test) < 2:
-        return [f"{name}: no health check"]
-    return [f"{name}: {why}" for why in complaints(test[1:])] if test[1] == "mmcache" else []
+def misfits(text: str) -> list[str]:
+    """What is wrong with a compose file."""
+    return compose_complaints(text, EXAMPLES, ["vllm", "serve"], wrong)
 
 
 def test_the_compose_file_fits_together() -> None:
     text = (EXAMPLES / "compose.yaml").read_text()
-    assert compose_complaints(text) == []
+    assert misfits(text) == []
     assert "unix:///run/mmcache/shard.sock" in text
 
 
@@ -220,7 +131,7 @@ def test_the_compose_file_fits_together() -> None:
 def test_the_check_of_the_compose_file_can_fail(part: str, other: str, said: str) -> None:
     text = (EXAMPLES / "compose.yaml").read_text()
     assert part in text
-    assert said in "\n".join(compose_complaints(text.replace(part, other)))
+    assert said in "\n".join(misfits(text.replace(part, other)))
 
 
 # ---------------------------------------------------------------------------------------------------------- offline

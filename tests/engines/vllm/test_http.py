@@ -1,5 +1,5 @@
 """The OpenAI server, its engine in a process of its own: chats with pictures and embeddings, a restart, bad input, a
-dead cache; and examples/vllm/ask.py, which asks it."""
+dead cache; and examples/ask.py, which asks it."""
 
 from __future__ import annotations
 
@@ -129,7 +129,7 @@ def _ask(port: int, folder: Path) -> None:
     from PIL import Image
 
     Image.fromarray(picture(30)).save(folder / "a.png")
-    ask = [sys.executable, str(ROOT / "examples/vllm/ask.py"), f"http://127.0.0.1:{port}", words(654, 200)]
+    ask = [sys.executable, str(ROOT / "examples/ask.py"), f"http://127.0.0.1:{port}", words(654, 200)]
     ask += ["--image", str(folder / "a.png"), "--max-tokens", "8"]
     for wanted in (False, True):
         done = subprocess.run(ask, capture_output=True, text=True, check=True)

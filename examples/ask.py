@@ -1,8 +1,9 @@
 """Ask an OpenAI server about a picture, or without one, and say how much of the prompt came from a cache.
 
-    python examples/vllm/ask.py http://127.0.0.1:8000 "What is in this picture?" --image picture.png
+    python examples/ask.py http://127.0.0.1:8000 "What is in this picture?" --image picture.png
 
-Needs nothing but Python. The server tells cached tokens if it was started with --enable-prompt-tokens-details.
+Needs nothing but Python. The server tells cached tokens if it was started with --enable-prompt-tokens-details (vLLM) or
+--enable-cache-report (SGLang).
 """
 
 from __future__ import annotations
