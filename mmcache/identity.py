@@ -26,6 +26,7 @@ _DOCUMENT: Final = re.compile(
 _BYTECODE_FOLDER: Final = "__pycache__"  # made from the .py files beside it, other bytes after each copy of them
 MAX_FILES: Final = 100_000
 _CHUNK_NBYTES: Final = 4 << 20
+_COMMIT: Final = re.compile(r"[0-9a-f]{40}")
 
 
 def file_digest(path: str | os.PathLike[str]) -> str:
@@ -53,6 +54,23 @@ def directory_digest(path: str | os.PathLike[str]) -> str:
         raise KeyInputError(f"{root} holds no configuration or weight file; check the path")
     fields = [field for name in sorted(files) for field in (name, _content_hash(files[name]))]
     return "b3:" + digest("k1.directory", *fields).hex()
+
+
+def commit_identity(snapshot: Path) -> str | None:
+    """ "repo@commit" if `snapshot` is one of the Hugging Face cache with nothing but links to its content-named files.
+
+    Source: the cache's layout, models--OWNER--NAME/snapshots/COMMIT/FILE -> ../../blobs/CONTENT_HASH.
+    """
+    folder, name = snapshot.resolve(), snapshot.resolve().parent.parent.name
+    if not (_COMMIT.fullmatch(folder.name) and folder.parent.name == "snapshots" and name.startswith("models--")):
+        return None
+    blobs = folder.parent.parent / "blobs"
+    for place, _folders, files in os.walk(folder):
+        for file in files:
+            link = Path(place, file)
+            if not link.is_symlink() or link.resolve().parent != blobs:
+                return None  # put there by hand: only its contents say what it is
+    return f"{name.removeprefix('models--').replace('--', '/')}@{folder.name}"
 
 
 def _model_files(root: Path) -> dict[bytes, Path]:

@@ -102,27 +102,44 @@ class Hub:
         return self.cached
 
 
+COMMIT = "c0ffee" * 6 + "1234"
+
+
+@pytest.fixture
+def hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Hub:
+    """A cache with one repository, as Hugging Face lays it out: links to files named by their contents."""
+    blobs, snapshot = (tmp_path / "models--org--m" / name for name in ("blobs", f"snapshots/{COMMIT}"))
+    blobs.mkdir(parents=True)
+    snapshot.mkdir(parents=True)
+    (blobs / "abc").write_text("{}")
+    (snapshot / "config.json").symlink_to("../../blobs/abc")
+    made = Hub()
+    made.cached = str(snapshot / "config.json")
+    monkeypatch.setitem(sys.modules, "huggingface_hub", made)
+    return made
+
+
+def test_a_repository_is_the_commit_that_was_downloaded(hub: Hub) -> None:
+    assert model_identity(arguments("org/m", revision="main"), "", later()) == f"org/m@{COMMIT}"
+    folder = str(Path(str(hub.cached)).parent)
+    assert model_identity(arguments(folder, revision=None), "", later()) == f"org/m@{COMMIT}"
+
+
+def test_files_put_there_by_hand_are_what_they_hold(hub: Hub) -> None:
+    file = Path(str(hub.cached))
+    file.unlink()
+    file.write_text('{"hidden_act": "other"}')
+    assert model_identity(arguments("org/m", revision="main"), "", later()).startswith("b3:")
+
+
 @pytest.mark.parametrize(
-    ("path", "cached", "changed", "expected"),
-    [
-        ("org/m", "a/snapshots/c0ffee/config.json", {}, "org/m@c0ffee"),
-        ("org/m", None, {}, None),
-        ("org/m", "a/snapshots/c0ffee/config.json", {"download_dir": "/models"}, None),
-        ("s3://bucket/m", None, {}, None),
-    ],
+    ("path", "there", "changed"),
+    [("org/m", False, {}), ("org/m", True, {"download_dir": "/models"}), ("s3://bucket/m", False, {})],
 )
-def test_a_repository_is_the_commit_that_was_downloaded(
-    monkeypatch: pytest.MonkeyPatch, path: str, cached: str | None, changed: dict[str, Any], expected: str | None
-) -> None:
-    hub = Hub()
-    hub.cached = cached
-    monkeypatch.setitem(sys.modules, "huggingface_hub", hub)
-    values = arguments(path, revision="main", **changed)
-    if expected:
-        assert model_identity(values, "", later()) == expected
-    else:
-        with pytest.raises(ConfigError, match='give "model_identity"'):
-            model_identity(values, "", later())
+def test_what_nothing_here_tells_has_to_be_named(hub: Hub, path: str, there: bool, changed: dict[str, Any]) -> None:
+    hub.cached = hub.cached if there else None
+    with pytest.raises(ConfigError, match='give "model_identity"'):
+        model_identity(arguments(path, revision="main", **changed), "", later())
 
 
 def test_a_process_knows_when_it_began() -> None:

@@ -7,6 +7,7 @@ Imports SGLang.
 
 from __future__ import annotations
 
+import contextlib
 from typing import Any, Final
 
 from sglang.srt.disaggregation.encoder import runtime, server
@@ -25,6 +26,10 @@ def register() -> None:
         if not callable(getattr(runtime, name, None)):
             raise ConfigError(f"this SGLang's encoder runtime has no {name}; use a version named in docs/sglang.md")
     runtime.launch_encoder, runtime.launch_dp_worker = launch_encoder, launch_dp_worker
+    with contextlib.suppress(ImportError):  # its own packages are not there: no server of it either
+        from sglang.srt.disaggregation.encoder import grpc_server
+
+        grpc_server.launch_encoder = launch_encoder
 
 
 def launch_encoder(*arguments: Any) -> None:

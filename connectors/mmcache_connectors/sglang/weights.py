@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from mmcache.errors import ConfigError
-from mmcache.identity import directory_digest, file_digest
+from mmcache.identity import commit_identity, directory_digest, file_digest
 
 REMEDY: Final = (
     'give "model_identity" (docs/sglang.md): any text that changes when the weights do, such as repository@commit'
@@ -73,10 +73,11 @@ def process_start_s() -> float:
 
 
 def model_identity(values: Mapping[str, Any], given: str, contents: Contents) -> str:
-    """Which weights: `given` if set, else a digest of the files, else repository and commit as downloaded here.
+    """Which weights: `given` if set, else repository and commit where all files are the Hugging Face cache's own links,
+    else a digest of the files.
 
-    `values` are SGLang's arguments by name. Reads every byte of a local model. Raises ConfigError if nothing local can
-    tell, ChangedFiles if the files are not what was loaded.
+    `values` are SGLang's arguments by name. Reads every byte of any other model. Raises ConfigError if nothing local
+    can tell, ChangedFiles if the files are not what was loaded.
     """
     if given:
         return given
@@ -84,20 +85,20 @@ def model_identity(values: Mapping[str, Any], given: str, contents: Contents) ->
     if form in FROM_ELSEWHERE or values["weight_cache_mode"] != "off":
         way = f"--load-format {form}, --weight-cache-mode {values['weight_cache_mode']}"
         raise ConfigError(f"the weights come from elsewhere than {path!r} ({way}); {REMEDY}")
-    if os.path.exists(path):
-        return contents.digest(path)
-    commit = None if values["download_dir"] else _commit(path, values["revision"])
-    if commit is None:
-        raise ConfigError(f"cannot tell which weights {path!r} stands for; {REMEDY}")
-    return f"{path}@{commit}"
+    if not os.path.exists(path):
+        folder = None if values["download_dir"] else _snapshot(path, values["revision"])
+        if folder is None:
+            raise ConfigError(f"cannot tell which weights {path!r} stands for; {REMEDY}")
+        path = folder
+    return commit_identity(Path(path)) or contents.digest(path)
 
 
-def _commit(repository: str, revision: str | None) -> str | None:
-    """The commit of a repository in the local Hugging Face cache, which SGLang downloads to; None if not there."""
+def _snapshot(repository: str, revision: str | None) -> str | None:
+    """The folder of a repository in the local Hugging Face cache, which SGLang downloads to; None if not there."""
     from huggingface_hub import try_to_load_from_cache
 
     try:
         file = try_to_load_from_cache(repository, "config.json", revision=revision)
     except ValueError:  # no name of a repository
         return None
-    return os.path.basename(os.path.dirname(file)) if isinstance(file, str) else None
+    return os.path.dirname(file) if isinstance(file, str) else None

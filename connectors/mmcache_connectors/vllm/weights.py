@@ -15,13 +15,12 @@ from pathlib import Path
 from typing import Any, Final
 
 from mmcache.errors import KeyInputError
-from mmcache.identity import directory_digest, file_digest
+from mmcache.identity import commit_identity, directory_digest, file_digest
 
 log = logging.getLogger("mmcache.vllm")
 
 Signature = tuple[tuple[str, int, int, int], ...]  # (name, nbytes, mtime in ns, inode) of every file, by name
 
-_COMMIT: Final = re.compile(r"[0-9a-f]{40}")
 _REPOSITORY: Final = re.compile(r"[\w.-]+(/[\w.-]+)?")
 _REMEDY: Final = (
     'set "model_identity" in kv_connector_extra_config to a text that names these weights and no others, such as a '
@@ -82,7 +81,7 @@ def _content_identity(model: str, revision: str | None) -> str:
         if snapshot is None:
             raise KeyInputError(f"cannot tell which weights {model!r} names: nothing local has them; {_REMEDY}")
         path = snapshot
-    return _commit_identity(path) or _unchanged_digest(path)
+    return commit_identity(path) or _unchanged_digest(path)
 
 
 def _unchanged_digest(path: Path) -> str:
@@ -91,23 +90,6 @@ def _unchanged_digest(path: Path) -> str:
     if stat_signature(path) != before:
         raise KeyInputError(f"{path} changed while it was read; restart the engine when its files are complete")
     return identity
-
-
-def _commit_identity(snapshot: Path) -> str | None:
-    """ "repo@commit" if `snapshot` is one of the Hugging Face cache with nothing but links to its content-named files.
-
-    Source: the cache's layout, models--OWNER--NAME/snapshots/COMMIT/FILE -> ../../blobs/CONTENT_HASH.
-    """
-    folder, name = snapshot.resolve(), snapshot.resolve().parent.parent.name
-    if not (_COMMIT.fullmatch(folder.name) and folder.parent.name == "snapshots" and name.startswith("models--")):
-        return None
-    blobs = folder.parent.parent / "blobs"
-    for place, _folders, files in os.walk(folder):
-        for file in files:
-            link = Path(place, file)
-            if not link.is_symlink() or link.resolve().parent != blobs:
-                return None  # put there by hand: only its contents say what it is
-    return f"{name.removeprefix('models--').replace('--', '/')}@{folder.name}"
 
 
 def hub_snapshot(repository: str, revision: str | None, file: str) -> Path | None:
