@@ -62,7 +62,9 @@ def clashes(requirements: list[str], pinned: dict[str, str]) -> list[str]:
 
 def test_the_frozen_lists_are_there() -> None:
     assert {path.stem.split("-")[0] for path in FROZEN} >= {"vllm", "sglang", "xfuser", "lmcache"}
-    assert all(len(pins(path.read_text())) > 50 for path in FROZEN)
+    beside = ROOT / "tests" / "data" / "sglang-diffusion-cpu-0.5.23.txt"  # what comes to SGLang's own list
+    assert beside in FROZEN
+    assert all(len(pins(path.read_text())) > (5 if path == beside else 50) for path in FROZEN)
 
 
 @pytest.mark.parametrize("frozen", FROZEN, ids=lambda path: path.stem)

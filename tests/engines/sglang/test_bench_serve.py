@@ -69,10 +69,12 @@ def test_what_was_asked_before_is_cached_and_answered_the_same(filled: tuple[Cac
         assert 0 < server["ttft_s"]["median"] < server["total_s"]["median"]
 
 
+@pytest.mark.full
 def test_another_seed_finds_nothing_of_it(filled: tuple[Cache, dict[str, Any]]) -> None:
     other = filled[1]["other"]
     assert other["servers"][0]["answered"] == 16
-    assert all(one["cached_tokens"] < 0.3 * one["prompt_tokens"] for one in samples(other, place=0))  # the system text
+    shares = [one["cached_tokens"] / one["prompt_tokens"] for one in samples(other, place=0)]
+    assert max(shares) < 0.3, shares  # the system text
 
 
 @pytest.mark.full
