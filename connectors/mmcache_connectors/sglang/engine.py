@@ -124,18 +124,22 @@ def media_transport() -> str | None:
 
 
 def _part(config: Any, pool: Any, arguments: Any) -> tuple[Part, str | None]:
-    """The part this rank holds; where ranges cannot say it, the whole, and a fact that says whose it is."""
+    """The part this rank holds; where ranges cannot say it, the whole, and a fact that says whose it is.
+
+    Of pipeline stages they cannot: the pools of hybrid models count their own layers from 0 on in every stage. Source:
+    SWAKVPool and HybridLinearKVPool of SGLang 0.5.23.
+    """
     heads = 0 if config.is_mla_model else getattr(pool, "head_num", 0)
     layers, heads_total = pool.end_layer, heads
-    if config.tp_size > 1 or config.pp_size > 1:
+    if config.tp_size > 1:
         model = ModelConfig.from_server_args(arguments)
         layers, heads_total = model.num_hidden_layers, heads and model.get_total_num_kv_heads()
     here = (pool.start_layer, pool.end_layer)
-    whole = config.attn_cp_size == config.dcp_size == 1 and (config.is_mla_model or heads > 0)
+    whole = config.pp_size == config.attn_cp_size == config.dcp_size == 1 and (config.is_mla_model or heads > 0)
     part = rank_part(here, layers, heads, heads_total, config.tp_rank, config.tp_size) if whole else None
     if part is not None:
         return part, None
-    return Part(), _ranks(config, tp=True)
+    return Part(), _ranks(config, tp=not config.is_mla_model)
 
 
 def _ranks(config: Any, *, tp: bool) -> str:
