@@ -31,7 +31,8 @@ MEASURED: Final[Mapping[str, str]] = {
 VERSIONS: Final[Mapping[str, str]] = {"vllm": "0.32.0", "sglang": "0.5.23"}  # that were compared
 SCHEME: Final = "1"  # of this module's names
 PATCHES: Final = 64  # at a time: they stay in a core's cache
-NEAR: Final = 1e-5  # of a normalised value and its byte's; values of neighbouring bytes are some 1e-2 apart
+NEAR: Final = 1e-5  # of a normalised value and its byte's
+APART: Final = 1e-3  # at least, of values of neighbouring bytes; some 1e-2 as a rule
 
 
 class Normalisation(NamedTuple):
@@ -112,6 +113,8 @@ def pixels_of(values: torch.Tensor, norm: Normalisation) -> torch.Tensor | None:
     """The bytes `[patches, channels * patch]` that `norm` made these values of; uint8 as it is. None if it did not."""
     channels = len(norm.weight)
     if values.dim() != 2 or values.shape[1] % channels or not values.numel():
+        return None
+    if min(map(abs, norm.weight)) < APART:  # nearly every value would be some byte's
         return None
     held = values.detach().cpu()
     if held.dtype is torch.uint8:

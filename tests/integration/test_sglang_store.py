@@ -15,7 +15,7 @@ from mmcache.keys import Namespace, Part
 from mmcache.testing.process import ServerProcess
 from mmcache_connectors.sglang.pages import split_heads
 from mmcache_connectors.sglang.pools import FirstPool, FurtherPool, arrays_at, page_sizes
-from mmcache_connectors.sglang.store import PageStore, Wait
+from mmcache_connectors.sglang.store import NO_LIMIT, PageStore
 
 PAGE, LAYERS, HEADS, DIM, PAGES = 4, 3, 4, 8, 12
 HASHES = [hashlib.sha256(bytes([page])).hexdigest() for page in range(PAGES)]
@@ -71,9 +71,9 @@ def cache() -> Iterator[mmcache.Client]:
 
 def test_pages_written_whole_are_read_where_others_lie(cache: mmcache.Client) -> None:
     source, target = Memory(), Memory(fill=0)
-    assert PageStore(cache, first_pool(source), Wait()).write(HASHES, tokens(*range(PAGES)), []) == [True] * PAGES
+    assert PageStore(cache, first_pool(source), NO_LIMIT).write(HASHES, tokens(*range(PAGES)), []) == [True] * PAGES
     places = [*range(PAGES)][::-1]
-    reader = PageStore(cache, first_pool(target), Wait())
+    reader = PageStore(cache, first_pool(target), NO_LIMIT)
     assert reader.read(HASHES, tokens(*places), []) == [True] * PAGES
     assert torch.equal(target.kv_buffer[:, places], source.kv_buffer)
     assert reader.count_leading(HASHES, [], flat=False) == PAGES
@@ -93,7 +93,7 @@ def test_ranks_of_one_number_read_what_those_of_another_wrote(
             heads = slice(rank * each, (rank + 1) * each)
             mine.kv_buffer.copy_(memory.kv_buffer[:, :, heads])
             parts = split_heads(Part(kv_heads=(rank * each, (rank + 1) * each, HEADS)), each, most // ranks)
-            store = PageStore(cache, first_pool(mine, parts), Wait())
+            store = PageStore(cache, first_pool(mine, parts), NO_LIMIT)
             if memory is whole:
                 assert store.write(HASHES, tokens(*range(PAGES)), []) == [True] * PAGES
                 continue
@@ -106,7 +106,7 @@ def test_ranks_of_one_number_read_what_those_of_another_wrote(
 def test_a_page_with_a_piece_missing_is_not_there(cache: mmcache.Client) -> None:
     parts = split_heads(Part(), HEADS, 2)
     pool = first_pool(Memory(), parts)
-    store = PageStore(cache, pool, Wait())
+    store = PageStore(cache, pool, NO_LIMIT)
     store.write(HASHES, tokens(*range(PAGES)), [])
     cache.delete(pool.keys(HASHES, [])[9:10])  # the second half of the fifth page
     assert store.count_leading(HASHES, [], flat=False) == 4
@@ -114,7 +114,7 @@ def test_a_page_with_a_piece_missing_is_not_there(cache: mmcache.Client) -> None
 
 
 def several(cache: mmcache.Client, memory: dict[str, Memory]) -> PageStore:
-    store = PageStore(cache, first_pool(memory["kv"]), Wait())
+    store = PageStore(cache, first_pool(memory["kv"]), NO_LIMIT)
     for name in ("swa", "indexer"):
         store.further[name] = FurtherPool(memory[name], space(f"buffers of {name}"))
     return store
@@ -148,7 +148,7 @@ def test_how_far_a_prompt_reaches_is_one_question_about_all_kinds(cache: mmcache
         transfer("indexer", [*range(PAGES)], "all_pages", HASHES),
     ]
     assert store.find(HASHES, asked, [], flat=False) == ([3, 8], {"kv": 10, "swa": 8, "indexer": 10})
-    cache.delete(store.further["indexer"].keys(first_pool(memory["kv"]).names(HASHES, []), HASHES)[5:6])
+    cache.delete(store.further["indexer"].keys(first_pool(memory["kv"]), HASHES, [])[5:6])
     assert store.find(HASHES, asked, [], flat=False) == ([3], {"kv": 10, "swa": 8, "indexer": 5})
     assert store.find(HASHES, asked[:1], [], flat=True) == ([], {})
 
@@ -164,7 +164,7 @@ def test_where_the_first_kind_has_no_memory_the_others_decide(cache: mmcache.Cli
 
 
 def test_what_moved_is_told_once(cache: mmcache.Client) -> None:
-    store = PageStore(cache, first_pool(Memory()), Wait())
+    store = PageStore(cache, first_pool(Memory()), NO_LIMIT)
     store.write(HASHES, tokens(*range(PAGES)), [])
     store.read(HASHES[:5], tokens(*range(5)), [])
     store.read([HASHES[0][::-1]], tokens(0), None)  # nothing there

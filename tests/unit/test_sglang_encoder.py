@@ -18,7 +18,6 @@ from mmcache_connectors.sglang.encoder_items import digest_of, modality_of
 from mmcache_connectors.sglang.encoder_memory import Pools
 from mmcache_connectors.sglang.encoder_settings import EncoderSettings, environment_settings
 from mmcache_connectors.sglang.plugin import PREFIX
-from mmcache_connectors.sglang.settings import Settings
 
 URL = "mmcache://127.0.0.1:7600"
 LOOK = """
@@ -85,7 +84,7 @@ def test_a_server_in_the_same_environment_is_not_disturbed() -> None:
 
 def test_the_documentation_names_every_variable() -> None:
     text = (Path(__file__).parents[2] / "docs" / "sglang.md").read_text()
-    assert all(PREFIX + field.name.upper() in text for field in fields(Settings))
+    assert all(PREFIX + field.name.upper() in text for field in fields(EncoderSettings))
 
 
 # ----------------------------------------------------------------------------------------------- names and memory

@@ -30,6 +30,7 @@ OWN: dict[str, Any] = {
 }
 GROUPS = {
     "attention_backend": "exec.kernel",
+    "an_argument_of_a_new_group": "exec.vision",
     "enable_lora": "lora",
     "enable_precise_embedding_interpolation": "exec.kernel",
     "lora_paths": "lora",
@@ -69,6 +70,7 @@ def test_what_changes_rounding_or_features_alone_shares(changes: dict[str, Any])
         {"custom_weight_loader": ["mine.load"]},
         {"enable_precise_embedding_interpolation": True},
         {"an_argument_of_the_next_release": 7},
+        {"an_argument_of_a_new_group": 7},
     ],
 )
 def test_what_may_change_more_does_not(changes: dict[str, Any]) -> None:

@@ -100,16 +100,18 @@ def test_a_batch_takes_little_time() -> None:
 def test_a_rank_holds_a_range_of_heads(
     heads: int, total: int, rank: int, ranks: int, held: tuple[int, int, int] | None
 ) -> None:
-    assert rank_part((0, 28), 28, heads, total, rank, ranks) == Part(kv_heads=held)
-    assert rank_part((14, 28), 28, heads, total, rank, ranks) == Part(layers=(14, 28, 28), kv_heads=held)
+    assert rank_part(heads, total, rank, ranks) == Part(kv_heads=held)
 
 
-@pytest.mark.parametrize(
-    ("layers", "heads", "total", "ranks"),
-    [((0, 29), 8, 8, 1), ((3, 3), 8, 8, 1), ((0, 28), 3, 8, 2), ((0, 28), 2, 8, 3), ((0, 28), 1, 3, 8)],
-)
-def test_what_is_no_range_is_said_so(layers: tuple[int, int], heads: int, total: int, ranks: int) -> None:
-    assert rank_part(layers, 28, heads, total, 0, ranks) is None
+@pytest.mark.parametrize(("heads", "total", "ranks"), [(3, 8, 2), (2, 8, 3), (1, 3, 8)])
+def test_what_is_no_range_is_said_so(heads: int, total: int, ranks: int) -> None:
+    assert rank_part(heads, total, 0, ranks) is None
+
+
+@pytest.mark.parametrize(("heads", "pieces"), [(4, 8), (3, 2)])
+def test_heads_that_do_not_divide_are_not_cut(heads: int, pieces: int) -> None:
+    with pytest.raises(ValueError, match="cannot be cut into"):
+        split_heads(Part(), heads, pieces)
 
 
 def test_buffers_come_page_after_page() -> None:
@@ -140,11 +142,11 @@ def test_a_pool_that_lists_buffers_by_layer_is_noticed() -> None:
 
 def test_what_one_rank_holds_is_cut_into_what_more_ranks_hold_each() -> None:
     """A reader of any number of ranks finds the pieces of a writer of any other."""
-    whole, (first, second) = Part(), split_heads(rank_part((0, 28), 28, 8, 8, 0, 1) or HALF, 8, 2)
-    assert whole == rank_part((0, 28), 28, 8, 8, 0, 1)
-    assert (first, second) == tuple(rank_part((0, 28), 28, 4, 8, rank, 2) for rank in range(2))
+    whole, (first, second) = Part(), split_heads(rank_part(8, 8, 0, 1) or HALF, 8, 2)
+    assert whole == rank_part(8, 8, 0, 1)
+    assert (first, second) == tuple(rank_part(4, 8, rank, 2) for rank in range(2))
     quarters = [piece for half in (first, second) for piece in split_heads(half, 4, 2)]
-    assert quarters == [rank_part((0, 28), 28, 2, 8, rank, 4) for rank in range(4)]
+    assert quarters == [rank_part(2, 8, rank, 4) for rank in range(4)]
 
 
 def test_pieces_come_page_after_page() -> None:

@@ -100,6 +100,13 @@ def test_a_processor_that_does_not_say_how_it_normalises(changes: dict[str, Any]
 
 
 # ---------------------------------------------------------------------------------------------------------- the picture
+def test_where_bytes_cannot_be_told_apart_there_is_no_name() -> None:
+    """Values of neighbouring bytes lie so near each other that any number is near one."""
+    flat = Normalisation.of([0.5] * 3, [255.0] * 3, 1 / 255)
+    assert pixels_of(torch.rand(8, 12).mul_(3e-3), flat) is None
+    assert pixels_of(torch.zeros(8, 12, dtype=torch.uint8), flat) is None
+
+
 def test_both_forms_of_a_picture_have_one_name() -> None:
     pixels = patches()
     name = shared_item(pixels, GRID, NORM)

@@ -25,6 +25,7 @@ from mmcache.tensors import as_torch
 from mmcache_connectors.sglang.conditioning_facts import prompt_namespace
 from mmcache_connectors.sglang.diffusion_plugin import PREFIX
 from mmcache_connectors.sglang.environment import environment_values
+from mmcache_connectors.sglang.faults import Faults
 from mmcache_connectors.sglang.media import value_digest
 from mmcache_connectors.sglang.settings import Settings, parse_settings
 from mmcache_connectors.sglang.trust import TRUST
@@ -44,22 +45,22 @@ class Prompts:
         self._client, self._namespace, self._verify = client, namespace, settings.verify
         self._encoders = dict(encoders)
         self._epoch = theirs.conditioning_weights_epoch()
-        self._faults: set[str] = set()
+        self._faults = Faults()
 
     def through(self, call: Mapping[str, Any], compute: Compute) -> Any:
         """What the cache has for this call, else what `compute` returns, which is stored.
 
         Raises nothing but what `compute` does; adds at most three calls of the cache, each with its deadline.
         """
-        key = self._tried(lambda: self._key(call))
+        key = self._faults.caught(lambda: self._key(call), None)
         if key is None:
             return compute()
         device = call["kwargs"]["device"]
-        found = self._tried(lambda: self._read(key, device))
+        found = self._faults.caught(lambda: self._read(key, device), None)
         if found is not None:
             return found
         made = compute()
-        self._tried(lambda: self._write(key, made, device))
+        self._faults.caught(lambda: self._write(key, made, device), None)
         return made
 
     def _key(self, call: Mapping[str, Any]) -> Key | None:
@@ -109,16 +110,6 @@ class Prompts:
         tensors = _tensors(made, device)
         if tensors:
             self._client.put([key], [tensors])
-
-    def _tried(self, work: Callable[[], Any]) -> Any:
-        """`work()`, or None if it fails; what fails again is said once."""
-        try:
-            return work()
-        except Exception as error:
-            if type(error).__name__ not in self._faults:
-                self._faults.add(type(error).__name__)
-                log.exception("mmcache: a call failed inside the connector; it counts as a miss, and so will others")
-            return None
 
 
 _prompts: list[Prompts] = []  # of this worker; empty: not (yet) cached

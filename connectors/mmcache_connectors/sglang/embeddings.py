@@ -27,6 +27,7 @@ from mmcache_connectors.sglang.encoder_facts import encoder_facts, shared_tower
 from mmcache_connectors.sglang.encoder_memory import Pools
 from mmcache_connectors.sglang.encoder_settings import environment_settings
 from mmcache_connectors.sglang.encoder_shared import shared_picture
+from mmcache_connectors.sglang.faults import Faults
 from mmcache_connectors.sglang.pages import cuts
 from mmcache_connectors.sglang.transfer import CALL_NBYTES
 from mmcache_connectors.sglang.weights import ChangedFiles
@@ -62,7 +63,7 @@ class MMCacheEmbeddingStore(EmbeddingStore):  # type: ignore[misc]
         self._facts: dict[str, Any] | None = None
         self._namespace: Namespace | None = None
         self._shared: Namespace | None = None  # of names that other kinds of engines use too
-        self._faults: set[str] = set()
+        self._faults = Faults()
         self._ask_at = 0.0
         self._cache = mmcache.connect(settings.url, lazy=True, deadline_s=settings.deadline_s, verify=settings.verify)
         if get_parallel().tp_rank:  # the first rank reads and stores for all
@@ -98,13 +99,13 @@ class MMCacheEmbeddingStore(EmbeddingStore):  # type: ignore[misc]
         self, hashes: list[str], ptrs: list[list[int]], sizes: list[list[int]]
     ) -> list[bool]:
         """As `batch_get`, each embedding into several places, one after the other."""
-        return self._run(lambda: self._move(hashes, ptrs, sizes, self._read), len(hashes))
+        return self._faults.caught(lambda: self._move(hashes, ptrs, sizes, self._read), [False] * len(hashes))
 
     def batch_put_from_multi_buffers(
         self, hashes: list[str], ptrs: list[list[int]], sizes: list[list[int]]
     ) -> list[bool]:
         """As `batch_put`, each embedding from several places, one after the other."""
-        return self._run(lambda: self._move(hashes, ptrs, sizes, self._write), len(hashes))
+        return self._faults.caught(lambda: self._move(hashes, ptrs, sizes, self._write), [False] * len(hashes))
 
     def batch_is_exist(self, hashes: list[str]) -> list[bool]:
         """Which are stored. None, at once, while the cache is known not to answer."""
@@ -117,7 +118,7 @@ class MMCacheEmbeddingStore(EmbeddingStore):  # type: ignore[misc]
             self._note_whether_it_answers()
             return [key is not None and next(found) for key in keys]
 
-        return self._run(look, len(hashes))
+        return self._faults.caught(look, [False] * len(hashes))
 
     def get_key(self, mm_hash: str) -> str:
         """The key an embedding is stored under, in hex; "" if it is not cached."""
@@ -184,16 +185,6 @@ class MMCacheEmbeddingStore(EmbeddingStore):  # type: ignore[misc]
 
     def _note_whether_it_answers(self) -> None:
         self._ask_at = 0.0 if self._cache.answering else time.monotonic() + ASK_AGAIN_S
-
-    def _run(self, work: Callable[[], list[bool]], count: int) -> list[bool]:
-        """`work()`, or misses if it fails; what fails again is said once."""
-        try:
-            return work()
-        except Exception as error:
-            if type(error).__name__ not in self._faults:
-                self._faults.add(type(error).__name__)
-                log.exception("mmcache: a call failed inside the connector; it counts as a miss, and so will others")
-            return [False] * count
 
 
 def _room_for(rows: list[torch.Tensor]) -> torch.Tensor:

@@ -58,10 +58,13 @@ def shared_tower(model: str, dtype: str) -> tuple[Tower | None, str | None]:
 def _arguments() -> dict[str, tuple[str, Any]]:
     """SGLang's arguments: name -> (group, what is in effect)."""
     arguments = get_server_args()
-    return {
+    values = {
         name: ("processing" if name in PROCESSING else group, resolution_result(arguments, name))
         for name, group in namespace_of(type(arguments)).items()
     }
+    if values["tokenizer_path"][1] == values["model_path"][1]:  # SGLang's default; the fact `model` says what it holds
+        values["tokenizer_path"] = ("processing", None)
+    return values
 
 
 def _default(field: Any) -> Any:

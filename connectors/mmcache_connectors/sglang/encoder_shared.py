@@ -14,10 +14,17 @@ import torch
 from mmcache_connectors.sglang.facts import IN_BUT
 from mmcache_connectors.shared_embeddings import Normalisation, shared_item, why_not
 
-# Groups of SGLang's arguments in which each must be SGLang's default, but for those that are FREE.
-PLAIN_GROUPS: Final = ("exec.features", "lora", "model")
+# Groups of SGLang's arguments that change rounding, end in the features, or change nothing of a picture's embedding. In
+# every other group each must be SGLang's default, but for those that are FREE.
+FREE_GROUPS: Final = frozenset(
+    (
+        "device", "disagg", "exec.comm", "exec.deterministic", "exec.dllm", "exec.graph", "exec.kernel", "exec.mamba",
+        "exec.moe", "exec.offload", "exec.overlap", "memory", "mm", "observability", "parallel", "processing",
+        "schedule", "serving", "spec",
+    )
+)  # fmt: skip
 FREE: Final = IN_BUT["model"] | {"context_length", "dtype", "kv_cache_dtype", "trust_remote_code"}
-PLAIN: Final = ("enable_precise_embedding_interpolation", "enable_tf32_matmul")  # of the other groups
+PLAIN: Final = ("enable_precise_embedding_interpolation", "enable_tf32_matmul")  # of the free groups
 FORMATS: Final = ("auto", "safetensors")
 NORMALISING: Final = ("do_rescale", "do_normalize", "rescale_factor", "image_mean", "image_std")
 
@@ -35,7 +42,7 @@ def unshared(
     if quantized:
         return "the model is quantised"
     for name, (group, value) in values.items():
-        plain = (group in PLAIN_GROUPS and name not in FREE) or name in PLAIN
+        plain = (group not in FREE_GROUPS and name not in FREE) or name in PLAIN
         if name == "load_format" and value in FORMATS:
             continue
         if plain and value != own.get(name) and (own.get(name) is not None or value):

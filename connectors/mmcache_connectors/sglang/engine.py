@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import importlib
+import os
+from functools import cache
 from typing import Any
 
 import sglang
@@ -18,17 +20,24 @@ from mmcache_connectors.sglang import facts, hooks
 from mmcache_connectors.sglang.pages import rank_part, split_heads
 from mmcache_connectors.sglang.plugin import ATTACH
 from mmcache_connectors.sglang.pools import FirstPool, FurtherPool, page_sizes
-from mmcache_connectors.sglang.store import Wait
-from mmcache_connectors.sglang.weights import Contents, model_identity, process_start_s
+from mmcache_connectors.sglang.store import NO_LIMIT, Wait
+from mmcache_connectors.sglang.weights import Contents, model_identity, process_start_s, weights_of
 
 
-def describe_first(config: Any, pool: Any, identity: str) -> FirstPool:
+@cache
+def _contents() -> Contents:
+    """Of this process: files are read once, however often the backend is attached."""
+    return Contents(process_start_s())
+
+
+def describe_first(config: Any, pool: Any, identity: str, in_memory: bool) -> FirstPool:
     """Name the pages of SGLang's first host pool, given its HiCacheStorageConfig and the setting `model_identity`.
 
-    Reads every byte of a local model unless `identity` is set. Raises ConfigError if it cannot tell which weights these
-    are, ChangedFiles if they may not be those that were loaded, KeyInputError if a file it has to read cannot be.
+    `in_memory`: SGLang points to pages, by interface v1. Reads every byte of a local model unless `identity` is set.
+    Raises ConfigError if it cannot tell which weights these are, or reach or cut the pages; ChangedFiles if the weights
+    may not be those that were loaded, KeyInputError if a file it has to read cannot be.
     """
-    contents = Contents(process_start_s())
+    contents = _contents()
     arguments = get_server_args()
     values = {
         name: (group, resolution_result(arguments, name)) for name, group in namespace_of(type(arguments)).items()
@@ -38,20 +47,50 @@ def describe_first(config: Any, pool: Any, identity: str) -> FirstPool:
         return values[name][1]
 
     facts.check_adapters(getattr(adapter, "lora_path", None) for adapter in value("lora_paths") or ())
+    draft = value("speculative_draft_model_path")
+    if draft is not None and not identity and not os.path.exists(draft):  # what a folder holds, the settings say
+        draft = weights_of(draft, value("speculative_draft_model_revision"), value("download_dir"), contents)
     part, shard = _part(config, pool, arguments)
     named: dict[str, object] = {
         "engine": "sglang",
         "engine_version": sglang.__version__,
         "model": model_identity({name: held for name, (_, held) in values.items()}, identity, contents),
+        "draft": draft,
         "shard": shard,
         "settings": facts.engine_settings(values, value("random_seed"), contents),
         **_form(pool),
     }
-    buffers, flat = (
-        Namespace(kind="kv", block_size=pool.page_size, page=page, **named) for page in ("buffers", "flat")
-    )
-    pieces = config.tp_lcm_size // config.tp_size if config.should_split_heads and shard is None else 1
-    return FirstPool(pool, buffers, flat, part, split_heads(part, pool.head_num, pieces) if pieces > 1 else [part])
+    parts = _parts(config, pool, part) if shard is None else [part]
+    held = in_memory and getattr(pool, "kv_buffer", pool) is not None
+    sizes = [nbytes // len(parts) for nbytes in _reachable(pool)] if held else None
+    buffers = Namespace(kind="kv", block_size=pool.page_size, page="buffers", page_buffers=sizes, **named)
+    flat = Namespace(kind="kv", block_size=pool.page_size, page="flat", **named)
+    return FirstPool(pool, buffers, flat, part, parts)
+
+
+def _reachable(pool: Any) -> list[int]:
+    """`page_sizes`, or ConfigError."""
+    try:
+        return page_sizes(pool)
+    except Exception as error:
+        raise ConfigError(
+            f"the pages of a {type(pool).__name__} with layout {pool.layout!r} cannot be reached ({error!r}); "
+            "use --hicache-mem-layout page_first_direct"
+        ) from error
+
+
+def _parts(config: Any, pool: Any, part: Part) -> list[Part]:
+    """What a page is stored in: as many pieces as SGLang says to cut it into. Raises ConfigError if it cannot."""
+    if not config.should_split_heads:
+        return [part]
+    pieces = config.tp_lcm_size // config.tp_size
+    try:
+        return split_heads(part, pool.head_num, pieces)
+    except ValueError as error:
+        raise ConfigError(
+            f'"tp_lcm_size": {config.tp_lcm_size} does not fit this model: {error}; give a multiple of every --tp-size '
+            "that divides the model's kv heads"
+        ) from None
 
 
 def describe_further(config: Any, first: FirstPool, pool: Any, name: str) -> FurtherPool:
@@ -61,9 +100,10 @@ def describe_further(config: Any, first: FirstPool, pool: Any, name: str) -> Fur
     ranks of equal numbers of them alone.
     """
     same = config.is_mla_model and any(base.__name__ in facts.REPLICATED for base in type(pool).__mro__)
+    divided = config.pp_size * config.attn_cp_size * config.dcp_size * (1 if same else config.tp_size)
     named: dict[str, object] = {key: held for key, held in first.buffers.facts.items() if key != "block_size"} | {
         "page": f"buffers of {name}",
-        "shard": _ranks(config, tp=not same) if config.tp_size * config.pp_size * config.attn_cp_size > 1 else None,
+        "shard": _ranks(config, tp=not same) if divided > 1 else None,
         "page_buffers": page_sizes(pool),
         **_form(pool),
     }
@@ -85,8 +125,10 @@ def _form(pool: Any) -> dict[str, object]:
     }
 
 
-def check_start(backend: type) -> tuple[bool, Wait]:
-    """Whether SGLang was started to say which pages come before those it asks for, and how long it waits for them.
+def check_start(backend: type) -> tuple[bool | None, Wait]:
+    """Whether SGLang says which pages come before those it asks for, and how long it waits for them.
+
+    None, and SGLang's defaults, of a backend that is attached later: nothing here says what it was attached with.
 
     Raises ConfigError if this process was started neither with `backend` nor with the hooks: attached later, over HTTP,
     it would not know whether weights were replaced before, nor have identified the media whose pages SGLang already
@@ -105,7 +147,10 @@ def check_start(backend: type) -> tuple[bool, Wait]:
             f"from the start: start SGLang with {ATTACH}=1 in its environment, or with "
             "--hicache-storage-backend dynamic and its extra config"
         )
-    return (bool(parsed[4]), Wait(parsed[2], parsed[3])) if found is backend else (False, Wait())
+    waits = resolution_result(arguments, "hicache_storage_prefetch_policy") == "timeout"
+    at_start = found is backend and not hooks.installed()
+    base_s, per_ki_token_s = parsed[2:4] if at_start else (1.0, 0.25)
+    return bool(parsed[4]) if at_start else None, Wait(base_s, per_ki_token_s) if waits else NO_LIMIT
 
 
 def untold_media() -> str | None:
@@ -124,19 +169,17 @@ def media_transport() -> str | None:
 
 
 def _part(config: Any, pool: Any, arguments: Any) -> tuple[Part, str | None]:
-    """The part this rank holds; where ranges cannot say it, the whole, and a fact that says whose it is.
+    """The part this rank holds; where ranges of heads cannot say it, the whole, and a fact that says whose it is.
 
-    Of pipeline stages they cannot: the pools of hybrid models count their own layers from 0 on in every stage. Source:
-    SWAKVPool and HybridLinearKVPool of SGLang 0.5.23.
+    Ranges of layers are not relied on: in every pipeline stage the pools of hybrid models count their own from 0 on.
+    Source: SWAKVPool and HybridLinearKVPool of SGLang 0.5.23.
     """
     heads = 0 if config.is_mla_model else getattr(pool, "head_num", 0)
-    layers, heads_total = pool.end_layer, heads
-    if config.tp_size > 1:
-        model = ModelConfig.from_server_args(arguments)
-        layers, heads_total = model.num_hidden_layers, heads and model.get_total_num_kv_heads()
-    here = (pool.start_layer, pool.end_layer)
+    total = heads
+    if heads and config.tp_size > 1:
+        total = ModelConfig.from_server_args(arguments).get_total_num_kv_heads()
     whole = config.pp_size == config.attn_cp_size == config.dcp_size == 1 and (config.is_mla_model or heads > 0)
-    part = rank_part(here, layers, heads, heads_total, config.tp_rank, config.tp_size) if whole else None
+    part = rank_part(heads, total, config.tp_rank, config.tp_size) if whole else None
     if part is not None:
         return part, None
     return Part(), _ranks(config, tp=not config.is_mla_model)

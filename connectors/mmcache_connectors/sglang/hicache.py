@@ -15,7 +15,6 @@ from sglang.srt.mem_cache.hicache_storage import HiCacheStorage, PoolTransferRes
 from sglang.srt.observability.metrics_collector import StorageMetrics
 
 import mmcache
-from mmcache.errors import ConfigError
 from mmcache.transport.base import Outcome
 from mmcache_connectors.sglang import hooks
 from mmcache_connectors.sglang.engine import (
@@ -25,7 +24,8 @@ from mmcache_connectors.sglang.engine import (
     media_transport,
     untold_media,
 )
-from mmcache_connectors.sglang.pools import FirstPool, page_sizes
+from mmcache_connectors.sglang.faults import Faults
+from mmcache_connectors.sglang.pools import FirstPool
 from mmcache_connectors.sglang.settings import parse_settings
 from mmcache_connectors.sglang.store import FIRST, PageStore
 from mmcache_connectors.sglang.trust import TRUST
@@ -49,7 +49,7 @@ class MMCacheHiCacheStorage(HiCacheStorage):  # type: ignore[misc]
         self._passes_prefix, self._wait = check_start(type(self))
         self._first: FirstPool | None = None
         self._pages: PageStore | None = None
-        self._faults: set[str] = set()
+        self._faults = Faults()
         hooks.install()
         settings = self._settings
         self._cache = mmcache.connect(settings.url, lazy=True, deadline_s=settings.deadline_s, verify=settings.verify)
@@ -62,7 +62,7 @@ class MMCacheHiCacheStorage(HiCacheStorage):  # type: ignore[misc]
                 "these ends the caching: use --mm-feature-transport cpu",
                 media_transport(),
             )
-        if not self._passes_prefix:
+        if self._passes_prefix is False:
             log.warning(
                 'mmcache: set "hicache_storage_pass_prefix_keys": true, so that a prompt\'s pages stay together'
             )
@@ -78,12 +78,10 @@ class MMCacheHiCacheStorage(HiCacheStorage):  # type: ignore[misc]
         if TRUST.reason is not None:
             return
         try:
-            self._first = describe_first(self._config, mem_pool_host, self._settings.model_identity)
+            self._first = describe_first(self._config, mem_pool_host, self._settings.model_identity, self._v1)
         except ChangedFiles as error:
             TRUST.end(str(error))
             return
-        if self._v1 and holds_pages:
-            _check_pool(mem_pool_host)
         self._pages = PageStore(self._cache, self._first, self._wait)
         space = self._first.buffers if self._v1 else self._first.flat
         log.info("mmcache: pages go to %s as namespace %s", self._settings.url, space.id.hex())
@@ -201,7 +199,7 @@ class MMCacheHiCacheStorage(HiCacheStorage):  # type: ignore[misc]
         prefix: Sequence[str] | None = getattr(extra_info, "prefix_keys", None)
         if prefix is not None:
             self._passes_prefix = True
-        elif extra_info is not None and self._passes_prefix:
+        elif extra_info is not None and self._passes_prefix:  # and not of an attached one that has not said any yet
             prefix = []
         return prefix
 
@@ -213,29 +211,13 @@ class MMCacheHiCacheStorage(HiCacheStorage):  # type: ignore[misc]
             log.warning("mmcache: %s", result.reason)
 
     def _run(self, work: Callable[[PageStore], T], missed: T) -> T:
-        """`work`, or `missed` if it fails or its keys cannot be trusted; what fails again is said once."""
+        """`work`, or `missed` if it fails or its keys cannot be trusted."""
         if TRUST.reason is not None:
             return missed
-        try:
-            assert self._pages is not None, "SGLang registers the pool before it asks"
-            return work(self._pages)
-        except Exception as error:
-            if type(error).__name__ not in self._faults:
-                self._faults.add(type(error).__name__)
-                log.exception("mmcache: a call failed inside the connector; it counts as a miss, and so will others")
-            return missed
+        pages = self._pages
+        assert pages is not None, "SGLang registers the pool before it asks"
+        return self._faults.caught(lambda: work(pages), missed)
 
 
 def _nothing(transfers: Sequence[Any]) -> dict[Any, list[bool]]:
     return {transfer.name: [False] * len(transfer.keys or ()) for transfer in transfers}
-
-
-def _check_pool(pool: Any) -> None:
-    """Raises ConfigError unless the pool says where its pages lie."""
-    try:
-        page_sizes(pool)
-    except Exception as error:
-        raise ConfigError(
-            f"the pages of a {type(pool).__name__} with layout {pool.layout!r} cannot be reached ({error!r}); "
-            "use --hicache-mem-layout page_first_direct"
-        ) from error

@@ -46,10 +46,13 @@ def page_keys(namespace: Namespace, part: Part, hashes: Sequence[str], prefix: S
 
 
 def in_pieces(keys: Keys, parts: Sequence[Part]) -> Keys:
-    """The keys of pages that are stored in several parts: all parts of the first page, of the second, and so on."""
+    """The keys of pages that are stored in several parts: all parts of the first page, of the second, and so on.
+
+    `keys` are those of the first part.
+    """
+    if len(parts) == 1:
+        return keys
     columns = [keys.for_part(part) for part in parts]
-    if len(columns) == 1:
-        return columns[0]
     each = [[getattr(one, name) for one in columns] for name in Keys.__slots__]
     woven = {
         name: [value for row in zip(*held, strict=True) for value in row]
@@ -66,6 +69,12 @@ def beside(namespace: Namespace, first: Keys, hashes: Sequence[str]) -> Keys:
     chains = [_chain(namespace, page) for page in hashes]
     spaces: list[bytes] = [namespace.id] * len(chains)
     return Keys(stored_keys(chains, WHOLE), chains, first.homes, spaces, first.digests, first.indices, first.chains)
+
+
+def instead(namespace: Namespace, first: Keys, hashes: Sequence[str], prefix: Sequence[str] | None) -> Keys:
+    """As `beside`, where the first kind has pages in name only: each is evicted before the one that comes before it."""
+    own = page_keys(namespace, WHOLE, hashes, prefix)
+    return Keys(own.digests, own.chains, first.homes, own.namespaces, own.parents, own.indices, own.parent_chains)
 
 
 def _chain(namespace: Namespace, page: str) -> bytes:
@@ -90,35 +99,32 @@ def _homes(namespace: Namespace, chains: list[bytes], prefix: Sequence[str]) -> 
     return homes
 
 
-def rank_part(
-    layers: tuple[int, int], layers_total: int, heads: int, heads_total: int, rank: int, ranks: int
-) -> Part | None:
+def rank_part(heads: int, heads_total: int, rank: int, ranks: int) -> Part | None:
     """Which part of a page one rank's memory holds; None if that cannot be said in ranges.
 
-    `layers` is (start, stop) of `layers_total`; `heads` kv heads of `heads_total` on each of `ranks` tensor-parallel
-    ranks, either divided among them or, with fewer heads than ranks, each on several. `heads_total` 0: the value has no
-    head axis (MLA), every rank holds the same.
+    `heads` kv heads of `heads_total` are on each of `ranks` tensor-parallel ranks, either divided among them or, with
+    fewer heads than ranks, each on several. `heads_total` 0: a value without heads (MLA), the same on every rank.
     """
-    start, stop = layers
-    if not 0 <= start < stop <= layers_total:
-        return None
-    held: tuple[int, int, int] | None = None
-    if heads_total:
-        if heads * ranks == heads_total:
-            held = (rank * heads, (rank + 1) * heads, heads_total)
-        elif heads == 1 and ranks % heads_total == 0:
-            held = (rank * heads_total // ranks, rank * heads_total // ranks + 1, heads_total)
-        else:
-            return None
-    return Part(layers=(start, stop, layers_total), kv_heads=held)
+    if not heads_total:
+        return WHOLE
+    if heads * ranks == heads_total:
+        return Part(kv_heads=(rank * heads, (rank + 1) * heads, heads_total))
+    if heads == 1 and ranks % heads_total == 0:
+        head = rank * heads_total // ranks
+        return Part(kv_heads=(head, head + 1, heads_total))
+    return None
 
 
 def split_heads(part: Part, heads: int, pieces: int) -> list[Part]:
-    """A part that holds `heads` kv heads, cut by them into equal pieces: what ranks of a larger number hold each."""
+    """A part that holds `heads` kv heads, cut by them into equal pieces: what ranks of a larger number hold each.
+
+    Raises ValueError if they do not divide.
+    """
+    if heads % pieces:
+        raise ValueError(f"{heads} kv heads cannot be cut into {pieces} equal pieces")
     start, stop, total = part.kv_heads or (0, heads, heads)
     each = (stop - start) // pieces
-    bounds = range(start, stop, each)
-    return [Part(layers=part.layers, kv_heads=(first, first + each, total)) for first in bounds]
+    return [Part(kv_heads=(first, first + each, total)) for first in range(start, stop, each)]
 
 
 def by_page(buffers: Sequence[T], pages: int) -> list[list[T]]:

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from mmcache.keys import Keys, Namespace, Part
-from mmcache_connectors.sglang.pages import beside, by_page, in_page_order, in_pieces, page_keys
+from mmcache_connectors.sglang.pages import beside, by_page, in_page_order, in_pieces, instead, page_keys
 
 
 @dataclass(frozen=True)
@@ -33,14 +33,17 @@ class FirstPool:
         """Whether there is memory behind the pages."""
         return getattr(self.pool, "kv_buffer", self) is not None
 
-    def names(self, hashes: Sequence[str], prefix: Sequence[str] | None, *, flat: bool = False) -> Keys:
-        """One key a page: of pages that are passed as tensors, or else those beside which further pools' pages are."""
-        return page_keys(self.flat if flat else self.buffers, self.part, hashes, prefix)
+    def names(self, hashes: Sequence[str], prefix: Sequence[str] | None) -> Keys:
+        """One key a page, of its first part: beside which the pages of further pools are."""
+        return page_keys(self.buffers, self.parts[0], hashes, prefix)
 
     def keys(self, hashes: Sequence[str], prefix: Sequence[str] | None) -> Keys:
         """The keys of pages in memory as they are stored: one for each of `parts` a page."""
-        names = self.names(hashes, prefix)
-        return names if list(self.parts) == [self.part] else in_pieces(names, self.parts)
+        return in_pieces(self.names(hashes, prefix), self.parts)
+
+    def flat_keys(self, hashes: Sequence[str]) -> Keys:
+        """The keys of pages that are passed as tensors, of which SGLang never says what came before."""
+        return page_keys(self.flat, self.part, hashes, None)
 
     def places(self, host_indices: Any, pages: int) -> list[list[Any]]:
         """The memory of pages as writable arrays, a list for each key."""
@@ -59,9 +62,12 @@ class FurtherPool:
     pool: Any
     namespace: Namespace
 
-    def keys(self, names: Keys, hashes: Sequence[str]) -> Keys:
-        """One key a page, given the FirstPool's `names` of the same pages."""
-        return beside(self.namespace, names, hashes)
+    def keys(self, first: FirstPool, hashes: Sequence[str], prefix: Sequence[str] | None) -> Keys:
+        """One key a page."""
+        names = first.names(hashes, prefix)
+        if first.holds_pages:
+            return beside(self.namespace, names, hashes)
+        return instead(self.namespace, names, hashes, prefix)
 
     def places(self, host_indices: Any, pages: int) -> list[list[Any]]:
         """The memory of pages as writable arrays, a list for each. Raises ValueError for a wrong number of indices."""

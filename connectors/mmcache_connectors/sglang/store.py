@@ -5,6 +5,7 @@ What goes wrong here raises; hicache.py makes it a miss.
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Sequence
 from typing import Any, Final, NamedTuple
@@ -24,12 +25,15 @@ FIRST: Final = "kv"  # SGLang's name of the first pool
 class Wait(NamedTuple):
     """How long SGLang waits for a prompt's pages, seconds: at least, and more for each 1024 tokens."""
 
-    base_s: float = 1.0
-    per_ki_token_s: float = 0.25
+    base_s: float
+    per_ki_token_s: float
 
     def of(self, tokens: int) -> float:
         """For so many tokens."""
         return self.base_s + self.per_ki_token_s * tokens / 1024
+
+
+NO_LIMIT: Final = Wait(math.inf, 0.0)
 
 
 class Found(NamedTuple):
@@ -50,22 +54,19 @@ class PageStore:
 
     def count_leading(self, hashes: Sequence[str], prefix: Prefix, *, flat: bool) -> int:
         """How many leading pages of the first pool are stored, those that are passed as tensors if `flat`."""
-        if not flat and not self._first.holds_pages:
-            return len(hashes)
         if flat:
-            return self._cache.match_prefix(self._first.names(hashes, prefix, flat=True))
+            return self._cache.match_prefix(self._first.flat_keys(hashes))
+        if not self._first.holds_pages:
+            return len(hashes)
         return self._cache.match_prefix(self._first.keys(hashes, prefix)) // len(self._first.parts)
 
     def find(self, hashes: Sequence[str], transfers: Sequence[Any], prefix: Prefix, *, flat: bool) -> Found:
         """How far the pages of all pools reach, each pool by the policy of its PoolTransfer; one question for all."""
-        names = self._first.names(hashes, prefix)
-        asked = [self.further[transfer.name].keys(names, hashes) for transfer in transfers]
+        asked = [self.further[transfer.name].keys(self._first, hashes, prefix) for transfer in transfers]
+        pieces = 1 if flat else len(self._first.parts)
+        mine = self._first.flat_keys(hashes) if flat else self._first.keys(hashes, prefix)
         if not flat and not self._first.holds_pages:
-            mine, pieces = names[:0], 1
-        elif flat:
-            mine, pieces = self._first.names(hashes, prefix, flat=True), 1
-        else:
-            mine, pieces = self._first.keys(hashes, prefix), len(self._first.parts)
+            mine = mine[:0]
         there = self._cache.contains(_joined([mine, *asked]))
         pages = [*there[: len(mine)], False].index(False) // pieces if len(mine) else len(hashes)
         kinds = []
@@ -78,19 +79,19 @@ class PageStore:
 
     def read(self, hashes: Sequence[str], host_indices: Any, prefix: Prefix) -> list[bool]:
         """Fill pages of the first pool; True for each that is there."""
-        return self._move_first(hashes, host_indices, prefix, self._reading(len(hashes)))
+        return self._move_first(hashes, host_indices, prefix, self._reading(len(hashes), len(self._first.parts)))
 
     def write(self, hashes: Sequence[str], host_indices: Any, prefix: Prefix) -> list[bool]:
         """Store pages of the first pool; True for each that is stored now."""
-        return self._move_first(hashes, host_indices, prefix, self._writing)
+        return self._move_first(hashes, host_indices, prefix, self._writing(len(self._first.parts)))
 
     def read_flat(self, hashes: Sequence[str], targets: Sequence[Any]) -> list[bool]:
         """Fill tensors with pages of the first pool; True for each that is there."""
-        return self._reading(len(hashes))(self._first.names(hashes, None, flat=True), targets)
+        return self._reading(len(hashes))(self._first.flat_keys(hashes), targets)
 
     def write_flat(self, hashes: Sequence[str], values: Sequence[Any]) -> list[bool]:
         """Store tensors, a page of the first pool each; True for each that is stored now."""
-        return self._writing(self._first.names(hashes, None, flat=True), values)
+        return self._writing()(self._first.flat_keys(hashes), values)
 
     def read_all(self, transfers: Sequence[Any], prefix: Prefix) -> dict[Any, list[bool]]:
         """Fill pages as PoolTransfers ask; by pool True for each page that is there."""
@@ -99,7 +100,7 @@ class PageStore:
 
     def write_all(self, transfers: Sequence[Any], prefix: Prefix) -> dict[Any, list[bool]]:
         """Store pages as PoolTransfers say; by pool True for each page that is stored now."""
-        return self._move_all(transfers, prefix, self._writing)
+        return self._move_all(transfers, prefix, self._writing())
 
     def _move_first(self, hashes: Sequence[str], host_indices: Any, prefix: Prefix, move: Move) -> list[bool]:
         if not self._first.holds_pages:
@@ -113,13 +114,12 @@ class PageStore:
         counts: list[int] = []
         for transfer in transfers:
             hashes = transfer.keys or []
-            names = self._first.names(hashes, prefix)
             if transfer.name == FIRST:
                 keys.append(self._first.keys(hashes, prefix))
                 places += self._first.places(transfer.host_indices, len(hashes))
             else:
                 pool = self.further[transfer.name]
-                keys.append(pool.keys(names, hashes))
+                keys.append(pool.keys(self._first, hashes, prefix))
                 places += pool.places(transfer.host_indices, len(hashes))
             counts.append(len(keys[-1]))
         done = iter(move(_joined(keys), places))
@@ -129,24 +129,24 @@ class PageStore:
             results[transfer.name] = _whole([next(done) for _ in range(count)], max(pieces, 1))
         return results
 
-    def _reading(self, pages: int) -> Move:
+    def _reading(self, pages: int, pieces: int = 1) -> Move:
+        """Reads what belongs to so many pages, each in so many pieces."""
         wait_s = self._wait.of(pages * self._first.pool.page_size)
+        return self._timed(lambda keys, places: read_pages(self._cache, keys, places, wait_s), pieces, written=False)
 
-        def read(keys: Keys, places: Sequence[Any]) -> list[bool]:
-            return self._timed(lambda: read_pages(self._cache, keys, places, wait_s), places, written=False)
+    def _writing(self, pieces: int = 1) -> Move:
+        return self._timed(lambda keys, values: write_pages(self._cache, keys, values), pieces, written=True)
 
-        return read
+    def _timed(self, move: Move, pieces: int, *, written: bool) -> Move:
+        def timed(keys: Keys, places: Sequence[Any]) -> list[bool]:
+            started = time.perf_counter()
+            done = move(keys, places)
+            seconds = time.perf_counter() - started
+            nbytes = sum(nbytes_of(place) for place, good in zip(places, done, strict=True) if good)
+            self.moved.note(sum(_whole(done, pieces)), nbytes, seconds, written=written)
+            return done
 
-    def _writing(self, keys: Keys, values: Sequence[Any]) -> list[bool]:
-        return self._timed(lambda: write_pages(self._cache, keys, values), values, written=True)
-
-    def _timed(self, move: Callable[[], list[bool]], places: Sequence[Any], *, written: bool) -> list[bool]:
-        started = time.perf_counter()
-        done = move()
-        seconds = time.perf_counter() - started
-        nbytes = sum(nbytes_of(place) for place, good in zip(places, done, strict=True) if good)
-        self.moved.note(sum(done), nbytes, seconds, written=written)
-        return done
+        return timed
 
 
 def _joined(keys: Sequence[Keys]) -> Keys:

@@ -16,7 +16,8 @@ from mmcache.errors import ConfigError
 from mmcache.identity import commit_identity, directory_digest, file_digest
 
 REMEDY: Final = (
-    'give "model_identity" (docs/sglang.md): any text that changes when the weights do, such as repository@commit'
+    'give "model_identity" (docs/sglang.md): any text that changes when a file of the model does, such as '
+    "repository@commit"
 )
 # Formats whose weights come from elsewhere than the files `model_path` names. Source: LoadFormat in SGLang 0.5.23.
 FROM_ELSEWHERE: Final = ("ipc_cache", "private", "rdma", "remote", "remote_instance")
@@ -85,8 +86,13 @@ def model_identity(values: Mapping[str, Any], given: str, contents: Contents) ->
     if form in FROM_ELSEWHERE or values["weight_cache_mode"] != "off":
         way = f"--load-format {form}, --weight-cache-mode {values['weight_cache_mode']}"
         raise ConfigError(f"the weights come from elsewhere than {path!r} ({way}); {REMEDY}")
+    return weights_of(path, values["revision"], values["download_dir"], contents)
+
+
+def weights_of(path: str, revision: str | None, download_dir: str | None, contents: Contents) -> str:
+    """Which weights a folder, file or repository holds, as `model_identity` says it; raises the same."""
     if not os.path.exists(path):
-        folder = None if values["download_dir"] else _snapshot(path, values["revision"])
+        folder = None if download_dir else _snapshot(path, revision)
         if folder is None:
             raise ConfigError(f"cannot tell which weights {path!r} stands for; {REMEDY}")
         path = folder

@@ -51,7 +51,7 @@ class CacheSettings:
     )
     model_identity: str = field(
         default="",
-        metadata={"help": "names the weights; empty: a digest of the model directory, or repository@commit"},
+        metadata={"help": "names all files of the model; empty: a digest of its directory, or repository@commit"},
     )
     weights_epoch: str = field(
         default="", metadata={"help": "names in-place weight updates; empty: reset_cache() picks a random one"}

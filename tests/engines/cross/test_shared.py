@@ -138,6 +138,7 @@ def test_other_weights_another_dtype_and_engines_that_do_not_share_find_nothing(
     cache, names = pair.vllm.cache, (*VLLM_FIRST, *SGLANG_FIRST)
     pair.vllm.encode(*names)
     assert len(cache.digests()) == len(names)
+    refused = []
     for other in (
         vllm(made, cache, "qwen2-vl-retrained", shared_embeddings=True),
         vllm(made, cache, dtype="float32", shared_embeddings=True),
@@ -148,6 +149,8 @@ def test_other_weights_another_dtype_and_engines_that_do_not_share_find_nothing(
     ):
         with other as side:
             encodes(side, *names)
+            refused.append("nothing is shared with other kinds" in side.engine.log())
+    assert not any(refused)  # those that were told to share do: it is their names that are others
 
 
 @full

@@ -68,7 +68,71 @@ class Answer(NamedTuple):
         return (self.prompt - 1) // PAGE * PAGE
 
 
-class Engine:
+class Driven:
+    """A process that is told what to do a line at a time, and answers in JSON, a line each, on a pipe of its own.
+
+    "{answers}" in its command stands for the pipe's descriptor. Its log is kept.
+    """
+
+    def __init__(self, command: list[str], environment: Mapping[str, str]) -> None:
+        self._log = tempfile.TemporaryFile()  # noqa: SIM115
+        read, write = os.pipe()
+        self._process = subprocess.Popen(
+            [sys.executable, "-W", "ignore", *(word.replace("{answers}", str(write)) for word in command)],
+            stdin=subprocess.PIPE,
+            stdout=self._log,
+            stderr=self._log,
+            text=True,
+            pass_fds=[write],
+            env=dict(environment),
+            start_new_session=True,
+        )
+        os.close(write)
+        self._answers = os.fdopen(read, "rb", buffering=0)
+        self._partial = b""
+
+    def tell(self, line: str) -> None:
+        """Send it one line."""
+        assert self._process.stdin is not None
+        self._process.stdin.write(line + "\n")
+        self._process.stdin.flush()
+
+    def read(self, within_s: float) -> dict[str, Any]:
+        """Its next answer; AssertionError, with its log, if it ends or takes too long."""
+        deadline = time.monotonic() + within_s
+        with selectors.DefaultSelector() as selector:
+            selector.register(self._answers, selectors.EVENT_READ)
+            while b"\n" not in self._partial:
+                assert selector.select(max(deadline - time.monotonic(), 0)), f"no answer\n{self.log()}"
+                piece = self._answers.read(1 << 16)
+                assert piece, f"the engine ended\n{self.log()}"
+                self._partial += piece
+        line, _, self._partial = self._partial.partition(b"\n")
+        found: dict[str, Any] = json.loads(line)
+        return found
+
+    def log(self) -> str:
+        """Everything it has written to stdout and stderr."""
+        size = os.fstat(self._log.fileno()).st_size
+        return os.pread(self._log.fileno(), size, 0).decode(errors="replace")
+
+    def lines(self, *words: str) -> list[str]:
+        """Those lines of the log in which all of `words` stand."""
+        return [line for line in self.log().splitlines() if all(word in line for word in words)]
+
+    def stop(self) -> None:
+        """End it and everything it started."""
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(self._process.pid, signal.SIGKILL)
+        self._process.wait()
+        assert self._process.stdin is not None
+        with contextlib.suppress(OSError):
+            self._process.stdin.close()
+        self._answers.close()
+        self._log.close()
+
+
+class Engine(Driven):
     """An engine process. `ask` runs a request; `log` is what it has written so far."""
 
     def __init__(
@@ -106,25 +170,14 @@ class Engine:
                 "hicache_io_backend": "direct",
                 "hicache_mem_layout": "page_first_direct",
             }
-        self._log = tempfile.TemporaryFile()  # noqa: SIM115
-        read, write = os.pipe()
-        self._process = subprocess.Popen(
-            [sys.executable, "-W", "ignore", str(HERE / "driver.py"), str(write), json.dumps(settings | arguments)],
-            stdin=subprocess.PIPE,
-            stdout=self._log,
-            stderr=self._log,
-            text=True,
-            pass_fds=[write],
-            env=shim_environment() | dict(environment or {}) | _cores(arguments.get("tp_size", 1)),
-            start_new_session=True,
+        super().__init__(
+            [str(HERE / "driver.py"), "{answers}", json.dumps(settings | arguments)],
+            shim_environment() | dict(environment or {}) | _cores(arguments.get("tp_size", 1)),
         )
-        os.close(write)
-        self._answers = os.fdopen(read, "rb", buffering=0)
-        self._partial = b""
 
     def wait_ready(self) -> Engine:
         """Wait until it answers requests; AssertionError, with its log, if it ends or takes too long."""
-        assert self._read(START_S) == {"ready": True}
+        assert self.read(START_S) == {"ready": True}
         return self
 
     def ask(self, prompt: str | list[int], images: list[Path] | None = None, **more: Any) -> Answer:
@@ -162,50 +215,15 @@ class Engine:
         self.flush()
         return self._send({"detach": True})
 
-    def log(self) -> str:
-        """Everything it has written to stdout and stderr."""
-        size = os.fstat(self._log.fileno()).st_size
-        return os.pread(self._log.fileno(), size, 0).decode(errors="replace")
-
-    def lines(self, *words: str) -> list[str]:
-        """Those lines of the log in which all of `words` stand."""
-        return [line for line in self.log().splitlines() if all(word in line for word in words)]
-
     def ended(self, within_s: float = START_S) -> bool:
         """Wait until it has ended by itself."""
         with contextlib.suppress(subprocess.TimeoutExpired):
             self._process.wait(within_s)
         return self._process.poll() is not None
 
-    def stop(self) -> None:
-        """End it and everything it started."""
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(self._process.pid, signal.SIGKILL)
-        self._process.wait()
-        assert self._process.stdin is not None
-        with contextlib.suppress(OSError):
-            self._process.stdin.close()
-        self._answers.close()
-        self._log.close()
-
     def _send(self, request: dict[str, Any]) -> dict[str, Any]:
-        assert self._process.stdin is not None
-        self._process.stdin.write(json.dumps(request) + "\n")
-        self._process.stdin.flush()
-        return self._read(ANSWER_S)
-
-    def _read(self, within_s: float) -> dict[str, Any]:
-        deadline = time.monotonic() + within_s
-        with selectors.DefaultSelector() as selector:
-            selector.register(self._answers, selectors.EVENT_READ)
-            while b"\n" not in self._partial:
-                assert selector.select(max(deadline - time.monotonic(), 0)), f"no answer\n{self.log()}"
-                piece = self._answers.read(1 << 16)
-                assert piece, f"the engine ended\n{self.log()}"
-                self._partial += piece
-        line, _, self._partial = self._partial.partition(b"\n")
-        found: dict[str, Any] = json.loads(line)
-        return found
+        self.tell(json.dumps(request))
+        return self.read(ANSWER_S)
 
 
 class Cache(ServerProcess):

@@ -35,21 +35,17 @@ def start(url: str, layout: str, page: int, folder: Path) -> dict[str, Any]:
     return settings
 
 
-def config(extra: dict[str, Any], *, metrics: bool = False) -> Any:
-    """What SGLang tells a backend of the process it is made in."""
+def config(extra: dict[str, Any], **changes: Any) -> Any:
+    """What SGLang tells a backend of the process it is made in: the only one, but for `changes`."""
     from sglang.srt.mem_cache.hicache_storage import HiCacheStorageConfig
 
-    sizes = dict.fromkeys(("tp_size", "pp_size", "attn_cp_size"), 1)
-    ranks = dict.fromkeys(("tp_rank", "pp_rank", "attn_cp_rank"), 0)
-    return HiCacheStorageConfig(
-        **sizes,
-        **ranks,
-        is_mla_model=False,
-        enable_storage_metrics=metrics,
-        is_page_first_layout=False,
-        model_name="tiny",
-        extra_config=extra,
-    )
+    alone: dict[str, Any] = {
+        **dict.fromkeys(("tp_size", "pp_size", "attn_cp_size"), 1),
+        **dict.fromkeys(("tp_rank", "pp_rank", "attn_cp_rank"), 0),
+        **dict.fromkeys(("is_mla_model", "enable_storage_metrics", "is_page_first_layout"), False),
+        "model_name": "tiny",
+    }
+    return HiCacheStorageConfig(extra_config=extra, **alone | changes)
 
 
 def heads_pool(tokens: int, page: int, layout: str, **shape: int) -> Any:

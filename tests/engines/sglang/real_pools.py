@@ -74,7 +74,7 @@ def moved(url_settings: dict[str, Any], make: Callable[[], Pools], policies: dic
     source, target = make(), make()
     told: list[Any] = []
     for pools in (source, target):
-        storage = MMCacheHiCacheStorage(config(url_settings | {"interface_v1": 1}, metrics=True), {})
+        storage = MMCacheHiCacheStorage(config(url_settings | {"interface_v1": 1}, enable_storage_metrics=True), {})
         storage.register_mem_pool_host(pools[PoolName.KV])
         for name, pool in pools.items():
             storage.register_mem_host_pool_v2(pool, name)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import re
+from collections.abc import Callable
 from itertools import pairwise
 from pathlib import Path
 from types import SimpleNamespace
@@ -53,6 +54,14 @@ def flip(cache: Cache, key: Keys | list[Key]) -> None:
         frame = leased.frames[0]
         assert frame is not None
         wanted = bytes(frame.payload(frame.header.tensors[0]))
+    assert flip_found(cache, wanted, lambda _: len(wanted) // 2)
+
+
+def flip_found(cache: Cache, wanted: bytes, offset: Callable[[memoryview], int | None]) -> int:
+    """Change a bit behind each place in the server's memory that holds `wanted`; how many were changed.
+
+    `offset` is told what lies from there on, and says how far on the byte is; None leaves it.
+    """
     with Path(f"/proc/{cache.pid}/maps").open() as maps:
         places = [line.split()[0] for line in maps if "mmcache-arena" in line]
     flips = 0
@@ -60,7 +69,11 @@ def flip(cache: Cache, key: Keys | list[Key]) -> None:
         for place in places:
             start, stop = (int(number, 16) for number in place.split("-"))
             memory.seek(start)
-            for found in re.finditer(re.escape(wanted), memory.read(stop - start)):
-                memory.seek(start + found.start() + len(wanted) // 2)
-                flips += memory.write(bytes([wanted[len(wanted) // 2] ^ 4]))
-    assert flips
+            data = memory.read(stop - start)
+            for found in re.finditer(re.escape(wanted), data):
+                there = offset(memoryview(data)[found.start() :])
+                if there is not None:
+                    at = found.start() + there
+                    memory.seek(start + at)
+                    flips += memory.write(bytes([data[at] ^ 4]))
+    return flips

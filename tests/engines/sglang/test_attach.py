@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from tests.engines.sglang.harness import Cache, running
-from tests.engines.sglang.prompts import PICTURED, TEXTS
+from tests.engines.sglang.prompts import BEFORE_PAGES, PICTURED, TEXTS
 
 LATER: dict[str, Any] = {"environment": {"MMCACHE_SGLANG_ATTACH": "1"}, "hicache_storage_backend": None}
 
@@ -39,12 +39,16 @@ def test_pictures_met_before_are_told_apart_after(made: Path) -> None:
         truth = {name: engine.ask(*prompt).tokens for name, prompt in prompts.items()}
         assert truth["row"] != truth["column"]
         assert engine.attach({"url": cache.url})["attached"]
-        for _ in range(2):
-            for name, prompt in prompts.items():
-                engine.flush()
-                assert engine.ask(*prompt).tokens == truth[name]
-                cache.settle()
-        assert cache.counters()["hits"] > 0
+        found = []
+        for name, prompt in [*prompts.items(), *prompts.items()]:
+            engine.flush()
+            answer = engine.ask(*prompt)
+            assert answer.tokens == truth[name]
+            found.append((answer.storage, answer.full))
+            cache.settle()
+        (first, _), (second, _), *again = found
+        assert (first, second) == (0, BEFORE_PAGES)
+        assert all(storage == full > BEFORE_PAGES for storage, full in again)
 
 
 @pytest.mark.full

@@ -46,7 +46,8 @@ def test_sixteen_at_once_read_theirs(text_engine: Engine, text_cache: Cache) -> 
     text_engine.flush()
     answers = text_engine.ask_many(MANY)
     assert [answer.tokens for answer in answers] == [truth.tokens for truth in text_cache.many]
-    assert sum(answer.storage for answer in answers) > 0
+    own = 120 // PAGE * PAGE  # each prompt's, behind what all begin with
+    assert sum(answer.storage for answer in answers) >= 0.9 * len(answers) * own
     for answer in answers:  # what one has read, the others find in the engine
         assert answer.cached >= 0.95 * answer.full
 

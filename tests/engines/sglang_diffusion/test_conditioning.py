@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import re
 import shutil
 import signal
 import subprocess
@@ -18,6 +17,7 @@ from mmcache.errors import FrameError
 from mmcache.frame import MAGIC, parse_header
 from mmcache_connectors.sglang.diffusion_plugin import PREFIX
 from tests.engines.sglang.harness import Cache, shim_environment
+from tests.engines.sglang.stored import flip_found
 from tests.engines.sglang_diffusion.counting import LINE
 from tests.engines.sglang_diffusion.harness import HERE, Made, diffusing
 
@@ -129,20 +129,12 @@ def test_settings_that_cannot_work_end_the_start(
 
 def flip_all(cache: Cache) -> int:
     """Change one byte in the middle of each entry's first tensor, in the server's memory; how many."""
-    with Path(f"/proc/{cache.pid}/maps").open() as maps:
-        places = [line.split()[0] for line in maps if "mmcache-arena" in line]
-    flips = 0
-    with Path(f"/proc/{cache.pid}/mem").open("r+b", buffering=0) as memory:
-        for place in places:
-            start, stop = (int(number, 16) for number in place.split("-"))
-            memory.seek(start)
-            data = memory.read(stop - start)
-            for found in re.finditer(re.escape(MAGIC), data):
-                try:
-                    tensor = parse_header(memoryview(data)[found.start() :]).tensors[0]
-                except FrameError:
-                    continue
-                at = found.start() + tensor.offset + tensor.nbytes // 2
-                memory.seek(start + at)
-                flips += memory.write(bytes([data[at] ^ 4]))
-    return flips
+
+    def middle(data: memoryview) -> int | None:
+        try:
+            tensor = parse_header(data).tensors[0]
+        except FrameError:
+            return None
+        return tensor.offset + tensor.nbytes // 2
+
+    return flip_found(cache, MAGIC, middle)
