@@ -106,7 +106,7 @@ def ways(settings: dict[str, Any], source: Any, target: Any) -> list[Way]:
     def drop(storage: Any) -> Callable[[list[str]], None]:
         def forget(hashes: list[str]) -> None:
             first = storage._first
-            storage._cache.delete(first.keys(hashes, []) if storage._v1 else first.names(hashes, None, flat=True))
+            storage._cache.delete(first.keys(hashes, []) if storage._v1 else first.flat_keys(hashes))
 
         return forget
 
