@@ -34,6 +34,8 @@ KINDS = (
     "images", "video", "uuid", "forged uuid", "image and adapter",
 )  # fmt: skip
 OFTEN = ("preemptions", "preempted by resets", "evictions", "loads_failed", "verify_failures", "saves_refused")
+ENOUGH = 10  # times that each of these happens, at least
+CROWDS = 12  # at most, sought after the mix where chance left too little of something
 MIXED: dict[str, Any] = VISION.llm | {
     "num_gpu_blocks_override": ENGINE_BLOCKS,
     "max_num_seqs": 16,
@@ -110,10 +112,22 @@ class Mix:
         for beat in plan:
             self._beat(beat)
         self._drain()
+        self._seek_out()
         self._stored()
         self.counts.update({name: count - before.get(name, 0) for name, count in self._connector().items()})
-        self.counts["preemptions"] = self.engine.call("step", what="preempted")
         self.counts["seconds"] = round(time.monotonic() - began)
+
+    def _seek_out(self) -> None:
+        """What a fast machine came to too seldom: requests that outgrow the engine's memory, kinds without a hit."""
+        for crowd in range(CROWDS + 1):
+            self.counts["preemptions"] = self.engine.call("step", what="preempted")
+            grow = () if self.counts["preemptions"] >= ENOUGH else ("decode", "chat")
+            missed = [kind for kind in KINDS if not self.counts[f"hits: {kind}"]]
+            if crowd == CROWDS or not (grow or missed):
+                break
+            self.counts["crowds sought"] += 1
+            self.engine.call("step", what="forget")
+            self.ask(tuple(p for p, case in enumerate(self.cases) if case.life != 0 and case.kind in (*grow, *missed)))
 
     def ask(self, arrivals: tuple[int, ...]) -> None:
         """These cases, at once, to the end."""
@@ -293,10 +307,10 @@ def test_every_answer_is_the_plain_engines_whatever_happens(started: tuple[Bed, 
     for kind in KINDS:
         assert counts[f"hits: {kind}"], kind
     for name in (*OFTEN, *(["encoder: items_hit"] if run.encoder else [])):
-        assert counts[name] >= 10, name
+        assert counts[name] >= ENOUGH, name
 
 
-@pytest.mark.parametrize("share", [0.0, 1.0], ids=["two blocks", "all blocks"])
+@pytest.mark.parametrize("share", [0.1, 1.0], ids=["a tenth", "all blocks"])
 def test_the_comparison_sees_blocks_that_changed_places(started: tuple[Bed, Run], share: float) -> None:
     """Their checksums are right, so nothing else can."""
     bed, run = started
@@ -312,4 +326,4 @@ def test_the_comparison_sees_blocks_that_changed_places(started: tuple[Bed, Run]
     mix.ask(tuple(range(PLANTED)))
     hits = mix.counts["hits: text"] - before
     assert hits >= PLANTED / 2
-    assert len(mix.wrong) >= (hits if share else 1)
+    assert len(mix.wrong) >= (hits if share == 1 else 1)
