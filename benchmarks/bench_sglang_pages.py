@@ -51,30 +51,43 @@ class Way(NamedTuple):
     verified: str
 
 
-def pools(layout: str, pages: int) -> tuple[Any, Any]:
-    """Two of SGLang's host pools, the first with values."""
+def pools(layout: str, pages: int, count: int) -> list[Any]:
+    """So many of SGLang's host pools, the first with values."""
     import torch
 
     from tests.engines.sglang.in_process import heads_pool
 
     shape = {"head_num": HEADS, "head_dim": DIM, "layer_num": LAYERS}
-    made = [heads_pool(pages * PAGE, PAGE, layout, **shape) for _ in range(2)]
+    made = [heads_pool(pages * PAGE, PAGE, layout, **shape) for _ in range(count)]
     made[0].kv_buffer.view(torch.int16).random_()
-    made[1].kv_buffer.zero_()
-    return made[0], made[1]
+    made[-1].kv_buffer.zero_()
+    return made
 
 
-def ways(settings: dict[str, Any], source: Any, target: Any) -> list[Way]:
-    """mmcache in two ways, and what SGLang brings."""
+def lent_pool(layout: str, pages: int, like: Any) -> Any:
+    """As `like`, in memory that a cache may map: as the plugin has SGLang make its pools."""
+    from sglang.srt.plugins.hook_registry import HookRegistry
+
+    from mmcache_connectors.sglang import lending
+
+    lending.register()
+    HookRegistry.apply_hooks()
+    (made,) = pools(layout, pages, 1)
+    made.kv_buffer.copy_(like.kv_buffer)
+    return made
+
+
+def ways(settings: dict[str, Any], source: Any, lent: Any, target: Any) -> list[Way]:
+    """mmcache in three ways, and what SGLang brings."""
     from sglang.srt.mem_cache.hicache_storage import HiCacheFile, HiCacheStorageExtraInfo
     from sglang.srt.mem_cache.storage.shm.hicache_shm import HiCacheShm
 
     from mmcache_connectors.sglang.hicache import MMCacheHiCacheStorage
     from tests.engines.sglang.in_process import config
 
-    def ours(v1: int) -> Any:
+    def ours(v1: int, pool: Any) -> Any:
         storage = MMCacheHiCacheStorage(config(settings | {"interface_v1": v1}), {})
-        storage.register_mem_pool_host(source)
+        storage.register_mem_pool_host(pool)
         return storage
 
     def pointed(storage: Any) -> tuple[Any, Any]:
@@ -110,8 +123,10 @@ def ways(settings: dict[str, Any], source: Any, target: Any) -> list[Way]:
 
         return forget
 
-    v1, v0, files, shm = ours(1), ours(0), HiCacheFile(config({})), HiCacheShm(config({}))
+    v1, by_lending, v0 = ours(1, source), ours(1, lent), ours(0, source)
+    files, shm = HiCacheFile(config({})), HiCacheShm(config({}))
     return [
+        Way("mmcache, v1, pool lent", *pointed(by_lending), drop(by_lending), "yes"),
         Way("mmcache, v1", *pointed(v1), drop(v1), "yes"),
         Way("mmcache, page by page", *passed(v0), drop(v0), "yes"),
         Way("SGLang file", *passed(files), lambda hashes: files.clear() and None, "no"),
@@ -137,9 +152,10 @@ def measure(options: argparse.Namespace, url: str, folder: Path) -> list[dict[st
     from tests.engines.sglang.in_process import start
 
     settings = start(url, options.layout, PAGE, folder)
-    source, target = pools(options.layout, options.pages)
+    source, target = pools(options.layout, options.pages, 2)
+    lent = lent_pool(options.layout, options.pages, source)
     at = torch.arange(options.pages * PAGE)
-    every = ways(settings, source, target)
+    every = ways(settings, source, lent, target)
     taken: dict[str, dict[str, list[float]]] = {way.name: {"store": [], "read": []} for way in every}
     base: list[float] = []
     good: dict[str, int] = dict.fromkeys(taken, 0)

@@ -16,7 +16,7 @@ from mmcache.frame import (
     sealed,
     sum_of_sums,
 )
-from mmcache.hashing import Hasher, PlainHasher
+from mmcache.hashing import STEP_NBYTES, Hasher, PlainHasher
 
 STREAM_NBYTES: Final = 128 << 10  # a part as long as this is one of many: past the caches
 
@@ -133,7 +133,10 @@ class FrameCheck:
             if not hashed:
                 self.extent[start:stop] = part
             else:
-                self._hasher.copy(part, self.extent[start:stop], stop - start >= STREAM_NBYTES)
+                copy, extent, stream = self._hasher.copy, self.extent, stop - start >= STREAM_NBYTES
+                for step in range(0, stop - start, STEP_NBYTES):
+                    piece = part[step : step + STEP_NBYTES]
+                    copy(piece, extent[start + step : start + step + len(piece)], stream)
                 self._landed = self._checked = stop
                 if stop < end:
                     continue

@@ -48,6 +48,7 @@ METRICS: Final[Mapping[str, Meaning]] = {
     "bytes_read": Meaning("read_bytes", True, "Frame bytes given out."),
     "stored": Meaning("stored", True, "Frames stored."),
     "bytes_written": Meaning("written_bytes", True, "Bytes of frames stored."),
+    "bytes_lent": Meaning("lent_bytes", True, "Bytes of tensors stored from memory that clients lend."),
     "put_present": Meaning("put_present", True, "Puts of what was stored already."),
     "put_busy": Meaning("put_busy", True, "Puts of what another client was writing."),
     "put_full": Meaning("put_full", True, "Puts refused for want of memory."),

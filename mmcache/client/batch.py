@@ -11,8 +11,9 @@ from typing import Any, Final
 import xxhash
 
 from mmcache._version import __version__
+from mmcache.client.lending import lend
 from mmcache.client.protocol import PLANNING_NBYTES, Flow, Work, put_result
-from mmcache.client.sending import Outgoing, send_frames
+from mmcache.client.sending import LentWay, Outgoing, send_frames, way_of
 from mmcache.client.session import Session
 from mmcache.errors import KeyInputError, TransportError
 from mmcache.frame import FrameMeta, Kind, pack_header
@@ -146,20 +147,23 @@ class PutBatch:
         sums_last = session.joined.sums_last
         start, stop = self.run.start, self.run.stop
         rows, conversation = self.rows, session.conversation
+        lent = (yield from lend(session, self.values[start:stop])) if sums_last else None
         status = yield from conversation.reserve(
             b"".join(rows.digests[start:stop]),
             b"".join(rows.parents[start:stop]),
             self.sizes[start:stop],
             bytes(_kind_of(rows.namespaces[position]) for position in self.run),
-            session.ring is not None,
+            session.ring is not None and lent is None,
             **(self._provenance() if session.joined.protocol > 1 else {}),
             **({"sums_last": True} if sums_last else {}),
+            **({"lent": True} if lent is not None else {}),
         )
         wanted = [position for position, code in zip(self.run, status, strict=True) if code == pb.WANTED]
         stored: Iterator[int] = iter(())
         if wanted:
             frames = (self._frame(position, hashed=not sums_last) for position in wanted)
-            sending = send_frames(frames, hasher() if sums_last else None, conversation, session.ring)
+            way = LentWay(lent) if lent is not None else way_of(conversation, session.ring)
+            sending = send_frames(frames, hasher() if sums_last else None, way)
             stored = iter((yield from conversation.put_done(sending, len(wanted))))
         return [put_result(next(stored) if code == pb.WANTED else code) for code in status]
 

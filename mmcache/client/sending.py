@@ -1,4 +1,5 @@
-"""The frames of a put on their way: through the ring or the socket, hashed as they are copied or just before they go.
+"""The frames of a put on their way: through the ring or the socket, hashed as they are copied or just before they go;
+or left where they lie, in memory that the server maps, hashed while it copies them.
 
 A header that was made before its tensors were hashed is followed, at the frame's end, by what stands for their
 checksums (`ReserveRequest.sums_last`). So every byte is read from memory once.
@@ -15,7 +16,7 @@ import numpy as np
 from mmcache.client.protocol import Conversation, Flow, Send, Work
 from mmcache.frame import SUM_NBYTES, align_up, sum_of_sums
 from mmcache.hashing import Hasher
-from mmcache.transport.base import SHORT_NBYTES, SLICE_NBYTES, SLOT_NOTE, WriteSlots
+from mmcache.transport.base import LENT_PIECE, SHORT_NBYTES, SLICE_NBYTES, SLOT_NOTE, WriteSlots
 
 
 class Outgoing(NamedTuple):
@@ -27,7 +28,7 @@ class Outgoing(NamedTuple):
     nbytes: int
 
 
-class _Way(Protocol):
+class Way(Protocol):
     """Where the bytes go."""
 
     def begin(self, nbytes: int) -> Flow[None]:
@@ -40,11 +41,13 @@ class _Way(Protocol):
         """There are no more."""
 
 
-def send_frames(
-    frames: Iterable[Flow[Outgoing]], hasher: Hasher | None, conversation: Conversation, ring: WriteSlots | None
-) -> Flow[None]:
+def way_of(conversation: Conversation, ring: WriteSlots | None) -> Way:
+    """Through the ring, where there is one."""
+    return RingWay(conversation, ring) if ring is not None else SocketWay()
+
+
+def send_frames(frames: Iterable[Flow[Outgoing]], hasher: Hasher | None, way: Way) -> Flow[None]:
     """Send the frames' bytes. With a `hasher` their headers lack the checksums, and what stands for those follows."""
-    way: _Way = RingWay(conversation, ring) if ring is not None else SocketWay()
     for making in frames:
         header, payloads, alignment, nbytes = yield from making
         yield from way.begin(nbytes + (SUM_NBYTES if hasher is not None else 0))
@@ -71,11 +74,11 @@ class SocketWay:
         self._nbytes = 0
 
     def begin(self, nbytes: int) -> Flow[None]:
-        """See _Way."""
+        """See Way."""
         yield from ()
 
     def write(self, data: bytes | memoryview, hasher: Hasher | None) -> Flow[None]:
-        """See _Way."""
+        """See Way."""
         for start in range(0, len(data), SLICE_NBYTES):
             part = memoryview(data)[start : start + SLICE_NBYTES]
             if hasher is not None:
@@ -86,10 +89,47 @@ class SocketWay:
                 yield from self.end()
 
     def end(self) -> Flow[None]:
-        """See _Way."""
+        """See Way."""
         if self._waiting:
             yield Send(self._waiting)
             self._waiting, self._nbytes = [], 0
+
+
+class Lent(Protocol):
+    """Memory that a server has mapped."""
+
+    def place(self, data: bytes | memoryview) -> tuple[int, int, int]:
+        """(number, offset, size) of bytes that lie in it."""
+
+
+class LentWay:
+    """By records that say where the tensors lie. Short bytes between them go along.
+
+    A tensor's record goes before its hash is taken: the server copies it meanwhile.
+    """
+
+    def __init__(self, lent: Lent) -> None:
+        self._lent = lent
+        self._short = b""
+
+    def begin(self, nbytes: int) -> Flow[None]:
+        """See Way."""
+        yield from ()
+
+    def write(self, data: bytes | memoryview, hasher: Hasher | None) -> Flow[None]:
+        """See Way."""
+        if hasher is None:
+            self._short += data
+        elif len(data):
+            yield Send((LENT_PIECE.pack(len(self._short), *self._lent.place(data)), self._short))
+            self._short = b""
+            yield Work(partial(hasher.update, memoryview(data)), len(data))
+
+    def end(self) -> Flow[None]:
+        """See Way."""
+        if self._short:
+            yield Send((LENT_PIECE.pack(len(self._short), 0, 0, 0), self._short))
+            self._short = b""
 
 
 class RingWay:
@@ -101,12 +141,12 @@ class RingWay:
         self._slot = ring.slot(0).data
 
     def begin(self, nbytes: int) -> Flow[None]:
-        """See _Way. A frame that fits a slot is not cut: the server puts it into place in one go."""
+        """See Way. A frame that fits a slot is not cut: the server puts it into place in one go."""
         if self._filled and self._ring.slot_nbytes - self._filled < nbytes <= self._ring.slot_nbytes:
             yield from self._full()
 
     def write(self, data: bytes | memoryview, hasher: Hasher | None) -> Flow[None]:
-        """See _Way."""
+        """See Way."""
         view, ring, start = memoryview(data), self._ring, 0
         while start < len(view):
             if not self._filled and self._number >= ring.slots:
@@ -130,7 +170,7 @@ class RingWay:
         self._slot = self._ring.slot(self._number).data
 
     def end(self) -> Flow[None]:
-        """See _Way."""
+        """See Way."""
         if self._filled:
             yield from self._full()
         for _ in range(min(self._number, self._ring.slots)):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import math
 import time
+import weakref
 from collections.abc import Callable, Generator
 from functools import partial
 from typing import Any, Final, NamedTuple, Protocol, TypeVar
@@ -27,6 +28,7 @@ from mmcache.frame import layout_of
 from mmcache.keyset import NamespaceId
 from mmcache.pb import cache_pb2 as pb
 from mmcache.transport.base import MAX_BODY_NBYTES, OLDEST_PROTOCOL, PRELUDE_NBYTES, PROTOCOL, Op, parse_prelude
+from mmcache.transport.lent import Lendable
 from mmcache.transport.nixl import Reader, RemoteArena
 from mmcache.transport.shm import ArenaMap, Ring
 from mmcache.transport.tcp import close_fds
@@ -81,6 +83,8 @@ class Session:
         self.good_until = time.monotonic() + NIXL_AGAIN_S if self.no_reader else math.inf
         self.conversation = Conversation()
         self.declared: set[NamespaceId] = set()
+        self.lent: weakref.WeakKeyDictionary[Lendable, int] = weakref.WeakKeyDictionary()  # to the server -> its number
+        self.refused: weakref.WeakSet[Lendable] = weakref.WeakSet()  # it could not map these
         self.kept = False  # used before: the server may have gone away since
 
     def release(self, acquired: Acquired) -> Flow[None]:

@@ -114,7 +114,7 @@ class JoinRequest(_message.Message):
     def __init__(self, protocol: _Optional[int] = ..., client: _Optional[str] = ..., want_arena: bool = ..., ring_slots: _Optional[int] = ..., ring_slot_nbytes: _Optional[int] = ..., token: _Optional[str] = ..., want_nixl: bool = ...) -> None: ...
 
 class JoinReply(_message.Message):
-    __slots__ = ("protocol", "server", "server_id", "arena_nbytes", "alignment", "lease_s", "unix_path", "limits", "arena_prefaulted", "nixl", "sums_last", "no_arena_why", "mode")
+    __slots__ = ("protocol", "server", "server_id", "arena_nbytes", "alignment", "lease_s", "unix_path", "limits", "arena_prefaulted", "nixl", "sums_last", "no_arena_why", "lends", "mode")
     PROTOCOL_FIELD_NUMBER: _ClassVar[int]
     SERVER_FIELD_NUMBER: _ClassVar[int]
     SERVER_ID_FIELD_NUMBER: _ClassVar[int]
@@ -127,6 +127,7 @@ class JoinReply(_message.Message):
     NIXL_FIELD_NUMBER: _ClassVar[int]
     SUMS_LAST_FIELD_NUMBER: _ClassVar[int]
     NO_ARENA_WHY_FIELD_NUMBER: _ClassVar[int]
+    LENDS_FIELD_NUMBER: _ClassVar[int]
     MODE_FIELD_NUMBER: _ClassVar[int]
     protocol: int
     server: str
@@ -140,8 +141,23 @@ class JoinReply(_message.Message):
     nixl: NixlOffer
     sums_last: bool
     no_arena_why: str
+    lends: bool
     mode: Mode
-    def __init__(self, protocol: _Optional[int] = ..., server: _Optional[str] = ..., server_id: _Optional[bytes] = ..., arena_nbytes: _Optional[int] = ..., alignment: _Optional[int] = ..., lease_s: _Optional[float] = ..., unix_path: _Optional[str] = ..., limits: _Optional[_Union[Limits, _Mapping]] = ..., arena_prefaulted: bool = ..., nixl: _Optional[_Union[NixlOffer, _Mapping]] = ..., sums_last: bool = ..., no_arena_why: _Optional[str] = ..., mode: _Optional[_Union[Mode, str]] = ...) -> None: ...
+    def __init__(self, protocol: _Optional[int] = ..., server: _Optional[str] = ..., server_id: _Optional[bytes] = ..., arena_nbytes: _Optional[int] = ..., alignment: _Optional[int] = ..., lease_s: _Optional[float] = ..., unix_path: _Optional[str] = ..., limits: _Optional[_Union[Limits, _Mapping]] = ..., arena_prefaulted: bool = ..., nixl: _Optional[_Union[NixlOffer, _Mapping]] = ..., sums_last: bool = ..., no_arena_why: _Optional[str] = ..., lends: bool = ..., mode: _Optional[_Union[Mode, str]] = ...) -> None: ...
+
+class LendRequest(_message.Message):
+    __slots__ = ("number", "nbytes")
+    NUMBER_FIELD_NUMBER: _ClassVar[int]
+    NBYTES_FIELD_NUMBER: _ClassVar[int]
+    number: int
+    nbytes: int
+    def __init__(self, number: _Optional[int] = ..., nbytes: _Optional[int] = ...) -> None: ...
+
+class LendReply(_message.Message):
+    __slots__ = ("why",)
+    WHY_FIELD_NUMBER: _ClassVar[int]
+    why: str
+    def __init__(self, why: _Optional[str] = ...) -> None: ...
 
 class NixlOffer(_message.Message):
     __slots__ = ("metadata", "base", "nbytes", "why")
@@ -229,7 +245,7 @@ class AcquireReply(_message.Message):
     def __init__(self, lease_id: _Optional[int] = ..., status: _Optional[bytes] = ..., places: _Optional[bytes] = ..., mode: _Optional[_Union[Mode, str]] = ...) -> None: ...
 
 class ReserveRequest(_message.Message):
-    __slots__ = ("keys", "parents", "frame_nbytes", "ring", "kinds", "namespaces", "modalities", "media_units", "sums_last")
+    __slots__ = ("keys", "parents", "frame_nbytes", "ring", "kinds", "namespaces", "modalities", "media_units", "sums_last", "lent")
     KEYS_FIELD_NUMBER: _ClassVar[int]
     PARENTS_FIELD_NUMBER: _ClassVar[int]
     FRAME_NBYTES_FIELD_NUMBER: _ClassVar[int]
@@ -239,6 +255,7 @@ class ReserveRequest(_message.Message):
     MODALITIES_FIELD_NUMBER: _ClassVar[int]
     MEDIA_UNITS_FIELD_NUMBER: _ClassVar[int]
     SUMS_LAST_FIELD_NUMBER: _ClassVar[int]
+    LENT_FIELD_NUMBER: _ClassVar[int]
     keys: bytes
     parents: bytes
     frame_nbytes: _containers.RepeatedScalarFieldContainer[int]
@@ -248,7 +265,8 @@ class ReserveRequest(_message.Message):
     modalities: bytes
     media_units: _containers.RepeatedScalarFieldContainer[int]
     sums_last: bool
-    def __init__(self, keys: _Optional[bytes] = ..., parents: _Optional[bytes] = ..., frame_nbytes: _Optional[_Iterable[int]] = ..., ring: bool = ..., kinds: _Optional[bytes] = ..., namespaces: _Optional[bytes] = ..., modalities: _Optional[bytes] = ..., media_units: _Optional[_Iterable[int]] = ..., sums_last: bool = ...) -> None: ...
+    lent: bool
+    def __init__(self, keys: _Optional[bytes] = ..., parents: _Optional[bytes] = ..., frame_nbytes: _Optional[_Iterable[int]] = ..., ring: bool = ..., kinds: _Optional[bytes] = ..., namespaces: _Optional[bytes] = ..., modalities: _Optional[bytes] = ..., media_units: _Optional[_Iterable[int]] = ..., sums_last: bool = ..., lent: bool = ...) -> None: ...
 
 class ReserveReply(_message.Message):
     __slots__ = ("status", "mode")

@@ -19,11 +19,12 @@ from mmcache.frame import SUM_NBYTES
 from mmcache.pb import cache_pb2 as pb
 from mmcache.server.access import DENIED, Pass
 from mmcache.server.caller import LOCAL
-from mmcache.server.incoming import RingStream, SocketStream
+from mmcache.server.incoming import LentStream, RingStream, SocketStream
 from mmcache.server.refuse import BadRequest, parse
 from mmcache.server.service import Service, status_of
 from mmcache.store.landing import Landing
 from mmcache.transport.base import (
+    LENT_MEMORIES,
     MAGIC,
     PRELUDE_NBYTES,
     PROTOCOL,
@@ -33,6 +34,7 @@ from mmcache.transport.base import (
     pack_prelude,
     parse_prelude,
 )
+from mmcache.transport.lent import LentView, view_lent
 from mmcache.transport.shm import RingView
 from mmcache.transport.tcp import SPIN_S, Channel, close_fds
 from mmcache.transport.tls import HANDSHAKE_START, PeerCertificate, TlsChannel, first_bytes
@@ -70,6 +72,7 @@ class Connection:
         self._protocol = PROTOCOL
         self.idle = True
         self._ring: RingView | None = None
+        self._lent: dict[int, LentView] = {}
         self._joined = False
 
     @property
@@ -149,6 +152,8 @@ class Connection:
                 self._acquire(prelude, body)
             elif prelude.op == Op.RESERVE:
                 self._put(prelude, body)
+            elif prelude.op == Op.LEND:
+                self._borrow(prelude, body)
             else:
                 reply = self.service.handle(prelude.op, self.caller, body)
                 if prelude.request_id:
@@ -202,6 +207,7 @@ class Connection:
         reply = self.service.join_reply(request, with_arena=with_arena)
         if request.want_arena and request.protocol > 1:
             reply.no_arena_why = why_not
+        reply.lends = self._ring is not None
         if request.want_nixl:
             reply.nixl.CopyFrom(self.service.nixl_offer(admitted))
         reads_memory = with_arena or bool(reply.nixl.metadata)
@@ -223,6 +229,27 @@ class Connection:
             return "the server does not share its memory with this client's tenant (docs/access.md)"
         return ""
 
+    def _borrow(self, prelude: Prelude, body: bytes) -> None:
+        """Map memory that the client lends: its descriptor comes after a first reply, as nothing else reads for one."""
+        request = parse(pb.LendRequest(), body)
+        if self._ring is None or request.number >= LENT_MEMORIES:
+            raise BadRequest(f"memory {request.number} cannot be lent over this connection; see Join's reply")
+        self._reply(prelude, pb.LendReply())
+        _, fds = self.channel.recv_with_fds(1, self._deadline())
+        why = ""
+        try:
+            if len(fds) != 1:
+                raise ProtocolError("memory was lent without its one file descriptor")
+            self._lent.pop(request.number, None)
+            self._lent[request.number] = view_lent(fds.pop(), request.nbytes)
+        except ProtocolError:
+            raise
+        except TransportError as error:
+            why = str(error)
+        finally:
+            close_fds(fds)
+        self._reply(prelude, pb.LendReply(why=why))
+
     def _acquire(self, prelude: Prelude, body: bytes) -> None:
         reply, found, inline = self.service.acquire(self.caller, body)
         if not inline:
@@ -241,6 +268,10 @@ class Connection:
         request = parse(pb.ReserveRequest(), body)
         if request.ring and self._ring is None:
             raise BadRequest("the payload is to come through a ring, but this connection has none")
+        if request.lent and not (self._lent and request.sums_last):
+            raise BadRequest(
+                "the payload is to come out of lent memory, but none was lent, or checksums do not come last"
+            )
         status, landings = self.service.reserve(self.caller, request)
         try:
             with self.service.inflight(sum(landing.left_nbytes for landing in landings)) as fits:
@@ -249,7 +280,7 @@ class Connection:
                 mode = self.service.mode
                 self._reply(prelude, pb.ReserveReply(status=self._known(status), mode=mode))
                 if fits and landings:
-                    results = self._receive_frames(landings, through_ring=request.ring, sums_last=request.sums_last)
+                    results = self._receive_frames(landings, request)
                     self._reply(prelude, pb.PutReply(status=self._known(results), mode=mode), op=Op.PUT_DONE)
         finally:
             for landing in landings:
@@ -259,17 +290,22 @@ class Connection:
         """Put statuses as the peer's protocol knows them."""
         return status.translate(_STATUS_V1) if self._protocol == 1 else status
 
-    def _receive_frames(self, landings: Sequence[Landing], *, through_ring: bool, sums_last: bool) -> bytes:
+    def _receive_frames(self, landings: Sequence[Landing], request: pb.ReserveRequest) -> bytes:
         """Have all frames land, and then commit; a PutStatus each."""
         deadline = self._deadline(sum(landing.left_nbytes for landing in landings))
-        if through_ring and self._ring is not None:
-            stream: RingStream | SocketStream = RingStream(self.channel, self._ring, self._deadline, deadline)
+        stream: RingStream | LentStream | SocketStream
+        if request.lent:
+            stream = LentStream(self.channel, self._lent, self._deadline, deadline)
+        elif request.ring and self._ring is not None:
+            stream = RingStream(self.channel, self._ring, self._deadline, deadline)
         else:
             stream = SocketStream(self.channel, self._deadline, deadline)
         for landing in landings:
             while landing.left_nbytes:
                 stream.land(landing)
-            if sums_last:
+            if request.sums_last:
                 landing.seal(stream.take(SUM_NBYTES))
         stream.end()
+        if isinstance(stream, LentStream):
+            self.service.lent(stream.lent_nbytes)
         return bytes([status_of(landing.commit()) for landing in landings])

@@ -242,6 +242,11 @@ class Service:
                 with self._inflight_lock:
                     self._inflight_nbytes -= nbytes
 
+    def lent(self, nbytes: int) -> None:
+        """So many bytes came out of lent memory."""
+        with self.shard.lock:
+            self.shard.counters["bytes_lent"] += nbytes
+
     def split(self, column: bytes) -> list[bytes]:
         """A column of 32-byte keys as a list. Raises BadRequest for another length or too many."""
         if len(column) % KEY_NBYTES:

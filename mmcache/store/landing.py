@@ -89,12 +89,9 @@ class Landing:
         self.landed_nbytes += len(source)
         if self.refusal is not None:
             return
-        longest = 0
+        longest = min(len(source), SLICE_NBYTES)
         try:
-            for start in range(0, len(source), SLICE_NBYTES):
-                part = source[start : start + SLICE_NBYTES]
-                longest = max(longest, len(part))
-                self._check.copy(part)
+            self._check.copy(source)
         except FrameError:
             self.refusal = Refusal.BAD_FRAME
         finally:

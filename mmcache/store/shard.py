@@ -32,7 +32,9 @@ from mmcache.store.usage import UNKNOWN
 from mmcache.transport.base import SLICE_NBYTES
 from mmcache.why import Why
 
-COUNTERS: Final = ("hits", "misses", "lookups", "stored", "bytes_read", "bytes_written", "corrupt_dropped")
+COUNTERS: Final = (
+    "hits", "misses", "lookups", "stored", "bytes_read", "bytes_written", "bytes_lent", "corrupt_dropped",
+)  # fmt: skip
 RECENT_MISSES: Final = 1024
 REFUSAL_CODES: Final = tuple(Refusal)  # what the history keeps as a detail: a refusal's place here
 READS_STOPPED: Final = Reason(Why.READS_STOPPED)

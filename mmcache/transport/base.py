@@ -32,6 +32,9 @@ RING_SLOT_NBYTES: Final = (1 << 20) + (64 << 10)  # a MiB with a header: few val
 MAX_RING_NBYTES: Final = 64 << 20
 SLOT_NOTE: Final = Struct("<I")  # client to server: this many bytes are in the next slot
 SLOT_DONE: Final = b"\x01"  # server to client: the oldest slot is free again
+LENT_MEMORIES: Final = 16  # that a connection may have at a time
+LENT_PIECE: Final = Struct("<IIQQ")  # bytes that follow; then out of lent memory: its number, offset, size
+MAX_FOLLOWING_NBYTES: Final = 1 << 20
 
 SHORT_NBYTES: Final = 32 << 10
 PIECE_NBYTES: Final = 1 << 20
@@ -63,6 +66,7 @@ class Op(enum.IntEnum):
     AUDIT = 15
     EXPLAIN = 16
     RECENT = 17
+    LEND = 18
 
 
 _OP_BY_CODE: Final = {int(op): op for op in Op}

@@ -33,7 +33,8 @@ _BAD_GAP: Final = Result(Outcome.CORRUPT, "padding between tensors is not zero")
 _SIZE_SEALS: Final = fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW
 
 
-def _check_sealed(fd: int, nbytes: int, what: str) -> None:
+def check_sealed(fd: int, nbytes: int, what: str) -> None:
+    """Raises TransportError, or OSError for what is no memfd, unless it has that size for ever."""
     seals = fcntl.fcntl(fd, fcntl.F_GET_SEALS)
     if seals & _SIZE_SEALS != _SIZE_SEALS or os.fstat(fd).st_size != nbytes:
         raise TransportError(f"the {what} is not a memfd of {nbytes} bytes sealed against resizing; it was not mapped")
@@ -48,7 +49,7 @@ class ArenaMap:
 
     def __init__(self, fd: int, nbytes: int, *, populate: bool) -> None:
         try:
-            _check_sealed(fd, nbytes, "arena")
+            check_sealed(fd, nbytes, "arena")
             flags = mmap.MAP_SHARED | (mmap.MAP_POPULATE if populate else 0)
             self._map = mmap.mmap(fd, nbytes, flags=flags, prot=mmap.PROT_READ)
         except OSError as error:
@@ -97,7 +98,7 @@ class RingView(Ring):
         try:
             if not 1 < slots <= 64 or slot_nbytes < 4096 or slots * slot_nbytes > MAX_RING_NBYTES:
                 raise TransportError(f"a ring of {slots} x {slot_nbytes} bytes is outside the limits")
-            _check_sealed(fd, slots * slot_nbytes, "ring")
+            check_sealed(fd, slots * slot_nbytes, "ring")
             self._map = mmap.mmap(fd, slots * slot_nbytes, flags=mmap.MAP_SHARED, prot=mmap.PROT_READ)
         except OSError as error:
             raise TransportError(f"the client's ring could not be mapped: {error}") from error

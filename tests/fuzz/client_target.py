@@ -18,7 +18,7 @@ from google.protobuf.message import Message
 
 from mmcache.client.blocking import Client
 from mmcache.client.protocol import Conversation, Flow, Recv, Send, put_result
-from mmcache.client.sending import Outgoing, send_frames
+from mmcache.client.sending import Outgoing, send_frames, way_of
 from mmcache.config import ClientConfig
 from mmcache.errors import FrameError, LeaseLost, ProtocolError, RequestRefused, TransportError
 from mmcache.frame import SUM_NBYTES, SUM_OFFSET
@@ -107,7 +107,7 @@ def _put(how: int, script: bytearray) -> None:
     wanted = [frame for frame, code in zip(frames, status, strict=True) if code == pb.WANTED]
     if wanted:
         hasher = PlainHasher() if how & 2 else None
-        sending = send_frames(map(_outgoing, wanted), hasher, conversation, ring)
+        sending = send_frames(map(_outgoing, wanted), hasher, way_of(conversation, ring))
         status = drive(conversation.put_done(sending, len(wanted)), script)
     for code in status:
         put_result(code)

@@ -18,7 +18,7 @@ import numpy as np
 import mmcache
 from mmcache.client.link import Dialer, SocketLink
 from mmcache.client.protocol import Acquired, Conversation, Flow, put_result
-from mmcache.client.sending import Outgoing, send_frames
+from mmcache.client.sending import Outgoing, send_frames, way_of
 from mmcache.config import parse_url
 from mmcache.errors import LeaseLost
 from mmcache.frame import Kind
@@ -111,7 +111,7 @@ def _put(url: str, label: str, nbytes: str, then: Any) -> None:
         link.channel.send([next(pieces), next(pieces)], deadline)
         pieces = list(pieces)
     try:
-        sending = send_frames([_outgoing(pieces, size)], None, conversation, link.ring)
+        sending = send_frames([_outgoing(pieces, size)], None, way_of(conversation, link.ring))
         status = link.run(conversation.put_done(sending, 1), deadline)
         say(outcome=put_result(status[0]).outcome, reason=put_result(status[0]).reason)
     except OSError as error:

@@ -36,7 +36,7 @@ GOOD = pack_prelude(Op.STAT, 1, 10)
         (b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n", "not HTTP"),
         (GOOD[:4] + b"\0" + GOOD[5:], "version 0 is not supported; this release reads 1"),
         (GOOD[:4] + b"\2" + GOOD[5:], "version 2"),
-        (GOOD[:5] + b"\x12" + GOOD[6:], "operation 18"),
+        (GOOD[:5] + b"\x13" + GOOD[6:], "operation 19"),
         (GOOD[:5] + b"\xff" + GOOD[6:], "operation 255"),
         (GOOD[:6] + b"\1\0" + GOOD[8:], "flags 1"),
         (GOOD[:6] + b"\0\x80" + GOOD[8:], "flags 32768"),

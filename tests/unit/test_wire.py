@@ -14,7 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mmcache.client.protocol import Conversation, Flow, Recv, RecvInto, Send, put_result
-from mmcache.client.sending import Outgoing, send_frames
+from mmcache.client.sending import Outgoing, send_frames, way_of
 from mmcache.errors import ProtocolError, RequestRefused
 from mmcache.frame import FrameMeta, Kind, TensorSpec, frame_segments, pack_header
 from mmcache.frame_view import Frame
@@ -326,7 +326,7 @@ ONE = Outgoing(b"x", [], 1, 1)
 
 
 def put(conversation: Conversation, frames: list[Outgoing]) -> Flow[bytes]:
-    return conversation.put_done(send_frames(map(made, frames), None, conversation, None), len(frames))
+    return conversation.put_done(send_frames(map(made, frames), None, way_of(conversation, None)), len(frames))
 
 
 def made(frame: Outgoing) -> Flow[Outgoing]:

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 from mmcache.client.protocol import Conversation, Flow, Recv, Send, Work
-from mmcache.client.sending import Outgoing, send_frames
+from mmcache.client.sending import Outgoing, send_frames, way_of
 from mmcache.errors import ProtocolError
 from mmcache.hashing import Hasher, PlainHasher
 from mmcache.pb import cache_pb2 as pb
@@ -45,7 +45,7 @@ def put_through(
     The server is as slow as it may be: it takes a slot only when the client waits for it.
     """
     conversation = Conversation()
-    flow = conversation.put_done(send_frames(map(made, frames), hasher, conversation, ring), len(frames))
+    flow = conversation.put_done(send_frames(map(made, frames), hasher, way_of(conversation, ring)), len(frames))
     taken = bytearray()
     notes: list[int] = []
     pending: list[int] = []

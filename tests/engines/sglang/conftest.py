@@ -83,12 +83,13 @@ def vl_truth(alone: tuple[dict[str, Answer], str]) -> dict[str, Answer]:
 
 @pytest.fixture(scope="session")
 def vl_cache(made: Path, vl_truth: dict[str, Answer]) -> Iterator[Cache]:
-    """The cache an engine filled with STORED of PICTURED before it was killed."""
+    """The cache an engine filled with STORED of PICTURED, out of memory that it lent, before it was killed."""
     with Cache() as cache:
-        with running(made / "vl", {"url": cache.url}) as engine:
+        with running(made / "vl", {"url": cache.url}, environment={"MMCACHE_SGLANG_LEND": "1"}) as engine:
             for name in STORED:
                 cache.answers[name] = asked(engine, made, PICTURED[name])
             cache.settle()
+            assert cache.counters()["bytes_lent"] > 0.8 * cache.counters()["bytes_written"]
         yield cache
 
 
