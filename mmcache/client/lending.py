@@ -9,7 +9,7 @@ import numpy as np
 from mmcache.client.protocol import Flow, Send, SendWithFds
 from mmcache.client.session import Session
 from mmcache.pb import cache_pb2 as pb
-from mmcache.tensors import HostTensor
+from mmcache.tensors import Bytes, HostTensor
 from mmcache.transport.base import LENT_MEMORIES, Op
 from mmcache.transport.lent import BUFFERS, Lendable
 
@@ -22,7 +22,7 @@ class Lent:
 
     def place(self, data: bytes | memoryview) -> tuple[int, int, int]:
         """(number, offset, size) of bytes that lie in it."""
-        address, nbytes = np.frombuffer(data, np.uint8).ctypes.data, len(data)
+        address, nbytes = _address(np.frombuffer(data, np.uint8)), len(data)
         memory = BUFFERS.holding(address, nbytes)
         assert memory is not None
         return self._numbers[memory], address - memory.address, nbytes
@@ -41,13 +41,17 @@ def lend(session: Session, values: Sequence[Mapping[str, HostTensor]]) -> Flow[L
     return Lent(dict(session.lent))
 
 
+def _address(data: Bytes) -> int:
+    return int(data.__array_interface__["data"][0])  # several times faster than data.ctypes.data
+
+
 def _memories(values: Sequence[Mapping[str, HostTensor]]) -> set[Lendable] | None:
     found = set()
     for value in values:
         for tensor in value.values():
             if not tensor.data.nbytes:
                 continue
-            memory = BUFFERS.holding(tensor.data.ctypes.data, tensor.data.nbytes)
+            memory = BUFFERS.holding(_address(tensor.data), tensor.data.nbytes)
             if memory is None:
                 return None
             found.add(memory)
