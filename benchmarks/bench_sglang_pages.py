@@ -5,9 +5,10 @@
 The real classes of the installed SGLang, in one process as in its scheduler, without a model around them: two host
 pools of Llama-3.1-8B's shape (32 layers, 8 kv heads of 128, bfloat16, 16 tokens a page: 2 MiB), a batch of 128 pages.
 Each round stores new pages out of one pool and reads them into the other, every way in turn: mmcache by interface v1,
-out of a pool that is lent to the cache and of one that is not, and, like SGLang's own file backend, page by page; the files in a folder of memory (/dev/shm). SGLang's `shm` backend
-keeps nothing, which its row shows. Printed are medians with quartiles, and the ratio to a memcpy of the same buffers in
-the same round. Verified: checksums of the bytes as delivered; and what was read is compared with what was stored.
+out of a pool that is lent to the cache and of one that is not, and, like SGLang's own file backend, page by page; the
+files in a folder of memory (/dev/shm). SGLang's `shm` backend keeps nothing, which its row shows. Printed are medians
+with quartiles, and the ratio to a memcpy of the same buffers in the same round. Verified: checksums of the bytes as
+delivered; and what was read is compared with what was stored.
 """
 
 from __future__ import annotations
