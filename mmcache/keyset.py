@@ -176,6 +176,13 @@ class Keys(Sequence[Key]):
             [row.parent_chain for row in rows],
         )
 
+    def pick(self, positions: Sequence[int]) -> Keys:
+        """The keys at these positions, in this order."""
+        if len(positions) == len(self) and list(positions) == list(range(len(self))):
+            return self
+        picked: list[list[Any]] = [[column[row] for row in positions] for column in self._columns()]
+        return Keys(*picked)
+
     def for_part(self, part: Part) -> Keys:
         """The same blocks' keys for another part: new `digests` and `parents`, everything else shared.
 
