@@ -241,3 +241,12 @@ class Keys(Sequence[Key]):
             self.indices,
             self.parent_chains,
         )
+
+
+def woven(columns: Sequence[Keys]) -> Keys:
+    """Several keys of the same blocks, one block after the other: all of the first block, of the second, and so on."""
+    if len(columns) == 1:
+        return columns[0]
+    held = zip(*[keys._columns() for keys in columns], strict=True)
+    rows: list[list[Any]] = [[value for row in zip(*each, strict=True) for value in row] for each in held]
+    return Keys(*rows)

@@ -48,6 +48,7 @@ class ClusterCore(Client):
         now = time.monotonic()
         self._router = Router(membership.view(), config.replicas, random.getrandbits(64), now, config.ramp_s)
         self._absent = Absent(config.absent_s)
+        self._news = 0  # how often a fork was heard of that was not known
         self._shards = Shards(config.settings, self._count)
         self._shards.take(self._router.view)
         self.announces = True
@@ -171,7 +172,7 @@ class ClusterCore(Client):
         deadline, found, again = self._deadline(), b"", True
         while True:
             search = self._search(rows, found)
-            forks = len(self._router.forks)
+            news = self._news
             while asks := search.asks(prefix=True):
                 for member, wanted, count in self._round(rows, search, asks, deadline, ask):
                     if count is None:
@@ -179,7 +180,7 @@ class ClusterCore(Client):
                     elif (row := search.leading(wanted, count)) is not None:
                         self._absent.note(member, rows.digests[row], time.monotonic())
             # A fork that was heard of just now says where the rest may lie: worth one more look.
-            if not again or len(self._router.forks) == forks or search.prefix == len(rows):
+            if not again or self._news == news or search.prefix == len(rows):
                 return search.prefix
             found, again = bytes(search.found), False
 
@@ -265,6 +266,11 @@ class ClusterCore(Client):
 
     def _hear(self, rows: Keys, members: Sequence[str]) -> None:
         """Take note of the forks that shards told of in their replies."""
+        shards = [shard for name in members if (shard := self._shards.get(name)) is not None]
+        told = set().union(*[shard.forks() for shard in shards])
+        if told:
+            with self._deciding:
+                self._news += self._router.forks.hear(rows, told, time.monotonic())
 
 
 def at_once(calls: Sequence[Callable[[], T]]) -> list[T]:

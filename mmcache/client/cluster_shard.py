@@ -8,6 +8,7 @@ import os
 import random
 import threading
 import weakref
+from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
@@ -18,7 +19,7 @@ from mmcache.client.blocking import Client
 from mmcache.client.calls import Get, Put
 from mmcache.client.lease import LeasedFrames, nothing_taken, take_lease
 from mmcache.client.pin import Pinned, count_prefix, pin_prefix
-from mmcache.client.protocol import STOPPED_READS, STOPPED_WRITES
+from mmcache.client.protocol import KEY_NBYTES, MAX_FORKS_NBYTES, STOPPED_READS, STOPPED_WRITES
 from mmcache.cluster.placement import Member, View
 from mmcache.config import ClientConfig, parse_url
 from mmcache.errors import ConfigError, MMCacheError
@@ -33,9 +34,21 @@ class Shard(Client):
         super().__init__(config)
         self.member, self._tally = member, tally
         self._breaker.draw = random.random
+        self._forks: deque[bytes] = deque(maxlen=MAX_FORKS_NBYTES // KEY_NBYTES)
 
     def _count(self, amounts: Mapping[str, Any]) -> None:
         self._tally(amounts)
+
+    def _told(self, forks: bytes) -> None:
+        self._forks.extend(forks[at : at + KEY_NBYTES] for at in range(0, len(forks), KEY_NBYTES))
+
+    def forks(self) -> set[bytes]:
+        """The stored keys that it called forks since this was last asked."""
+        told: set[bytes] = set()
+        with contextlib.suppress(IndexError):
+            while True:
+                told.add(self._forks.popleft())
+        return told
 
     def count(self, digests: Sequence[bytes], deadline: float) -> int | None:
         """How many leading keys are stored."""
