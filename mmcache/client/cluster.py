@@ -2,33 +2,31 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import time
+from collections.abc import Mapping, Sequence
 from functools import partial
-from typing import Any, Final, TypeVar
-
-from google.protobuf.message import Message
+from typing import Any
 
 from mmcache.client.calls import AnyKeys, AnyMedia, Get, Put
 from mmcache.client.cluster_answers import RESTING, together
 from mmcache.client.cluster_core import ClusterCore, all_of, at_once
+from mmcache.client.cluster_fill import chosen, copy
 from mmcache.client.cluster_shard import Shard
 from mmcache.client.lease import LeasedFrames
 from mmcache.client.pin import Pinned
 from mmcache.cluster.routes import by_member
-from mmcache.errors import TransportError
+from mmcache.cluster.search import Search
+from mmcache.errors import MMCacheError, TransportError
 from mmcache.keyset import Keys
-from mmcache.transport.base import MISS, Outcome, Result
-
-T = TypeVar("T")
-M = TypeVar("M", bound=Message)
-MOST_BESIDE: Final = 32  # threads of one call
+from mmcache.transport.base import HIT, MISS, Outcome, Result
 
 
 class ClusterClient(ClusterCore):
     """A client of many shards. Use as a context manager, or call `close`, which closes the membership too.
 
     `counters` counts whole calls, as `Client.counters` does, and failures over all shards; besides `failovers`, keys
-    that were read beside a shard that did not answer. Raises ConfigError for more replicas than there are shards.
+    that were read beside a shard that did not answer, and `copied`, keys that were copied to a shard that lacked them.
+    Raises ConfigError for more replicas than there are shards.
     """
 
     def match_prefix(self, keys: AnyKeys) -> int:
@@ -75,6 +73,7 @@ class ClusterClient(ClusterCore):
             shard.fetch(part, until)
             return part
 
+        found_on: dict[int, str] = {}
         asked: set[int] = set()
         while asks := search.asks():
             parts = {member: get.pick(wanted) for member, wanted in asks.items()}
@@ -83,12 +82,31 @@ class ClusterClient(ClusterCore):
                 asked.update(wanted)
                 for row, result in zip(wanted, part.results, strict=True):
                     results[row] = result
+                    if result is HIT:
+                        found_on[row] = member
                 self._mark_results(rows, search, member, wanted, part.results)
         for row, result in enumerate(results):
             if result is MISS and search.is_troubled(row) and row not in asked:
                 results[row] = RESTING
         self._count(get.counts())
+        self._fill(get, search, found_on, deadline)
         return results
+
+    def _fill(self, get: Get, search: Search, found_on: Mapping[int, str], deadline: float) -> None:
+        """Copy some of what was found elsewhere to where it was looked for first, if there is time."""
+        wanted_on = {row: first for row in found_on if (first := search.lacking(row)) is not None}
+        if not wanted_on or deadline - time.monotonic() < self.config.deadline_s / 2:
+            return
+        for (source, target), picked in chosen(found_on, wanted_on, get.sizes()).items():
+            giver, taker = self._shards.get(source), self._shards.get(target)
+            if giver is not None and taker is not None and taker.answering:
+                try:
+                    copied = copy(get.rows.pick(picked), giver, taker, deadline)
+                except MMCacheError:  # the read is done: nothing depends on this
+                    continue
+                self._count({"copied": copied})
+                for row in picked:
+                    self._absent.stored(target, get.rows.digests[row])
 
     def put(
         self, keys: AnyKeys, tensors: Sequence[Any], *, ttl_s: float | None = None, media: AnyMedia = None

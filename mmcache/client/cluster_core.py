@@ -7,13 +7,14 @@ shards comes back as outcomes, within the call's deadline.
 
 from __future__ import annotations
 
-import random
+import os
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any, Final, TypeVar
 
+import xxhash
 from google.protobuf.message import Message
 
 from mmcache.client.blocking import Client
@@ -46,10 +47,10 @@ class ClusterCore(Client):
         ClientCore.__init__(self, config.client)
         self._membership = membership
         now = time.monotonic()
-        self._router = Router(membership.view(), config.replicas, random.getrandbits(64), now, config.ramp_s)
+        self._router = Router(membership.view(), config.replicas, _draw(), now, config.ramp_s)
         self._absent = Absent(config.absent_s)
         self._news = 0  # how often a fork was heard of that was not known
-        self._shards = Shards(config.settings, self._count)
+        self._shards = Shards(config.settings, self._count, self._renew_lock)
         self._shards.take(self._router.view)
         self.announces = True
 
@@ -156,9 +157,7 @@ class ClusterCore(Client):
     def _routes(self, rows: Keys, *, counts: bool = False) -> list[Any]:
         self._look()
         with self._deciding:
-            if counts:
-                self._router.heat.note(rows.homes)
-            return self._router.routes(rows, time.monotonic())
+            return self._router.routes(rows, time.monotonic(), counts=counts)
 
     def _search(self, rows: Keys, found: bytes = b"") -> Search:
         routes = self._routes(rows, counts=not found)
@@ -271,6 +270,11 @@ class ClusterCore(Client):
         if told:
             with self._deciding:
                 self._news += self._router.forks.hear(rows, told, time.monotonic())
+
+
+def _draw() -> int:
+    """A number that the processes of one engine share, so that what one of them finds the others find there too."""
+    return xxhash.xxh3_64_intdigest(f"{os.uname().nodename}/{os.getpgid(0)}".encode())
 
 
 def at_once(calls: Sequence[Callable[[], T]]) -> list[T]:

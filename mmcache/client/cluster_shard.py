@@ -91,8 +91,13 @@ class Shards:
     `settings` are the client's, by name; what an address says itself goes before them. `tally` counts for all.
     """
 
-    def __init__(self, settings: Mapping[str, Any], tally: Callable[[Mapping[str, Any]], None]) -> None:
-        self._settings, self._tally = dict(settings), tally
+    def __init__(
+        self,
+        settings: Mapping[str, Any],
+        tally: Callable[[Mapping[str, Any]], None],
+        after_fork: Callable[[], None],
+    ) -> None:
+        self._settings, self._tally, self.after_fork = dict(settings), tally, after_fork
         self._members: dict[str, Member] = {}
         self._made: dict[str, Shard | None] = {}
         self.announces, self.closed = True, False
@@ -180,6 +185,7 @@ _ALL: weakref.WeakSet[Shards] = weakref.WeakSet()
 def _restart_in_child() -> None:
     for shards in list(_ALL):
         shards.renew_lock()
+        shards.after_fork()
 
 
 os.register_at_fork(after_in_child=_restart_in_child)

@@ -123,9 +123,11 @@ class Router:
         if member in self._ids:
             self._unsettled[member] = now + self._ramp_s
 
-    def routes(self, rows: Columns, now: float) -> list[Route]:
-        """One a row. Rows of one run share one object."""
+    def routes(self, rows: Columns, now: float, *, counts: bool = False) -> list[Route]:
+        """One a row. Rows of one run share one object. `counts`: this is a read, of which hot runs are told."""
         homes = self.forks.homes(rows, now)
+        if counts:
+            self.heat.note(homes)
         made: dict[tuple[bytes, bytes, bytes], Route] = {}
         routes: list[Route] = []
         last = None

@@ -86,6 +86,11 @@ class Search:
             last = route
         return left
 
+    def lacking(self, row: int) -> str | None:
+        """Who was to have a row first, and did not, where another shard had it, and all that were asked answered."""
+        place = self._places[row]
+        return self._routes[row].reads[0] if place and not self._troubled[row] else None
+
     def is_troubled(self, row: int) -> bool:
         """Whether somebody who may have it could not be asked."""
         return bool(self._troubled[row])
