@@ -54,7 +54,9 @@ def cache(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
             url = way.url(way.address(server)) + ("&native=no" if name == "shm in Python" else "")
             connect = mmcache.connect if waits == "blocking" else lambda *w, **o: OnALoop(mmcache.AsyncClient(*w, **o))
             client = stack.enter_context(connect(url, deadline_s=20))
-        assert client.stat()["transport"] == dict.fromkeys(("cluster", "embedded", "shm in Python"), "shm").get(name, name)
+        assert client.stat()["transport"] == dict.fromkeys(("cluster", "embedded", "shm in Python"), "shm").get(
+            name, name
+        )
         yield client
 
 

@@ -105,7 +105,7 @@ def test_tails_that_part_ways_do_not_load_one_shard() -> None:
     view, prompts = view_of(16), [prompt(SHARED, 3000, label) for label in range(200)]
 
     def skew(forks: Forks) -> float:
-        blocks = {(chain, home) for keys in prompts for chain, home in zip(keys.chains, forks.homes(keys, 1.0))}
+        blocks = {pair for keys in prompts for pair in zip(keys.chains, forks.homes(keys, 1.0), strict=True)}
         load = Counter(view.owners(home)[0] for _, home in blocks)
         return max(load.values()) * 16 / sum(load.values())
 
