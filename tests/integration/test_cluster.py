@@ -1,75 +1,26 @@
-"""Several real servers behind one client: killed, stopped, new, unknown to some clients. A miss at worst, in time."""
+"""Several real servers behind one client, all of them there: runs, pins, leases, forks, hot runs, operators, views."""
 
 from __future__ import annotations
 
 import contextlib
 import os
-import signal
-import threading
 import time
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
-from typing import Any
+from collections.abc import Iterator
 
-import numpy as np
 import pytest
 
 import mmcache
-from mmcache.client.blocking import Client
 from mmcache.client.cluster import ClusterClient
 from mmcache.client.operations import Operations
 from mmcache.cluster.heat import LEAST_CALLS
-from mmcache.cluster.membership import Static
 from mmcache.cluster.placement import Member, View
-from mmcache.cluster.settings import ClusterConfig, parse_cluster_url
+from mmcache.cluster.settings import parse_cluster_url
 from mmcache.errors import ConfigError, LeaseLost, TransportError, UsageError
-from mmcache.keyset import Keys
-from mmcache.testing.process import ServerProcess, suspend
+from mmcache.testing.process import ServerProcess
 from mmcache.transport.base import Outcome
 from mmcache.why import Why
-from tests.integration.support import NAMESPACE, blanks, eventually, run_cli, values_of
-
-NBYTES = 4096
-DEADLINE_S = 1.0
-SLACK_S = 1.0  # a machine that runs other tests too may be that late
-
-
-@dataclass
-class Cluster:
-    """Servers that one can reach, kill and add to."""
-
-    stack: contextlib.ExitStack
-    servers: list[ServerProcess] = field(default_factory=list)
-
-    def add(self) -> ServerProcess:
-        self.servers.append(self.stack.enter_context(ServerProcess("128MiB")))
-        return self.servers[-1]
-
-    def address(self, number: int) -> str:
-        return self.servers[number].url.rpartition("/")[2]
-
-    def url(self, *numbers: int, **options: Any) -> str:
-        chosen = [self.address(number) for number in (numbers or range(len(self.servers)))]
-        query = "&".join(f"{name}={value}" for name, value in ({"deadline_s": DEADLINE_S} | options).items())
-        return f"mmcache://{','.join(chosen)}?{query}"
-
-    def view(self, *numbers: int) -> View:
-        """Of ids that do not depend on ports, so that every run places alike."""
-        chosen = numbers or range(len(self.servers))
-        return View(tuple(Member(f"s{number}", self.servers[number].url) for number in chosen))
-
-    def connect(self, *numbers: int, **options: Any) -> ClusterClient:
-        config = parse_cluster_url(self.url(**options))
-        return self.stack.enter_context(ClusterClient(config, Static(self.view(*numbers))))
-
-
-@contextlib.contextmanager
-def cluster(count: int) -> Iterator[Cluster]:
-    with contextlib.ExitStack() as stack:
-        made = Cluster(stack)
-        for _ in range(count):
-            made.add()
-        yield made
+from tests.integration.cluster_bed import Cluster, Told, cluster, entries, hits, prompt, put
+from tests.integration.support import eventually, run_cli
 
 
 @pytest.fixture(scope="module")
@@ -77,41 +28,6 @@ def three() -> Iterator[Cluster]:
     """Three servers that nobody kills."""
     with cluster(3) as made:
         yield made
-
-
-class Told:
-    """A membership that a test tells."""
-
-    def __init__(self, view: View) -> None:
-        self.now = view
-
-    def view(self) -> View:
-        return self.now
-
-    def close(self) -> None:
-        """Nothing to end."""
-
-
-def prompt(label: int, tokens: int = 10_000, shared: int = 0) -> Keys:
-    return NAMESPACE.block_keys([*range(shared), *([1_000_000 + label] * (tokens - shared))])
-
-
-def put(cache: Client, keys: Keys) -> list[Any]:
-    return cache.put(keys, values_of(keys, NBYTES))
-
-
-def hits(cache: Client, keys: Keys) -> int:
-    """How many are hits, in time and with the right bytes."""
-    buffers, values = blanks(len(keys), NBYTES), values_of(keys, NBYTES)
-    began = time.monotonic()
-    results = cache.get_into(keys, buffers)
-    assert time.monotonic() - began < cache.config.deadline_s + SLACK_S
-    assert all(np.array_equal(*pair) for result, *pair in zip(results, buffers, values, strict=True) if result)
-    return sum(map(bool, results))
-
-
-def entries(cache: Client) -> dict[str, int]:
-    return {name: stat["counters"]["entries"] for name, stat in cache.stat()["shards"].items()}
 
 
 # ------------------------------------------------------------------------------------------ all are there
@@ -251,132 +167,6 @@ def test_a_forked_child_has_connections_of_its_own(three: Cluster) -> None:
         os._exit(0 if hits(cache, keys) == len(keys) else 1)
     assert os.waitpid(child, 0)[1] == 0
     assert hits(cache, keys) == len(keys)
-
-
-# ------------------------------------------------------------------------------------------ some are not
-def test_a_killed_shard_costs_its_own_keys_and_no_more() -> None:
-    with cluster(3) as made:
-        cache, keys = made.connect(), [prompt(label) for label in range(6)]
-        for one in keys:
-            put(cache, one)
-        made.servers[0].stop(signal.SIGKILL)
-        left = [hits(cache, one) for one in keys]
-        assert 0 < sum(left) < sum(map(len, keys))
-        assert cache.answering
-        found = [cache.match_prefix(one) for one in keys]
-        assert all(count <= len(one) for count, one in zip(found, keys, strict=True))
-        results = put(cache, prompt(50))
-        assert {result.outcome for result in results} == {Outcome.STORED, Outcome.UNAVAILABLE}
-        with cache.acquire(keys[0]) as leased:
-            assert sum(frame is not None for frame in leased.frames) == left[0]
-        with pytest.raises(TransportError, match="1 of 3 shards could not be asked to delete"):
-            cache.delete(keys[0])
-        for server in made.servers[1:]:
-            server.stop(signal.SIGKILL)
-        assert hits(cache, keys[0]) == cache.match_prefix(keys[0]) == sum(cache.contains(keys[0])) == 0
-        assert {result.outcome for result in put(cache, keys[0])} == {Outcome.UNAVAILABLE}
-        assert not cache.answering
-
-
-def test_with_two_replicas_a_killed_shard_costs_nothing_and_is_filled_again_when_it_is_back() -> None:
-    with cluster(3) as made:
-        writer, keys = made.connect(replicas=2), [prompt(label) for label in range(4)]
-        assert all(all(put(writer, one)) for one in keys)
-        address = made.address(0)
-        made.servers[0].stop(signal.SIGKILL)
-        for cache in (writer, made.connect(replicas=2)):
-            assert [cache.match_prefix(one) for one in keys] == [len(one) for one in keys]
-            assert [hits(cache, one) for one in keys] == [len(one) for one in keys]
-            assert cache.counters["failures"] <= 8  # then it is left alone
-        results = put(writer, prompt(50))
-        assert all(results)
-        assert any("not on s0" in result.reason for result in results)
-        made.stack.enter_context(ServerProcess("128MiB", listen=address))
-        eventually(lambda: writer._shards.open_to("s0"), "it is asked again")
-        for _ in range(3):
-            assert [hits(writer, one) for one in keys] == [len(one) for one in keys]
-        assert writer.counters["copied"] > 0
-        assert entries(writer)["s0"] > 0
-
-
-def test_a_shard_that_hangs_leaves_time_for_its_replica() -> None:
-    with cluster(2) as made:
-        cache, keys = made.connect(replicas=2), prompt(1)
-        assert all(put(cache, keys))
-        suspend(made.servers[0].pid)
-        try:
-            assert hits(cache, keys) == len(keys)
-            assert cache.match_prefix(keys) == len(keys)
-            alone = made.connect()
-            assert hits(alone, keys) <= len(keys)
-            assert alone.match_prefix(keys) <= len(keys)
-        finally:
-            os.kill(made.servers[0].pid, signal.SIGCONT)
-
-
-def test_killing_a_shard_under_load_is_never_an_error_nor_wrong() -> None:
-    with cluster(3) as made:
-        keys, stop = [prompt(label, 3000) for label in range(8)], threading.Event()
-        errors: list[BaseException] = []
-
-        def work(cache: Client, own: Sequence[Keys]) -> None:
-            try:
-                while not stop.is_set():
-                    for one in own:
-                        hits(cache, one)
-                        put(cache, one)
-            except BaseException as error:
-                errors.append(error)
-
-        cache = made.connect(replicas=2)
-        workers = [threading.Thread(target=work, args=(cache, keys[at::3])) for at in range(3)]
-        for worker in workers:
-            worker.start()
-        time.sleep(0.5)
-        made.servers[1].stop(signal.SIGKILL)
-        time.sleep(1.5)
-        stop.set()
-        for worker in workers:
-            worker.join()
-        assert errors == []
-        assert all(hits(cache, one) == len(one) for one in keys)
-
-
-# ------------------------------------------------------------------------------------------ views that change
-def test_a_newcomer_is_read_through_and_takes_over_what_is_asked_for() -> None:
-    with cluster(4) as made:
-        membership = Told(made.view(0, 1, 2))
-        config: ClusterConfig = parse_cluster_url(made.url())
-        with ClusterClient(config, membership) as cache:
-            keys = [prompt(label) for label in range(6)]
-            for one in keys:
-                put(cache, one)
-            membership.now = made.view(0, 1, 2, 3)
-            assert [cache.match_prefix(one) for one in keys] == [len(one) for one in keys]
-            assert entries(cache)["s3"] == 0
-            for _ in range(8):
-                assert [hits(cache, one) for one in keys] == [len(one) for one in keys]
-            moved = entries(cache)["s3"]
-            total = sum(map(len, keys))
-            assert 0 < moved == cache.counters["copied"] < 0.6 * total
-        with ClusterClient(config, Told(made.view(0, 1, 2, 3))) as knows_only_the_new:
-            assert sum(hits(knows_only_the_new, one) for one in keys) == total
-        with ClusterClient(config, Told(made.view(0, 1, 2))) as knows_only_the_old:
-            assert sum(hits(knows_only_the_old, one) for one in keys) == total
-
-
-def test_a_member_that_leaves_is_closed_and_its_keys_are_stored_anew() -> None:
-    with cluster(3) as made:
-        membership = Told(made.view(0, 1, 2))
-        with ClusterClient(parse_cluster_url(made.url()), membership) as cache:
-            keys = prompt(1, 30_000)
-            put(cache, keys)
-            membership.now = made.view(0, 1)
-            found = hits(cache, keys)
-            assert found < len(keys)
-            assert len(cache._shards.opened()) == 2
-            assert all(put(cache, keys))
-            assert hits(cache, keys) == len(keys)
 
 
 def test_clients_with_different_views_miss_at_worst(three: Cluster) -> None:
