@@ -25,14 +25,14 @@ from mmcache._version import __version__
 from mmcache.cli_bench import bench_app
 from mmcache.cli_common import ADMINS_ONLY, DEFAULT_URL, Json, Url, key_digest, printable, progress_bar, size_text
 from mmcache.cli_token import token_app
-from mmcache.config import ServerConfig, parse_nbytes, server_config
+from mmcache.config import ServerConfig, parse_nbytes, place_text, server_config
 from mmcache.connect import connect
 from mmcache.errors import ConfigError, FrameError, MMCacheError, UsageError
 from mmcache.frame import parse_header
 from mmcache.logs import log_to_stderr
 from mmcache.server.heap import keep_freed_memory
 from mmcache.server.serve import Server
-from mmcache.server.shard_plan import place_text, shard_configs
+from mmcache.server.shard_plan import shard_configs
 from mmcache.server.supervisor import STOP_SIGNALS, Supervisor
 from mmcache.store.arena import check_room
 

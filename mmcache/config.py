@@ -18,6 +18,7 @@ from mmcache.units import GiB as GiB
 from mmcache.units import KiB as KiB
 from mmcache.units import MiB as MiB
 from mmcache.units import parse_nbytes as parse_nbytes
+from mmcache.units import place_text as place_text
 
 DEFAULT_PORT: Final = 7600
 BODY_NBYTES_PER_KEY: Final = 128  # a Reserve's key, parent, namespace, size, kind and media, with room to spare

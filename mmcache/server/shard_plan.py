@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from dataclasses import fields, replace
 from typing import Any, Final
 
-from mmcache.config import ENV_PREFIX, ServerConfig, parse_host_port
+from mmcache.config import ENV_PREFIX, ServerConfig, parse_host_port, place_text
 from mmcache.errors import ConfigError
 
 FIRST_PAUSE_S: Final = 0.5
@@ -48,11 +48,6 @@ def _moved(place: str, number: int) -> str:
     if port + number > 65535:
         raise ConfigError(f"there is no port for shard {number} from {place} on; choose a lower one, or port 0")
     return place_text(host, port + number if port else 0)
-
-
-def place_text(host: str, port: int) -> str:
-    """HOST:PORT, with brackets where HOST is an IPv6 address."""
-    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
 
 
 def where_it_is(config: ServerConfig, ready: Mapping[str, Any]) -> ServerConfig:
