@@ -16,7 +16,7 @@ from typing import Any, Final
 from mmcache.cluster.membership import Tell
 from mmcache.cluster.seen import Seen
 from mmcache.cluster.slices import who_is_ready
-from mmcache.cluster.urls import ClusterUrl
+from mmcache.cluster.urls import MembersUrl
 from mmcache.errors import ConfigError, TransportError
 
 try:
@@ -38,8 +38,8 @@ MAX_LIST_NBYTES: Final = 64 << 20
 class KubernetesSource:
     """See Source. Raises ConfigError where neither a service account nor a kubeconfig is to be had."""
 
-    def __init__(self, url: ClusterUrl, scheme: str) -> None:
-        self._url, self._scheme = url, scheme
+    def __init__(self, url: MembersUrl) -> None:
+        self._url = url
         self._configure()
 
     def _configure(self) -> Any:
@@ -95,7 +95,7 @@ class KubernetesSource:
         return slices, found["metadata"]["resourceVersion"]
 
     def _seen(self, slices: dict[str, dict[str, Any]]) -> Seen:
-        return who_is_ready(slices.values(), self._url.options.get("port", ""), self._scheme)
+        return who_is_ready(slices.values(), self._url.options.get("port", ""), self._url.scheme)
 
     def look(self) -> Seen:
         """See Source."""

@@ -11,7 +11,7 @@ from typing import Any, Final
 
 from mmcache.cluster.beats import MAX_BEAT_NBYTES, TTL_S, Beat, NoBeat, parse_beat, who_is_in
 from mmcache.cluster.seen import MAX_MEMBERS, MAX_TEXT, LeftOut, Seen
-from mmcache.cluster.urls import ClusterUrl
+from mmcache.cluster.urls import MembersUrl
 from mmcache.errors import ConfigError, TransportError
 from mmcache.private_file import check_private, read_private
 
@@ -49,7 +49,7 @@ class RedisLink:
     (a heartbeat, with a time to live), mmcache:{NAME}:drained (set of ids); channel mmcache:{NAME}:changed.
     """
 
-    def __init__(self, url: ClusterUrl) -> None:
+    def __init__(self, url: MembersUrl) -> None:
         self.what = url.what
         self._url = url
         prefix = f"mmcache:{{{url.name}}}:"

@@ -9,7 +9,7 @@ from typing import Final
 from mmcache.cluster.membership import Tell
 from mmcache.cluster.redis_link import RedisLink
 from mmcache.cluster.seen import Roster, Seen
-from mmcache.cluster.urls import ClusterUrl
+from mmcache.cluster.urls import MembersUrl
 
 POLL_S: Final = 5.0  # beside being woken, as a wake-up can be lost
 WAKE_S: Final = 1.0  # how long `close` may go unnoticed
@@ -18,7 +18,7 @@ WAKE_S: Final = 1.0  # how long `close` may go unnoticed
 class RedisSource:
     """See Source."""
 
-    def __init__(self, url: ClusterUrl) -> None:
+    def __init__(self, url: MembersUrl) -> None:
         self._link = RedisLink(url)
         self._roster = Roster()
 

@@ -14,7 +14,7 @@ from mmcache._version import __version__
 from mmcache.cluster.beats import BEAT_S, Beat, draining
 from mmcache.cluster.membership import Pauses
 from mmcache.cluster.redis_link import WAIT_S, RedisLink
-from mmcache.cluster.urls import ClusterUrl
+from mmcache.cluster.urls import MembersUrl
 from mmcache.errors import MMCacheError
 
 log = logging.getLogger("mmcache.cluster")
@@ -29,7 +29,7 @@ class Registration:
     knows, and whoever has a View goes on with it. Raises ConfigError for a URL or a file it names.
     """
 
-    def __init__(self, url: ClusterUrl, *, id: str, address: str, weight: float) -> None:
+    def __init__(self, url: MembersUrl, *, id: str, address: str, weight: float) -> None:
         self._link = RedisLink(url)
         self._beat = Beat(
             id=id, address=address, weight=weight, registration=secrets.token_hex(16), since_ms=time.time_ns() // 10**6,

@@ -6,8 +6,8 @@
     mmcache+redis+cluster://H1[:6379],H2?cluster=NAME
     mmcache+k8s://NAMESPACE/SERVICE?port=NAME
 
-Options that are not of the cluster are those of each server's client (mmcache.config.parse_url). A password does not
-belong in a URL: `password_file` names a file of mode 0600.
+Options that say how a client uses the servers are not looked at here. A password does not belong in a URL:
+`password_file` names a file of mode 0600.
 """
 
 from __future__ import annotations
@@ -16,11 +16,12 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Final
-from urllib.parse import parse_qsl, quote, urlencode, urlsplit
+from urllib.parse import parse_qsl, quote, urlsplit
 
 from mmcache.cluster.membership import Source, Static, Watched
 from mmcache.cluster.placement import Member, View
-from mmcache.config import parse_host_port, parse_url, place_text
+from mmcache.cluster.seen import Seen
+from mmcache.config import parse_host_port, place_text
 from mmcache.errors import ConfigError
 
 _HELP: Final = (
@@ -29,8 +30,10 @@ _HELP: Final = (
     "mmcache+redis+cluster://HOST:PORT,HOST:PORT?cluster=NAME (rediss: TLS) or mmcache+k8s://NAMESPACE/SERVICE?port=NAME"
 )
 _REDIS: Final = re.compile(r"mmcache\+(redis|rediss)(?:\+(sentinel|cluster))?")
-_REDIS_OPTIONS: Final = ("cluster", "password_file", "sentinel_password_file", "redis_ca", "redis_cert", "redis_key")
-_K8S_OPTIONS: Final = ("port", "kubeconfig", "context", "tls")
+_REDIS_OPTIONS: Final = (
+    "cluster", "password_file", "sentinel_password_file", "redis_ca", "redis_cert", "redis_key", "tls", "fallback",
+)  # fmt: skip
+_K8S_OPTIONS: Final = ("port", "kubeconfig", "context", "tls", "fallback")
 _NAME: Final = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
 REDIS_PORT: Final = 6379
 SENTINEL_PORT: Final = 26379
@@ -38,25 +41,30 @@ MAX_HOSTS: Final = 256
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class ClusterUrl:
+class MembersUrl:
     """What such a URL says. `kind`: static, redis, sentinel, cluster (of Redis) or k8s."""
 
     kind: str
     hosts: tuple[tuple[str, int], ...] = ()
-    tls: bool = False
+    tls: bool = False  # to the hosts
     user: str = ""
     db: int = 0
     master: str = ""  # what Sentinel calls it
     namespace: str = ""  # of Kubernetes
     service: str = ""
     options: Mapping[str, str] = field(default_factory=dict)  # of the cluster
-    client: Mapping[str, str] = field(default_factory=dict)  # of each server's client
+    others: Mapping[str, str] = field(default_factory=dict)  # options that say nothing of who is in
     fallback: tuple[tuple[str, int], ...] = ()
 
     @property
     def name(self) -> str:
         """The cluster's name in Redis, where several may share one."""
         return self.options.get("cluster", "mmcache")
+
+    @property
+    def scheme(self) -> str:
+        """How servers are spoken to where nobody but the URL says it."""
+        return "mmcaches" if self.options.get("tls") == "true" or (self.kind == "static" and self.tls) else "mmcache"
 
     @property
     def what(self) -> str:
@@ -69,22 +77,8 @@ class ClusterUrl:
         form = {"redis": "Redis", "sentinel": f"Redis master {self.master} of Sentinel", "cluster": "Redis Cluster"}
         return f"cluster {self.name!r} of {form[self.kind]} at {places}"
 
-    def client_url(self, address: str) -> str:
-        """The URL by which to reach the server of this address."""
-        return f"{address}?{urlencode(self.client)}" if self.client else address
 
-
-def is_cluster(url: str) -> bool:
-    """Whether the URL names a cluster: several servers, or who knows them. One server is none."""
-    scheme, _, rest = url.partition("://")
-    return (
-        _REDIS.fullmatch(scheme) is not None
-        or scheme == "mmcache+k8s"
-        or (scheme in ("mmcache", "mmcaches") and "," in re.split(r"[/?#]", rest, maxsplit=1)[0])
-    )
-
-
-def parse_cluster_url(url: str) -> ClusterUrl:
+def parse_members_url(url: str) -> MembersUrl:
     """What the URL says. Raises ConfigError, which never shows what may be a secret."""
     shown = re.sub(r"//[^/?#]*@", "//", url)
     try:
@@ -112,13 +106,15 @@ def parse_cluster_url(url: str) -> ClusterUrl:
     else:
         raise ConfigError(f"{shown!r} names no cluster; {_HELP}")
     mine = {"static": (), "k8s": _K8S_OPTIONS}.get(found["kind"], _REDIS_OPTIONS)
-    if found["kind"] != "static" and "fallback" in options:
-        found["fallback"] = _hosts(options.pop("fallback"), None)
-    client = {name: value for name, value in options.items() if name not in mine}
-    result = ClusterUrl(options={name: options[name] for name in options if name in mine}, client=client, **found)
-    scheme = "mmcaches" if _shard_tls(result) else "mmcache"
-    parse_url(result.client_url(f"{scheme}://127.0.0.1:1"))  # raises for an option that nobody knows
-    return result
+    if options.get("tls", "false") not in ("true", "false") and "tls" in mine:
+        raise ConfigError(f"tls={options['tls']!r} is neither true nor false")
+    if "fallback" in options and "fallback" in mine:
+        found["fallback"] = _hosts(options["fallback"], None)
+    return MembersUrl(
+        options={name: value for name, value in options.items() if name in mine},
+        others={name: value for name, value in options.items() if name not in mine},
+        **found,
+    )
 
 
 def _redis(
@@ -146,8 +142,6 @@ def _redis(
 def _k8s(namespace: str, segments: list[str], options: Mapping[str, str], shown: str) -> dict[str, Any]:
     if len(segments) != 1 or not _NAME.fullmatch(namespace) or not _NAME.fullmatch(segments[0]):
         raise ConfigError(f"{shown!r} is not mmcache+k8s://NAMESPACE/SERVICE")
-    if options.get("tls", "false") not in ("true", "false"):
-        raise ConfigError(f"tls={options['tls']!r} is neither true nor false")
     return {"kind": "k8s", "namespace": namespace, "service": segments[0]}
 
 
@@ -168,40 +162,45 @@ def _hosts(text: str, port: int | None) -> tuple[tuple[str, int], ...]:
     return tuple(found)
 
 
-def _shard_tls(parsed: ClusterUrl) -> bool:
-    """Whether servers that the URL itself names speak TLS; what Redis says of a server says it of that one."""
-    if parsed.kind == "static":
-        return parsed.tls
-    return parsed.options.get("tls") == "true" or any(name in parsed.client for name in ("ca", "cert", "server_name"))
-
-
 def _static_view(places: tuple[tuple[str, int], ...], scheme: str) -> View:
     texts = [place_text(*place) for place in places]
     return View(tuple(Member(text, f"{scheme}://{text}") for text in texts))
 
 
-def open_membership(url: str | ClusterUrl) -> Watched | Static:
+def open_membership(url: str) -> Watched | Static:
     """Who is in the cluster that the URL names, followed from now on.
 
-    Raises ConfigError for the URL, a file it names or an extra that is not installed; TransportError if who knows the
-    cluster does not answer, or nobody has joined, unless the URL names a `fallback`.
+    Raises ConfigError for the URL, an option that means nothing here, a file it names or an extra that is not
+    installed; TransportError if who knows the cluster does not answer, or nobody has joined, unless the URL names a
+    `fallback`.
     """
-    parsed = parse_cluster_url(url) if isinstance(url, str) else url
-    scheme = "mmcaches" if _shard_tls(parsed) else "mmcache"
+    parsed = parse_members_url(url)
+    if parsed.others:
+        raise ConfigError(f"the URL has an unknown option {next(iter(parsed.others))!r}; {_HELP}")
+    source = source_of(parsed)
+    if source is None:
+        return Static(_static_view(parsed.hosts, parsed.scheme))
+    fallback = _static_view(parsed.fallback, parsed.scheme) if parsed.fallback else None
+    return Watched(source, parsed.what, fallback)
+
+
+def source_of(parsed: MembersUrl) -> Source | None:
+    """Who knows the cluster; None where the URL itself does. Raises ConfigError."""
     if parsed.kind == "static":
-        return Static(_static_view(parsed.hosts, scheme))
-    fallback = _static_view(parsed.fallback, scheme) if parsed.fallback else None
-    return Watched(_source(parsed, scheme), parsed.what, fallback)
-
-
-def _source(parsed: ClusterUrl, scheme: str) -> Source:
+        return None
     if parsed.kind == "k8s":
         from mmcache.cluster.kubernetes_members import KubernetesSource  # only where it is wanted: it needs an extra
 
-        return KubernetesSource(parsed, scheme)
+        return KubernetesSource(parsed)
     from mmcache.cluster.redis_members import RedisSource
 
     return RedisSource(parsed)
+
+
+def look(parsed: MembersUrl) -> Seen:
+    """Who is in now, asked once. Raises ConfigError, TransportError."""
+    source = source_of(parsed)
+    return source.look() if source is not None else Seen(_static_view(parsed.hosts, parsed.scheme).members)
 
 
 def redis_url(text: str, name: str) -> str:
