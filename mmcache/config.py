@@ -80,6 +80,9 @@ class ServerConfig:
     tls_key: str = ""
     tls_client_ca: str = ""  # PEM; who signs client certificates; empty: none are asked for
     nixl: str = ""  # network devices, as UCX names them, by which trusted clients read the memory; empty: none
+    join: str = ""  # URL of the cluster to join (docs/membership.md); empty: none
+    advertise: str = ""  # mmcache://HOST:PORT by which its clients find this server; empty: as it listens
+    weight: float = 0.0  # its share of the keys, beside those of others; 0: its memory in GiB
 
     def __post_init__(self) -> None:
         positive = ("memory_nbytes", "lease_s", "max_connections", "max_batch_keys", "max_body_nbytes",
@@ -87,6 +90,10 @@ class ServerConfig:
         for name in positive:
             if not getattr(self, name) > 0:
                 raise ConfigError(f"{name} is {getattr(self, name)}; it must be greater than 0")
+        if not 0 <= self.weight < 1e15:
+            raise ConfigError(f"weight is {self.weight}; it must be above 0, such as GiB of memory, or 0 for just that")
+        if (self.advertise or self.weight) and not self.join:
+            raise ConfigError("advertise and weight are told to a cluster; give join, its URL, too")
         for name in ("max_entries", "drain_s"):
             if not getattr(self, name) >= 0:
                 raise ConfigError(f"{name} is {getattr(self, name)}; it cannot be negative")
@@ -188,7 +195,7 @@ _URL_HELP: Final = (
 
 
 _NETWORK_OPTIONS: Final = ("token_file", "ca", "cert", "key", "server_name", "insecure_network")
-_URL_OPTIONS: Final = (
+URL_OPTIONS: Final = (
     "transport", "deadline_s", "connect_s", "verify", "max_connections", "copy_threads", "streams", "native",
     *_NETWORK_OPTIONS,
 )  # fmt: skip
@@ -227,7 +234,7 @@ def parse_url(url: str, **overrides: Any) -> ClientConfig:
     for name, value in options:
         if name == "memory" and parts.scheme == "embedded":
             settings["memory_nbytes"] = parse_nbytes(value)
-        elif name in _URL_OPTIONS and not (parts.scheme == "embedded" and name in _NETWORK_OPTIONS):
+        elif name in URL_OPTIONS and not (parts.scheme == "embedded" and name in _NETWORK_OPTIONS):
             settings[name] = _convert(ClientConfig, name, value, f"the URL's {name}")
         else:
             raise ConfigError(f"{url!r} has an unknown option {name!r}; {_URL_HELP}")

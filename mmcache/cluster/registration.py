@@ -18,7 +18,6 @@ from mmcache.cluster.urls import MembersUrl
 from mmcache.errors import MMCacheError
 
 log = logging.getLogger("mmcache.cluster")
-LEAVE_S: Final = 1.0  # from saying so until requests are no longer taken
 OTHERS_EVERY: Final = 5  # beats
 
 
@@ -41,6 +40,11 @@ class Registration:
         self._warned = ""
         self.why_not = "nothing was heard of it yet"  # why it has not joined; empty: it has
         self._thread = threading.Thread(target=self._run, name="mmcache-beat", daemon=True)
+
+    @property
+    def id(self) -> str:
+        """What the server is called."""
+        return self._beat.id
 
     def start(self, wait_s: float) -> None:
         """Begin; wait so long at most for the first heartbeat to be written."""
@@ -93,7 +97,7 @@ class Registration:
     def leave(self) -> bool:
         """Say that this server is about to end, so that new views are without it; it still serves. Bounded.
 
-        Whether it could be said: if so, clients hear of it within LEAVE_S, as a rule.
+        Whether it could be said: if so, clients hear of it at once, as a rule.
         """
         self._leaving = True
         self._wake.set()

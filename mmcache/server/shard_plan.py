@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import fields, replace
 from typing import Any, Final
+from urllib.parse import urlsplit
 
 from mmcache.config import ENV_PREFIX, ServerConfig, parse_host_port, place_text
 from mmcache.errors import ConfigError
@@ -36,7 +37,16 @@ def shard_configs(config: ServerConfig) -> list[ServerConfig]:
         if config.unix_path not in ("", "auto"):
             changed["unix_path"] = f"{config.unix_path}.{number}"
         memory_nbytes, max_entries = config.memory_nbytes // count, config.max_entries // count
-        found.append(replace(config, **changed, shards=1, memory_nbytes=memory_nbytes, max_entries=max_entries))
+        if config.advertise:
+            scheme, marks, told = config.advertise.partition("://")
+            if urlsplit(f"//{told}").port:  # else it is the port of each
+                changed["advertise"] = f"{scheme}{marks}{_moved(told, number)}"
+        found.append(
+            replace(
+                config, **changed, shards=1, memory_nbytes=memory_nbytes, max_entries=max_entries,
+                weight=config.weight / count,
+            )
+        )  # fmt: skip
     return found
 
 
