@@ -197,32 +197,8 @@ def serve(
     An option not given is read from its environment variable. Prints one ready line once it accepts. With --shards,
     that line names all addresses, and what dies is started again.
     """
-    config = server_config(
-        listen=listen,
-        unix_path=unix_path,
-        memory_nbytes=None if memory is None else parse_nbytes(memory),
-        shards=shards,
-        max_entries=max_entries,
-        alignment=alignment,
-        prefault=prefault,
-        huge_pages=huge_pages,
-        lease_s=lease_s,
-        policy=policy,
-        max_connections=max_connections,
-        insecure_network=insecure_network,
-        metrics=metrics,
-        mode=mode,
-        log=log,
-        grpc=grpc,
-        access_file=access_file,
-        tls_cert=tls_cert,
-        tls_key=tls_key,
-        tls_client_ca=tls_client_ca,
-        nixl=nixl,
-        join=join,
-        advertise=advertise,
-        weight=weight,
-    )
+    settings = {name: value for name, value in locals().items() if name not in ("memory", "verbose", "as_json")}
+    config = server_config(memory_nbytes=None if memory is None else parse_nbytes(memory), **settings)
     log_to_stderr(config.log, logging.DEBUG if verbose else logging.WARNING)
     if not config.listen and not config.unix_path:
         raise ConfigError("there is nothing to listen on; give --listen HOST:PORT or --unix PATH")

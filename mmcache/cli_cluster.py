@@ -235,7 +235,7 @@ def drain(
     from mmcache.cluster.redis_link import RedisLink
 
     seen = look(parsed)
-    known = {one.id for one in (*seen.members, *seen.left_out)}
+    known = {one.id for one in seen.members} | {one.id for one in seen.left_out}
     link = RedisLink(parsed)
     with link.open() as connection:
         known |= link.drained(connection)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
+from itertools import islice
 from typing import Any, Final
 
 from mmcache.cluster.beats import MAX_BEAT_NBYTES, TTL_S, Beat, NoBeat, parse_beat, who_is_in
@@ -116,7 +117,7 @@ class RedisLink:
 
     def drained(self, connection: Any) -> frozenset[str]:
         """Ids of the servers that are not to be used."""
-        members = connection.sscan(self._drained, count=MAX_MEMBERS)[1]
+        members = islice(connection.sscan_iter(self._drained, count=MAX_MEMBERS), MAX_MEMBERS)
         return frozenset(member.decode(errors="replace") for member in members if len(member) <= MAX_TEXT)
 
     def beats(self, connection: Any) -> tuple[list[Beat], list[LeftOut]]:
