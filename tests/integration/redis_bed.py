@@ -35,7 +35,7 @@ def free_port() -> int:
 class Redis:
     """One redis-server, without persistence. Use as a context manager.
 
-    `words` go to it as they are; `settings` are how redis-py reaches it; `sentinel` makes it a Sentinel, with these lines.
+    `words` go to it as they are; `settings` are how redis-py reaches it; `sentinel`, its lines, makes it one.
     """
 
     def __init__(self, *words: str, port: int = 0, sentinel: str = "", **settings: Any) -> None:

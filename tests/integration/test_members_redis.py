@@ -43,7 +43,11 @@ def registered(url: str, *ports: int, **changed: Any) -> list[Registration]:
     """Servers that say that they are there; nobody listens on their ports."""
     found = []
     for port in ports:
-        settings = {"id": f"127.0.0.1:{port}", "address": f"mmcache://127.0.0.1:{port}", "weight": 1.0} | changed
+        settings: dict[str, Any] = {
+            "id": f"127.0.0.1:{port}",
+            "address": f"mmcache://127.0.0.1:{port}",
+            "weight": 1.0,
+        } | changed
         found.append(Registration(parse_members_url(url), **settings))
         found[-1].start(3.0)
         assert not found[-1].why_not

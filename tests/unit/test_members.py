@@ -20,7 +20,13 @@ from mmcache.errors import ConfigError
 
 
 def beat_of(id_: str = "a:1", **changed: Any) -> Beat:
-    fields = {"id": id_, "address": f"mmcache://{id_}", "weight": 2.0, "registration": "0" * 32, "since_ms": 1000}
+    fields: dict[str, Any] = {
+        "id": id_,
+        "address": f"mmcache://{id_}",
+        "weight": 2.0,
+        "registration": "0" * 32,
+        "since_ms": 1000,
+    }
     return Beat(**(fields | changed))
 
 
@@ -192,8 +198,9 @@ def test_goodbye_is_believed_at_once_and_so_is_a_new_address() -> None:
 def test_a_member_is_believed_exactly_while_it_was_seen_within_the_time(
     steps: list[tuple[frozenset[str], float]],
 ) -> None:
-    roster, now_s, missing_since = Roster(), 0.0, {}
+    roster, now_s = Roster(), 0.0
     believed: set[str] = set()
+    missing_since: dict[str, float] = {}
     for ids, pause_s in steps:
         now_s += pause_s
         for id_ in believed - ids:
