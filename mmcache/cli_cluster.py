@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from typing import Annotated, Any, Final, TypeVar
-from urllib.parse import urlencode
 
 import typer
 from rich.console import Console
@@ -19,14 +18,16 @@ from mmcache._version import __version__
 from mmcache.cli_common import DEFAULT_URL, Json, Url, Verbose, key_digest, printable, size_text
 from mmcache.cli_run import Shards, run_shards
 from mmcache.client.blocking import Client
+from mmcache.client.cluster_shard import shard_config
 from mmcache.cluster.placement import Member, View
 from mmcache.cluster.seen import Seen
+from mmcache.cluster.settings import parse_cluster_url
 from mmcache.cluster.urls import MembersUrl, look, parse_members_url, redis_url
-from mmcache.config import URL_OPTIONS, parse_nbytes, server_config
-from mmcache.connect import connect
+from mmcache.config import parse_nbytes, server_config
 from mmcache.errors import MMCacheError, TransportError, UsageError
 from mmcache.frame import parse_header
 from mmcache.logs import log_to_stderr
+from mmcache.server.joining import joined_url
 
 DEADLINE_S: Final = 2.0  # for each server that is asked
 ASKED_AT_ONCE: Final = 16
@@ -78,7 +79,7 @@ def up(
     config = server_config(listen=listen, shards=shards, memory_nbytes=nbytes, join=join)
     log_to_stderr(config.log, logging.DEBUG if verbose else logging.WARNING)
     if join:
-        look(parse_members_url(join))  # raises now, with what to do, what each shard would only log and try again
+        look(joined_url(join))  # raises now, with what to do, what each shard would only log and try again
 
     def tell(ready: Shards) -> None:
         scheme = ready[0]["url"].partition("://")[0]
@@ -93,24 +94,37 @@ def up(
     run_shards(config, ["--verbose"] if verbose else [], tell)
 
 
-def _members(url: str) -> tuple[MembersUrl, Seen]:
-    parsed = parse_members_url(url)
-    return parsed, look(parsed)
+@dataclass(frozen=True)
+class _Cluster:
+    """What a URL says, and who is in now."""
 
+    url: MembersUrl
+    settings: Mapping[str, Any]  # by which each server is reached
+    seen: Seen
 
-def _ask(parsed: MembersUrl, members: tuple[Member, ...], ask: Callable[[Client], T]) -> list[T | MMCacheError]:
-    """What each says, or why it says nothing; all are asked at once, and each has DEADLINE_S."""
-    options = urlencode({name: value for name, value in parsed.others.items() if name in URL_OPTIONS})
+    @classmethod
+    def of(cls, url: str) -> _Cluster:
+        """Raises ConfigError, TransportError."""
+        config = parse_cluster_url(url)
+        parsed = parse_members_url(config.members)
+        return cls(parsed, config.settings, look(parsed))
 
-    def one(member: Member) -> T | MMCacheError:
-        try:
-            with connect(f"{member.address}?{options}", deadline_s=DEADLINE_S) as client:
-                return ask(client)
-        except MMCacheError as error:
-            return error
+    def nobody(self) -> MMCacheError:
+        """To raise where nobody is in."""
+        return MMCacheError(f"no server is in {self.url.what}; start one with `mmcache serve --join`")
 
-    with ThreadPoolExecutor(ASKED_AT_ONCE) as pool:
-        return list(pool.map(one, members))
+    def ask(self, members: tuple[Member, ...], ask: Callable[[Client], T]) -> list[T | MMCacheError]:
+        """What each says, or why it says nothing; all are asked at once, and each has DEADLINE_S."""
+
+        def one(member: Member) -> T | MMCacheError:
+            try:
+                with Client(shard_config(member.address, {"deadline_s": DEADLINE_S} | self.settings)) as client:
+                    return ask(client)
+            except MMCacheError as error:
+                return error
+
+        with ThreadPoolExecutor(ASKED_AT_ONCE) as pool:
+            return list(pool.map(one, members))
 
 
 @cluster_app.command(
@@ -121,12 +135,12 @@ def status(url: Url = DEFAULT_URL, as_json: Json = False) -> None:
 
     Exits 1 if nobody is in, or somebody who is does not answer.
     """
-    parsed, seen = _members(url)
-    members = tuple(sorted(seen.members))
+    cluster = _Cluster.of(url)
+    seen, members = cluster.seen, tuple(sorted(cluster.seen.members))
     total = sum(member.weight for member in members)
     rows = [
         {"id": member.id, "address": member.address, "weight": member.weight, "share": member.weight / total} | said
-        for member, said in zip(members, map(_state, _ask(parsed, members, Client.stat)), strict=True)
+        for member, said in zip(members, map(_state, cluster.ask(members, Client.stat)), strict=True)
     ]
     if as_json:
         left_out = [asdict(one) for one in seen.left_out]
@@ -139,7 +153,7 @@ def status(url: Url = DEFAULT_URL, as_json: Json = False) -> None:
         for problem in seen.problems:
             print(f"problem: {printable(problem)}")
     if not members:
-        raise MMCacheError(f"no server is in {parsed.what}; start one with `mmcache serve --join`")
+        raise cluster.nobody()
     if silent := sum("why" in row for row in rows):
         raise MMCacheError(f"{silent} of {len(rows)} do not answer; their keys are misses until they do")
 
@@ -188,11 +202,11 @@ def where(
     """
     digest = key_digest(key)
     given = key_digest(home) if home else None
-    parsed, seen = _members(url)
-    if not seen.members:
-        raise MMCacheError(f"no server is in {parsed.what}; start one with `mmcache serve --join`")
-    view = View(seen.members)
-    replies = _ask(parsed, view.members, lambda client: client.inspect(digest))
+    cluster = _Cluster.of(url)
+    if not cluster.seen.members:
+        raise cluster.nobody()
+    view = View(cluster.seen.members)
+    replies = cluster.ask(view.members, lambda client: client.inspect(digest))
     silent = {view.members[n].id: str(one) for n, one in enumerate(replies) if isinstance(one, MMCacheError)}
     homes = {
         view.members[n].id: parse_header(one.header, limit_nbytes=1 << 40).meta.home
@@ -228,7 +242,7 @@ def drain(
 
     What it alone holds is missed from then on. Needs a cluster in Redis: elsewhere whoever keeps the list does it.
     """
-    parsed = parse_members_url(url)
+    parsed = parse_members_url(parse_cluster_url(url).members)
     if parsed.kind in ("static", "k8s"):
         how = "take it out of the list" if parsed.kind == "static" else "delete its pod, or make it not ready"
         raise UsageError(f"drain needs a cluster in Redis: here, {how}")

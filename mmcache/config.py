@@ -195,7 +195,7 @@ _URL_HELP: Final = (
 
 
 _NETWORK_OPTIONS: Final = ("token_file", "ca", "cert", "key", "server_name", "insecure_network")
-URL_OPTIONS: Final = (
+_URL_OPTIONS: Final = (
     "transport", "deadline_s", "connect_s", "verify", "max_connections", "copy_threads", "streams", "native",
     *_NETWORK_OPTIONS,
 )  # fmt: skip
@@ -234,7 +234,7 @@ def parse_url(url: str, **overrides: Any) -> ClientConfig:
     for name, value in options:
         if name == "memory" and parts.scheme == "embedded":
             settings["memory_nbytes"] = parse_nbytes(value)
-        elif name in URL_OPTIONS and not (parts.scheme == "embedded" and name in _NETWORK_OPTIONS):
+        elif name in _URL_OPTIONS and not (parts.scheme == "embedded" and name in _NETWORK_OPTIONS):
             settings[name] = _convert(ClientConfig, name, value, f"the URL's {name}")
         else:
             raise ConfigError(f"{url!r} has an unknown option {name!r}; {_URL_HELP}")

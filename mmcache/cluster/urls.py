@@ -6,7 +6,7 @@
     mmcache+redis+cluster://H1[:6379],H2?cluster=NAME
     mmcache+k8s://NAMESPACE/SERVICE?port=NAME
 
-Options that say how a client uses the servers are not looked at here. A password does not belong in a URL:
+Options that say how a client uses the servers have been taken off before (settings.parse_cluster_url). A password does not belong in a URL:
 `password_file` names a file of mode 0600.
 """
 
@@ -53,7 +53,6 @@ class MembersUrl:
     namespace: str = ""  # of Kubernetes
     service: str = ""
     options: Mapping[str, str] = field(default_factory=dict)  # of the cluster
-    others: Mapping[str, str] = field(default_factory=dict)  # options that say nothing of who is in
     fallback: tuple[tuple[str, int], ...] = ()
 
     @property
@@ -110,11 +109,9 @@ def parse_members_url(url: str) -> MembersUrl:
         raise ConfigError(f"tls={options['tls']!r} is neither true nor false")
     if "fallback" in options and "fallback" in mine:
         found["fallback"] = _hosts(options["fallback"], None)
-    return MembersUrl(
-        options={name: value for name, value in options.items() if name in mine},
-        others={name: value for name, value in options.items() if name not in mine},
-        **found,
-    )
+    if unknown := next((name for name in options if name not in mine), ""):
+        raise ConfigError(f"{shown!r} has an unknown option {unknown!r}; {_HELP}")
+    return MembersUrl(options=options, **found)
 
 
 def _redis(
@@ -170,13 +167,10 @@ def _static_view(places: tuple[tuple[str, int], ...], scheme: str) -> View:
 def open_membership(url: str) -> Watched | Static:
     """Who is in the cluster that the URL names, followed from now on.
 
-    Raises ConfigError for the URL, an option that means nothing here, a file it names or an extra that is not
-    installed; TransportError if who knows the cluster does not answer, or nobody has joined, unless the URL names a
-    `fallback`.
+    Raises ConfigError for the URL, a file it names or an extra that is not installed; TransportError if who knows the
+    cluster does not answer, or nobody has joined, unless the URL names a `fallback`.
     """
     parsed = parse_members_url(url)
-    if parsed.others:
-        raise ConfigError(f"the URL has an unknown option {next(iter(parsed.others))!r}; {_HELP}")
     source = source_of(parsed)
     if source is None:
         return Static(_static_view(parsed.hosts, parsed.scheme))

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 from urllib.parse import urlsplit
 
 from mmcache.cluster.seen import check_address
+from mmcache.cluster.settings import parse_cluster_url
 from mmcache.cluster.urls import MembersUrl, parse_members_url
 from mmcache.config import GiB, ServerConfig, parse_host_port, place_text
 from mmcache.errors import ConfigError
@@ -17,7 +18,7 @@ if TYPE_CHECKING:
 
 def joined_url(join: str) -> MembersUrl:
     """The URL of --join. Raises ConfigError for one where a server has nothing to say."""
-    parsed = parse_members_url(join)
+    parsed = parse_members_url(parse_cluster_url(join).members)  # clients' options mean nothing here, and are no harm
     if parsed.kind == "static":
         raise ConfigError(f"--join {join}: a list of servers is joined by standing in it; leave --join out")
     if parsed.kind == "k8s":

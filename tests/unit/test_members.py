@@ -226,9 +226,9 @@ def test_pauses_grow_to_the_longest_and_are_not_all_alike() -> None:
 # ------------------------------------------------------------------------------------------ URLs
 def test_what_urls_say() -> None:
     assert parse_members_url("mmcache://a:1,b") == MembersUrl(kind="static", hosts=(("a", 1), ("b", 7600)))
-    found = parse_members_url("mmcache+rediss://me@h/3?cluster=prod&password_file=p&deadline_s=1&fallback=a,b:1")
+    found = parse_members_url("mmcache+rediss://me@h/3?cluster=prod&password_file=p&fallback=a,b:1")
     assert (found.kind, found.hosts, found.tls, found.user, found.db) == ("redis", (("h", 6379),), True, "me", 3)
-    assert (found.name, found.fallback, found.others) == ("prod", (("a", 7600), ("b", 1)), {"deadline_s": "1"})
+    assert (found.name, found.fallback) == ("prod", (("a", 7600), ("b", 1)))
     found = parse_members_url("mmcache+redis+sentinel://a,b:1/main/2")
     assert (found.kind, found.hosts, found.master, found.db) == ("sentinel", (("a", 26379), ("b", 1)), "main", 2)
     found = parse_members_url("mmcache+redis+cluster://a,b:1")
@@ -250,6 +250,8 @@ BAD_URLS = [
     ("mmcache+redis://h#x", "fragment"),
     ("mmcache+redis://h?cluster={x}", "is no name"),
     ("mmcache+redis://h?tls=maybe", "neither true nor false"),
+    ("mmcache+redis://h?speed=1", "unknown option 'speed'"),
+    ("mmcache://a,b?cluster=x", "unknown option 'cluster'"),
     ("mmcache+redis+sentinel://a,b", "which master"),
     ("mmcache+redis+cluster://a/1", "has only one"),
     ("mmcache+k8s://ns", "is not mmcache+k8s://NAMESPACE/SERVICE"),
@@ -269,11 +271,6 @@ def test_a_bad_url_says_what_is_wrong_and_no_secret(url: str, says: str) -> None
         parse_members_url(url)
     assert says in str(refused.value)
     assert "hunter2" not in str(refused.value)
-
-
-def test_an_option_that_means_nothing_to_a_membership_is_refused() -> None:
-    with pytest.raises(ConfigError, match="unknown option 'cluster'"):
-        open_membership("mmcache://a,b?cluster=x")
 
 
 def test_a_list_is_one_view_for_ever() -> None:
