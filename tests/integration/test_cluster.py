@@ -125,6 +125,8 @@ def test_a_closed_client_says_so_and_members_that_cannot_be_are_refused(three: C
         cache.match_prefix(prompt(6))
     with pytest.raises(ConfigError, match="replicas=4 needs as many shards, and there are 3"):
         three.connect(replicas=4)
+    with pytest.raises(ConfigError, match="an AsyncClient has one server"):
+        mmcache.AsyncClient(three.url())
     with pytest.raises(TransportError, match="none of 2 shards answers"):
         mmcache.connect("mmcache://127.0.0.1:1,127.0.0.1:2?deadline_s=0.5")
 
