@@ -118,7 +118,7 @@ class _Cluster:
 
         def one(member: Member) -> T | MMCacheError:
             try:
-                with Client(shard_config(member.address, {"deadline_s": DEADLINE_S} | self.settings)) as client:
+                with Client(shard_config(member.address, {"deadline_s": DEADLINE_S, **self.settings})) as client:
                     return ask(client)
             except MMCacheError as error:
                 return error

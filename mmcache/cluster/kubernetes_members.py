@@ -145,4 +145,5 @@ class KubernetesSource:
 
 
 def _reason(error: BaseException) -> str:
+    error = getattr(error, "reason", None) or error  # of a try that urllib3 gave up, the reason is said shorter
     return " ".join(str(error).split()) or type(error).__name__

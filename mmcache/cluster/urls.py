@@ -6,8 +6,8 @@
     mmcache+redis+cluster://H1[:6379],H2?cluster=NAME
     mmcache+k8s://NAMESPACE/SERVICE?port=NAME
 
-Options that say how a client uses the servers have been taken off before (settings.parse_cluster_url). A password does not belong in a URL:
-`password_file` names a file of mode 0600.
+Options that say how a client uses the servers have been taken off before (settings.parse_cluster_url). A password does
+not belong in a URL: `password_file` names a file of mode 0600.
 """
 
 from __future__ import annotations
