@@ -53,6 +53,7 @@ native: $(NATIVE)
 
 test: check $(NATIVE)
 	bash tests/clients/install-node.sh
+	bash tests/install-redis.sh
 	$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal -m "not alone" --cov --cov-report=term
 	$(BIN)/python -m pytest -m alone
 

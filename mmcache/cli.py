@@ -10,7 +10,6 @@ from __future__ import annotations
 import json
 import logging
 import platform
-import signal
 import sys
 from datetime import UTC, datetime
 from typing import Annotated, Any
@@ -20,21 +19,17 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from mmcache import cli_explain, cli_ops, cli_size
+from mmcache import cli_cluster, cli_explain, cli_ops, cli_size
 from mmcache._version import __version__
 from mmcache.cli_bench import bench_app
-from mmcache.cli_common import ADMINS_ONLY, DEFAULT_URL, Json, Url, key_digest, printable, progress_bar, size_text
+from mmcache.cli_common import ADMINS_ONLY, DEFAULT_URL, Json, Url, Verbose, key_digest, printable, size_text
+from mmcache.cli_run import run_server, run_shards, tell_shards
 from mmcache.cli_token import token_app
 from mmcache.config import ServerConfig, parse_nbytes, server_config
 from mmcache.connect import connect
 from mmcache.errors import ConfigError, FrameError, MMCacheError, UsageError
 from mmcache.frame import parse_header
 from mmcache.logs import log_to_stderr
-from mmcache.server.heap import keep_freed_memory
-from mmcache.server.serve import Server
-from mmcache.server.shard_plan import place_text, shard_configs
-from mmcache.server.supervisor import STOP_SIGNALS, Supervisor
-from mmcache.store.arena import check_room
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -47,6 +42,7 @@ app.add_typer(bench_app, name="bench")
 cli_ops.register(app)
 cli_explain.register(app)
 cli_size.register(app)
+cli_cluster.register(app)
 app.add_typer(token_app, name="token")
 
 DEFAULTS = ServerConfig()
@@ -138,6 +134,23 @@ Nixl = Annotated[
     ),
 ]
 
+Join = Annotated[
+    str | None,
+    _setting(
+        "join",
+        "Tell this cluster's Redis that this server is there, and at the end that it leaves: see `mmcache cluster`.",
+        metavar="URL",
+    ),
+]
+Advertise = Annotated[
+    str | None,
+    _setting(
+        "advertise",
+        "Where the cluster's clients find this server: mmcache://HOST:PORT, if not where it listens.",
+        metavar="URL",
+    ),
+]
+
 
 @app.command(
     epilog="Examples: **mmcache serve --memory 8GiB --prefault**, then **mmcache stat** or connect to "
@@ -171,93 +184,28 @@ def serve(
     tls_key: TlsKey = None,
     tls_client_ca: TlsClientCa = None,
     nixl: Nixl = None,
-    verbose: Annotated[bool, typer.Option("--verbose", "-v", help="Log every dropped connection.")] = False,
+    join: Join = None,
+    advertise: Advertise = None,
+    weight: Annotated[
+        float | None, _setting("weight", "In a cluster, its share of the keys; 0: its memory in GiB.")
+    ] = None,
+    verbose: Verbose = False,
     as_json: Json = False,
 ) -> None:
     """Run a shard: keep values in memory and serve them until SIGTERM or Ctrl-C, then drain and exit 0.
 
     An option not given is read from its environment variable. Prints one ready line once it accepts. With --shards,
-    that line names all addresses, and what dies is started again. A client uses one address: it does not spread yet.
+    that line names all addresses, and what dies is started again.
     """
-    config = server_config(
-        listen=listen,
-        unix_path=unix_path,
-        memory_nbytes=None if memory is None else parse_nbytes(memory),
-        shards=shards,
-        max_entries=max_entries,
-        alignment=alignment,
-        prefault=prefault,
-        huge_pages=huge_pages,
-        lease_s=lease_s,
-        policy=policy,
-        max_connections=max_connections,
-        insecure_network=insecure_network,
-        metrics=metrics,
-        mode=mode,
-        log=log,
-        grpc=grpc,
-        access_file=access_file,
-        tls_cert=tls_cert,
-        tls_key=tls_key,
-        tls_client_ca=tls_client_ca,
-        nixl=nixl,
-    )
+    settings = {name: value for name, value in locals().items() if name not in ("memory", "verbose", "as_json")}
+    config = server_config(memory_nbytes=None if memory is None else parse_nbytes(memory), **settings)
     log_to_stderr(config.log, logging.DEBUG if verbose else logging.WARNING)
     if not config.listen and not config.unix_path:
         raise ConfigError("there is nothing to listen on; give --listen HOST:PORT or --unix PATH")
-    signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)  # before any thread starts: all inherit it, one waits
     if config.shards > 1:
-        _run_shards(config, ["--verbose"] if verbose else [], as_json=as_json)
+        run_shards(config, ["--verbose"] if verbose else [], tell_shards(config, as_json=as_json))
     else:
-        _run_until_signal(config, as_json=as_json)
-
-
-def _run_shards(config: ServerConfig, words: list[str], *, as_json: bool) -> None:
-    configs = shard_configs(config)
-    check_room(config.memory_nbytes)  # each shard on its own would find room for its share
-    supervisor = Supervisor(configs, words)
-    try:
-        ready = supervisor.start()
-        if ready is None:
-            return
-        if as_json:
-            print(json.dumps({"ready": True, "memory_nbytes": config.memory_nbytes, "shards": ready}), flush=True)
-        else:
-            size = f"{config.shards} shards of {config.memory_nbytes // config.shards / 2**20:.0f} MiB"
-            names = {"unix_path": "unix socket ", "metrics_url": "metrics ", "grpc_address": "gRPC "}
-            also = [[f"{text}{one[name]}" for name, text in names.items() if one.get(name)] for one in ready]
-            shards = [f"{one['url']} ({'; '.join(more)})" for one, more in zip(ready, also, strict=True)]
-            print(f"mmcache {__version__} ready: {size}: {', '.join(shards)}", flush=True)
-        supervisor.watch()
-    finally:
-        bad = supervisor.stop()
-    if bad:
-        raise MMCacheError(f"did not drain and end as asked: {', '.join(bad)}; look at what they said before")
-
-
-def _run_until_signal(config: ServerConfig, *, as_json: bool) -> None:
-    with progress_bar("taking memory") as show:
-        server = Server(config, progress=show)
-    if config.grpc:
-        keep_freed_memory()
-    server.start()
-    host, port = server.address or ("", 0)
-    scheme = "mmcaches" if config.tls_cert else "mmcache"
-    url = f"{scheme}://{place_text(host, port)}" if host else f"mmcache+unix://{server.unix_path}"
-    grpc = place_text(*server.grpc_address) if server.grpc_address else ""
-    if as_json:
-        ready = {"ready": True, "url": url, "unix_path": server.unix_path, "memory_nbytes": config.memory_nbytes}
-        ready |= {"metrics_url": server.metrics_url} if server.metrics_url else {}
-        ready |= {"grpc_address": grpc} if grpc else {}
-        print(json.dumps(ready), flush=True)
-    else:
-        size = f"{config.memory_nbytes / 2**20:.0f} MiB, {config.entries} entries"
-        page = f"; metrics {server.metrics_url}" if server.metrics_url else ""
-        page += f"; gRPC {grpc}" if grpc else ""
-        socket = f"unix socket {server.unix_path or 'off'}"
-        print(f"mmcache {__version__} ready: {url} ({size}; {socket}{page})", flush=True)
-    signal.sigwait(STOP_SIGNALS)
-    server.stop()
+        run_server(config, as_json=as_json)
 
 
 @app.command(epilog="Examples: **mmcache stat** · **mmcache stat --json | jq .counters.hits**")

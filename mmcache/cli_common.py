@@ -17,6 +17,7 @@ from mmcache.errors import ConfigError, UsageError
 DEFAULT_URL = "mmcache://127.0.0.1:7600"
 ADMINS_ONLY = "this server shows its counters to admin tokens only; give one: --connect 'URL?token_file=FILE'"
 Url = Annotated[str, typer.Option("--connect", "-c", metavar="URL", help="The server to ask.")]
+Verbose = Annotated[bool, typer.Option("--verbose", "-v", help="Log every dropped connection.")]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON for machines.")]
 
 

@@ -18,6 +18,7 @@ from mmcache.units import GiB as GiB
 from mmcache.units import KiB as KiB
 from mmcache.units import MiB as MiB
 from mmcache.units import parse_nbytes as parse_nbytes
+from mmcache.units import place_text as place_text
 
 DEFAULT_PORT: Final = 7600
 BODY_NBYTES_PER_KEY: Final = 128  # a Reserve's key, parent, namespace, size, kind and media, with room to spare
@@ -79,6 +80,9 @@ class ServerConfig:
     tls_key: str = ""
     tls_client_ca: str = ""  # PEM; who signs client certificates; empty: none are asked for
     nixl: str = ""  # network devices, as UCX names them, by which trusted clients read the memory; empty: none
+    join: str = ""  # URL of the cluster to join (docs/membership.md); empty: none
+    advertise: str = ""  # mmcache://HOST:PORT by which its clients find this server; empty: as it listens
+    weight: float = 0.0  # its share of the keys, beside those of others; 0: its memory in GiB
 
     def __post_init__(self) -> None:
         positive = ("memory_nbytes", "lease_s", "max_connections", "max_batch_keys", "max_body_nbytes",
@@ -86,6 +90,10 @@ class ServerConfig:
         for name in positive:
             if not getattr(self, name) > 0:
                 raise ConfigError(f"{name} is {getattr(self, name)}; it must be greater than 0")
+        if not 0 <= self.weight < 1e15:
+            raise ConfigError(f"weight is {self.weight}; it must be above 0, such as GiB of memory, or 0 for just that")
+        if (self.advertise or self.weight) and not self.join:
+            raise ConfigError("advertise and weight are told to a cluster; give join, its URL, too")
         for name in ("max_entries", "drain_s"):
             if not getattr(self, name) >= 0:
                 raise ConfigError(f"{name} is {getattr(self, name)}; it cannot be negative")

@@ -8,7 +8,11 @@ from typing import TYPE_CHECKING, Any, Self
 
 from mmcache.client.aio import LoopClient
 from mmcache.client.blocking import Client
+from mmcache.client.cluster import ClusterClient
+from mmcache.cluster.settings import ClusterConfig, is_cluster, parse_any_url
+from mmcache.cluster.urls import open_membership
 from mmcache.config import ClientConfig, ServerConfig, parse_url
+from mmcache.errors import ConfigError
 
 if TYPE_CHECKING:
     from mmcache.embedded import EmbeddedServer
@@ -23,7 +27,8 @@ def connect(
     token: str | None = None,
 ) -> Client:
     """A client for `mmcache://HOST:PORT`, `mmcaches://HOST:PORT` (TLS), `mmcache+unix:///path` or
-    `embedded://?memory=1GiB` (server in this process).
+    `embedded://?memory=1GiB` (server in this process), or for a cluster: `mmcache://HOST:PORT,HOST:PORT`
+    (docs/cluster.md).
 
     On the same host the bytes travel through shared memory unless the URL says `transport=tcp`; with `transport=grpc`
     the port is that of `serve --grpc`. `deadline_s` bounds every call; `verify=False` turns off checksums of reads;
@@ -31,12 +36,21 @@ def connect(
     The server is asked once, and TransportError raised if it does not answer; with `lazy` it is not asked, and calls
     answer misses until it is there. Raises ConfigError.
     """
-    config = parse_url(url, verify=verify, deadline_s=deadline_s, token=token)
-    if config.scheme == "embedded":
+    config = parse_any_url(url, verify=verify, deadline_s=deadline_s, token=token)
+    client: Client
+    if isinstance(config, ClusterConfig):
+        membership = open_membership(config.members)
+        try:
+            client = ClusterClient(config, membership)
+        except BaseException:
+            membership.close()
+            raise
+    elif config.scheme == "embedded":
         from mmcache.embedded import EmbeddedClient
 
         return EmbeddedClient(config)
-    client = Client(config)
+    else:
+        client = Client(config)
     if not lazy:
         try:
             client.stat()
@@ -68,6 +82,10 @@ class AsyncClient(LoopClient):
         token: str | None = None,
         server_config: ServerConfig | None = None,
     ) -> None:
+        if isinstance(url, str) and is_cluster(url):
+            raise ConfigError(
+                f"{url!r} names a cluster: an AsyncClient has one server; use mmcache.connect"
+            )
         keywords = (("verify", verify), ("deadline_s", deadline_s), ("token", token))
         given: dict[str, Any] = {name: value for name, value in keywords if value is not None}
         config = replace(url, **given) if isinstance(url, ClientConfig) else parse_url(url, **given)

@@ -176,6 +176,13 @@ class Keys(Sequence[Key]):
             [row.parent_chain for row in rows],
         )
 
+    def pick(self, positions: Sequence[int]) -> Keys:
+        """The keys at these positions, in this order."""
+        if len(positions) == len(self) and list(positions) == list(range(len(self))):
+            return self
+        picked: list[list[Any]] = [[column[row] for row in positions] for column in self._columns()]
+        return Keys(*picked)
+
     def for_part(self, part: Part) -> Keys:
         """The same blocks' keys for another part: new `digests` and `parents`, everything else shared.
 
@@ -234,3 +241,12 @@ class Keys(Sequence[Key]):
             self.indices,
             self.parent_chains,
         )
+
+
+def woven(columns: Sequence[Keys]) -> Keys:
+    """Several keys of the same blocks, one block after the other: all of the first block, of the second, and so on."""
+    if len(columns) == 1:
+        return columns[0]
+    held = zip(*[keys._columns() for keys in columns], strict=True)
+    rows: list[list[Any]] = [[value for row in zip(*each, strict=True) for value in row] for each in held]
+    return Keys(*rows)

@@ -28,3 +28,8 @@ def parse_nbytes(text: str | int) -> int:
 def count(number: int, one: str, many: str | None = None) -> str:
     """A number with its noun: '1 photo', '2,000 photos'."""
     return f"{number:,} {one if number == 1 else many or one + 's'}"
+
+
+def place_text(host: str, port: int) -> str:
+    """HOST:PORT, with brackets where HOST is an IPv6 address."""
+    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"

@@ -62,7 +62,15 @@ PURE = {
     "mmcache.store.hazard",
     "mmcache.store.ghosts",
     "mmcache.store.extents",
+    "mmcache.cluster.absent",
+    "mmcache.cluster.beats",
+    "mmcache.cluster.heat",
+    "mmcache.cluster.homes",
     "mmcache.cluster.placement",
+    "mmcache.cluster.routes",
+    "mmcache.cluster.search",
+    "mmcache.cluster.seen",
+    "mmcache.cluster.slices",
     "mmcache.server.access_edit",
     "mmcache.server.caller",
     "mmcache.server.grants",
@@ -90,6 +98,8 @@ IMPORT_NAMES = {
     "protobuf": "google",
     "scikit-image": "skimage",
 }
+# The extra that a module of its own needs.
+EXTRAS = {"mmcache.cluster.kubernetes_members": "kubernetes", "mmcache.cluster.redis_link": "cluster"}
 FRAGMENT = re.compile(
     r"(?:\d+|\+[a-z0-9][a-z0-9-]*)\.(?:"
     + "|".join(kind["directory"] for kind in PYPROJECT["tool"]["towncrier"]["type"])
@@ -204,6 +214,7 @@ def undeclared(path: Path, text: str) -> list[str]:
         declared += project["optional-dependencies"]["bench"] + project["optional-dependencies"]["media"]
     if module_of(path) in ("mmcache.server.rpc", "mmcache.transport.rpc"):
         declared += project["optional-dependencies"]["grpc"]
+    declared += project["optional-dependencies"][EXTRAS[module_of(path)]] if module_of(path) in EXTRAS else []
     names = {Requirement(text).name for text in declared}
     known = {IMPORT_NAMES.get(name, name) for name in names} | set(sys.stdlib_module_names) | {"mmcache"}
     if module_of(path) == "mmcache.tensors":

@@ -51,6 +51,10 @@ class Get:
         stop = run.stop
         return Get(self.rows[run.start : stop], self.targets[run.start : stop], self.verify, self._copier)
 
+    def pick(self, positions: Sequence[int]) -> Get:
+        """The same for these of the keys."""
+        return Get(self.rows.pick(positions), [self.targets[row] for row in positions], self.verify, self._copier)
+
     def sizes(self) -> list[int]:
         """How many bytes each key's destinations take."""
         return [sum(tensor.data.nbytes for tensor in target.values()) for target in self.targets]
@@ -136,6 +140,12 @@ class Put:
         """The same for some of the keys."""
         part = slice(run.start, run.stop)
         return Put(self.rows[part], self.values[part], self.ttl_s, self.media[part], self._hasher)
+
+    def pick(self, positions: Sequence[int]) -> Put:
+        """The same for these of the keys."""
+        values = [self.values[row] for row in positions]
+        media = [self.media[row] for row in positions] if self.media else ()
+        return Put(self.rows.pick(positions), values, self.ttl_s, media, self._hasher)
 
     def sizes(self) -> list[int]:
         """How many bytes each value has."""

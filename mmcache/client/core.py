@@ -148,6 +148,12 @@ class ClientCore:
         mode, link.conversation.mode = link.conversation.mode, None
         if mode is not None and (mode or self._stopped):
             self._stopped, self._asked_at = mode, time.monotonic()
+        if link.conversation.forks:
+            forks, link.conversation.forks = link.conversation.forks, b""
+            self._told(forks)
+
+    def _told(self, forks: bytes) -> None:
+        """The server said that these keys, 32 bytes each, are forks: of interest to a cluster's client only."""
 
     def _failed(self, error: Exception, begun_s: float) -> str:
         """Note what ended a call that began then (monotonic time); the reason for its results."""

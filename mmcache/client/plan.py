@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Final
 
 FIRST_PAUSE_S: Final = 0.05
 LONGEST_PAUSE_S: Final = 2.0
+SPREAD: Final = 0.5
 SHARE_NBYTES: Final = 4 << 20  # less is sent sooner than a thread begins
 
 
@@ -60,11 +61,13 @@ class Breaker:
 
     Up to there it is no shorter than the failed call took: silence costs callers half of their time at most.
     While open, calls answer misses at once instead of waiting for their deadline each time.
+    `draw`, a number from 0 to 1, spreads those who fail together: up to SPREAD of each pause is added by it.
     """
 
     pause_s: float = 0.0
     retry_at: float = 0.0
     failures: int = 0
+    draw: Callable[[], float] = float
 
     def allows(self, now: float) -> bool:
         """True if a call may go out at monotonic time `now`."""
@@ -75,7 +78,7 @@ class Breaker:
         first = not self.pause_s
         self.failures += 1
         self.pause_s = min(LONGEST_PAUSE_S, max(FIRST_PAUSE_S, took_s, 2 * self.pause_s))
-        self.retry_at = now + self.pause_s
+        self.retry_at = now + self.pause_s * (1 + SPREAD * self.draw())
         return first
 
     def succeeded(self, failures: int | None = None) -> bool:

@@ -50,6 +50,7 @@ _TELL_THE_MODE: Final = frozenset({Op.CONTAINS, Op.ACQUIRE, Op.RESERVE, Op.PUT_D
 _new = tuple.__new__
 _FOUND, _LATER = int(pb.FOUND), int(pb.LATER)
 PLANNING_NBYTES: Final = 64 << 10  # reading a frame's header takes about as long as copying this
+MAX_FORKS_NBYTES: Final = 512 * KEY_NBYTES
 RIDER_NBYTES: Final = 1 << 20  # an idle client may pin this much until its lease expires
 
 
@@ -115,13 +116,14 @@ class Conversation:
     One request is under way at a time.
     """
 
-    __slots__ = ("_request_id", "mode", "rider")
+    __slots__ = ("_request_id", "forks", "mode", "rider")
 
     def __init__(self) -> None:
         self._request_id = 0
         # What the server said is stopped: STOPPED_WRITES, STOPPED_READS. None: it said nothing since that was noted.
         self.mode: int | None = None
         self.rider = 0
+        self.forks = b""  # what the server said are forks, 32 bytes each, since that was noted
 
     def request(self, op: Op, message: Message) -> bytes:
         """The bytes that ask `op`."""
@@ -146,6 +148,8 @@ class Conversation:
             raise ProtocolError(f"the server's reply cannot be read: {error}") from None
         if op in _TELL_THE_MODE:
             self.mode = reply.mode  # type: ignore[attr-defined]
+            if op is not Op.PUT_DONE and (forks := reply.forks) and len(self.forks) < MAX_FORKS_NBYTES:  # type: ignore[attr-defined]
+                self.forks += forks[:MAX_FORKS_NBYTES]
         return reply, prelude
 
     def call(self, op: Op, message: Message, reply: _M) -> Flow[_M]:

@@ -211,12 +211,14 @@ class ContainsRequest(_message.Message):
     def __init__(self, keys: _Optional[bytes] = ..., prefix: bool = ...) -> None: ...
 
 class ContainsReply(_message.Message):
-    __slots__ = ("present", "mode")
+    __slots__ = ("present", "forks", "mode")
     PRESENT_FIELD_NUMBER: _ClassVar[int]
+    FORKS_FIELD_NUMBER: _ClassVar[int]
     MODE_FIELD_NUMBER: _ClassVar[int]
     present: bytes
+    forks: bytes
     mode: Mode
-    def __init__(self, present: _Optional[bytes] = ..., mode: _Optional[_Union[Mode, str]] = ...) -> None: ...
+    def __init__(self, present: _Optional[bytes] = ..., forks: _Optional[bytes] = ..., mode: _Optional[_Union[Mode, str]] = ...) -> None: ...
 
 class AcquireRequest(_message.Message):
     __slots__ = ("keys", "prefix", "inline", "release", "max_nbytes")
@@ -233,16 +235,18 @@ class AcquireRequest(_message.Message):
     def __init__(self, keys: _Optional[bytes] = ..., prefix: bool = ..., inline: bool = ..., release: _Optional[int] = ..., max_nbytes: _Optional[int] = ...) -> None: ...
 
 class AcquireReply(_message.Message):
-    __slots__ = ("lease_id", "status", "places", "mode")
+    __slots__ = ("lease_id", "status", "places", "forks", "mode")
     LEASE_ID_FIELD_NUMBER: _ClassVar[int]
     STATUS_FIELD_NUMBER: _ClassVar[int]
     PLACES_FIELD_NUMBER: _ClassVar[int]
+    FORKS_FIELD_NUMBER: _ClassVar[int]
     MODE_FIELD_NUMBER: _ClassVar[int]
     lease_id: int
     status: bytes
     places: bytes
+    forks: bytes
     mode: Mode
-    def __init__(self, lease_id: _Optional[int] = ..., status: _Optional[bytes] = ..., places: _Optional[bytes] = ..., mode: _Optional[_Union[Mode, str]] = ...) -> None: ...
+    def __init__(self, lease_id: _Optional[int] = ..., status: _Optional[bytes] = ..., places: _Optional[bytes] = ..., forks: _Optional[bytes] = ..., mode: _Optional[_Union[Mode, str]] = ...) -> None: ...
 
 class ReserveRequest(_message.Message):
     __slots__ = ("keys", "parents", "frame_nbytes", "ring", "kinds", "namespaces", "modalities", "media_units", "sums_last", "lent")
@@ -269,12 +273,14 @@ class ReserveRequest(_message.Message):
     def __init__(self, keys: _Optional[bytes] = ..., parents: _Optional[bytes] = ..., frame_nbytes: _Optional[_Iterable[int]] = ..., ring: bool = ..., kinds: _Optional[bytes] = ..., namespaces: _Optional[bytes] = ..., modalities: _Optional[bytes] = ..., media_units: _Optional[_Iterable[int]] = ..., sums_last: bool = ..., lent: bool = ...) -> None: ...
 
 class ReserveReply(_message.Message):
-    __slots__ = ("status", "mode")
+    __slots__ = ("status", "forks", "mode")
     STATUS_FIELD_NUMBER: _ClassVar[int]
+    FORKS_FIELD_NUMBER: _ClassVar[int]
     MODE_FIELD_NUMBER: _ClassVar[int]
     status: bytes
+    forks: bytes
     mode: Mode
-    def __init__(self, status: _Optional[bytes] = ..., mode: _Optional[_Union[Mode, str]] = ...) -> None: ...
+    def __init__(self, status: _Optional[bytes] = ..., forks: _Optional[bytes] = ..., mode: _Optional[_Union[Mode, str]] = ...) -> None: ...
 
 class PutReply(_message.Message):
     __slots__ = ("status", "mode")

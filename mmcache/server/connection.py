@@ -278,7 +278,8 @@ class Connection:
                 if not fits:
                     status = status.replace(bytes([pb.WANTED]), bytes([pb.OVERLOADED]))
                 mode = self.service.mode
-                self._reply(prelude, pb.ReserveReply(status=self._known(status), mode=mode))
+                forks = self.service.forks(self.caller, request)
+                self._reply(prelude, pb.ReserveReply(status=self._known(status), forks=forks, mode=mode))
                 if fits and landings:
                     results = self._receive_frames(landings, request)
                     self._reply(prelude, pb.PutReply(status=self._known(results), mode=mode), op=Op.PUT_DONE)

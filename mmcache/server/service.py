@@ -167,7 +167,9 @@ class Service:
                 status = _ONE_FOUND * len(found)
             else:
                 status = bytes([_FOUND if type(entry) is Found else _LATER if entry else _MISS for entry in entries])
-            reply = pb.AcquireReply(lease_id=lease_id, status=status, places=pack_places(found), mode=self.mode)
+            forks = self.shard.forks(caller.tenant, keys)
+            places = pack_places(found)
+            reply = pb.AcquireReply(lease_id=lease_id, status=status, places=places, forks=forks, mode=self.mode)
         except BaseException:
             self.shard.release(caller.tenant, lease_id)
             raise
@@ -214,6 +216,12 @@ class Service:
                 landing.abort()
             raise
         return bytes(status), landings
+
+    def forks(self, caller: Caller, request: pb.ReserveRequest) -> bytes:
+        """What of a Reserve's keys and their parents are forks, as its reply says."""
+        if not self.shard.has_forks:
+            return b""
+        return self.shard.forks(caller.tenant, self.split(request.parents) + self.split(request.keys))
 
     def _namespaces(self, column: bytes, count: int) -> list[bytes]:
         """One namespace a key: all the same one, or none that is known."""
@@ -268,8 +276,9 @@ class Service:
         return pb.DeclareReply()
 
     def _contains(self, caller: Caller, request: pb.ContainsRequest) -> Message:
-        present = self.shard.contains(caller.tenant, self.split(request.keys), prefix=request.prefix)
-        return pb.ContainsReply(present=bytes(present), mode=self.mode)
+        keys = self.split(request.keys)
+        present = self.shard.contains(caller.tenant, keys, prefix=request.prefix)
+        return pb.ContainsReply(present=bytes(present), forks=self.shard.forks(caller.tenant, keys), mode=self.mode)
 
     def _finish(self, caller: Caller, request: pb.FinishRequest) -> Message:
         return pb.FinishReply(held=self.shard.release(caller.tenant, request.lease_id))

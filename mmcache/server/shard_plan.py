@@ -8,8 +8,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import fields, replace
 from typing import Any, Final
+from urllib.parse import urlsplit
 
-from mmcache.config import ENV_PREFIX, ServerConfig, parse_host_port
+from mmcache.config import ENV_PREFIX, ServerConfig, parse_host_port, place_text
 from mmcache.errors import ConfigError
 
 FIRST_PAUSE_S: Final = 0.5
@@ -36,7 +37,16 @@ def shard_configs(config: ServerConfig) -> list[ServerConfig]:
         if config.unix_path not in ("", "auto"):
             changed["unix_path"] = f"{config.unix_path}.{number}"
         memory_nbytes, max_entries = config.memory_nbytes // count, config.max_entries // count
-        found.append(replace(config, **changed, shards=1, memory_nbytes=memory_nbytes, max_entries=max_entries))
+        if config.advertise:
+            scheme, marks, told = config.advertise.partition("://")
+            if urlsplit(f"//{told}").port:  # else it is the port of each
+                changed["advertise"] = f"{scheme}{marks}{_moved(told, number)}"
+        found.append(
+            replace(
+                config, **changed, shards=1, memory_nbytes=memory_nbytes, max_entries=max_entries,
+                weight=config.weight / count,
+            )
+        )  # fmt: skip
     return found
 
 
@@ -48,11 +58,6 @@ def _moved(place: str, number: int) -> str:
     if port + number > 65535:
         raise ConfigError(f"there is no port for shard {number} from {place} on; choose a lower one, or port 0")
     return place_text(host, port + number if port else 0)
-
-
-def place_text(host: str, port: int) -> str:
-    """HOST:PORT, with brackets where HOST is an IPv6 address."""
-    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
 
 
 def where_it_is(config: ServerConfig, ready: Mapping[str, Any]) -> ServerConfig:

@@ -137,6 +137,11 @@ class Index(Ledger):
                 self.usage.hit(bytes([kind[row] for row in pinned[::2]]), (media[row] for row in pinned[::2]))
         return found
 
+    def forks(self, tenant: int, keys: Sequence[bytes]) -> set[bytes]:
+        """Those of the keys at which many of the tenant's stored values part ways: see Rows."""
+        forks = self.rows.forks.get(tenant_prefix(tenant))
+        return forks.intersection(keys) if forks else set()
+
     def release(self, tenant: int, lease_id: int, now: float) -> bool:
         """Ends a lease. True when it was `tenant`'s and had not expired, so that all that was read under it holds;
         a second call answers False. Another tenant's lease is left alone."""

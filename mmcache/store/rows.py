@@ -23,6 +23,7 @@ from mmcache.store.uses import Uses
 FREE, GHOST, RESERVED, LIVE = range(4)
 RECORD = Struct("=QQI16s")  # offset, nbytes, header_nbytes, header_sum
 MAX_ANCESTORS = 4096
+FORK_CHILDREN = 16  # a row that so many name as parent is where prompts part ways
 
 
 class Rows:
@@ -30,7 +31,8 @@ class Rows:
 
     Readable by anyone, written by the index: `records`, `expires_at`, `node` (the extent), `kind`, `namespace` (its
     number), `media` (see answers.Media) and `stored_at_s` (whole monotonic seconds), while a row is RESERVED or LIVE.
-    Written here only: `state`, `parent` (a row or NIL), `children` (how many name it as parent).
+    Written here only: `state`, `parent` (a row or NIL), `children` (how many name it as parent), `forks` (by tenant's
+    prefix, the keys that FORK_CHILDREN named as parent at one time, while they have a row).
     """
 
     def __init__(self, max_rows: int, seed: int, policy: Factory = LRU, memory: Memory = heap) -> None:
@@ -48,6 +50,7 @@ class Rows:
         self.state = column8(memory, max_rows)
         self.live = 0
         self.ghosts = 0
+        self.forks: dict[bytes, set[bytes]] = {}
 
     def needed(self, prefix: bytes, key: bytes, parent: bytes) -> int:
         """How many unused rows `claim` would take now."""
@@ -81,6 +84,8 @@ class Rows:
         self.parent[row] = above
         if above != NIL:
             self.children[above] += 1
+            if self.children[above] == FORK_CHILDREN:
+                self.forks.setdefault(prefix, set()).add(parent)
             if self.state[above] == LIVE:
                 self.policy.shelve(above)
         return row
@@ -106,8 +111,7 @@ class Rows:
             self.ghosts += 1
             self.state[row] = GHOST
         else:
-            self.state[row] = FREE
-            self.table.remove(row)
+            self._free(row)
         if above != NIL:
             self.children[above] -= 1
             if not self.children[above]:
@@ -115,8 +119,17 @@ class Rows:
                     self.policy.unshelve(above)
                 elif self.state[above] == GHOST:
                     self.ghosts -= 1
-                    self.state[above] = FREE
-                    self.table.remove(above)
+                    self._free(above)
+
+    def _free(self, row: int) -> None:
+        self.state[row] = FREE
+        if self.forks:
+            name = self.table.name(row)
+            keys = self.forks.get(name[:4], set())
+            keys.discard(name[4:])
+            if not keys:
+                self.forks.pop(name[:4], None)
+        self.table.remove(row)
 
     def _is_under(self, row: int, ancestor: int) -> bool:
         """Whether `ancestor` is `row` or above it; True also when that takes over `MAX_ANCESTORS` steps to see."""
@@ -143,6 +156,9 @@ class Rows:
                 names = self.table.name(row), self.table.name(above)
                 assert names[0][:4] == names[1][:4], f"row {row} and its parent {above} are of different tenants"
                 children[above] += 1
+        names_of_forks = {prefix + key for prefix, keys in self.forks.items() for key in keys}
+        many = {self.table.name(row) for row, count in children.items() if count >= FORK_CHILDREN}
+        assert many <= names_of_forks <= {self.table.name(row) for row in rows}, "forks are not what rows say"
         for row, count in children.items():
             assert self.children[row] == count, f"row {row} counts {self.children[row]} children of {count}"
             steps, above = 0, row

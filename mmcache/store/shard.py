@@ -36,6 +36,7 @@ COUNTERS: Final = (
     "hits", "misses", "lookups", "stored", "bytes_read", "bytes_written", "bytes_lent", "corrupt_dropped",
 )  # fmt: skip
 RECENT_MISSES: Final = 1024
+MAX_FORKS_TOLD: Final = 64  # in one reply
 REFUSAL_CODES: Final = tuple(Refusal)  # what the history keeps as a detail: a refusal's place here
 READS_STOPPED: Final = Reason(Why.READS_STOPPED)
 STOPPED_BY_MODE: Final = {
@@ -112,6 +113,19 @@ class Shard:
             if prefix and len(present) < len(keys):
                 self._note_miss(tenant, keys, len(present), keys[len(present)], prefix, now)
         return present
+
+    @property
+    def has_forks(self) -> bool:
+        """Whether `forks` could answer anything."""
+        return bool(self.index.rows.forks)
+
+    def forks(self, tenant: int, keys: Sequence[bytes]) -> bytes:
+        """Those of the keys at which many stored values part ways, MAX_FORKS_TOLD of them at most, back to back."""
+        if not self.has_forks:
+            return b""
+        with self.lock:
+            forks = self.index.forks(tenant, keys)
+        return b"".join(sorted(forks)[:MAX_FORKS_TOLD])
 
     def _note_miss(
         self, tenant: int, keys: Sequence[bytes], found: int, first: bytes, prefix: bool, now: float

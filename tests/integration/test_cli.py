@@ -157,6 +157,7 @@ def test_no_server_ends_with_1_and_the_remedy() -> None:
 
 COMMANDS: list[list[str]] = [[], ["serve"], ["stat"], ["inspect"], ["version"], ["bench"], ["bench", "media"]]
 COMMANDS += [["bench", "serve"], ["size"], ["token"], ["token", "new"], ["token", "list"], ["token", "revoke"]]
+COMMANDS += [["up"], ["cluster"], ["cluster", "status"], ["cluster", "where"], ["cluster", "drain"]]
 
 
 @pytest.mark.parametrize("command", COMMANDS)
@@ -191,6 +192,9 @@ def test_the_help_of_serve_tells_every_default_and_environment_variable() -> Non
         "TLS_KEY": "none",
         "TLS_CLIENT_CA": "none",
         "NIXL": "none",
+        "JOIN": "none",
+        "ADVERTISE": "none",
+        "WEIGHT": "0.0",
     }
     assert parse_nbytes(told["MEMORY"]) == ServerConfig().memory_nbytes
     server_config({f"MMCACHE_{name}": {"off": "no", "none": ""}.get(value, value) for name, value in told.items()})

@@ -175,6 +175,8 @@ def test_every_server_setting_has_a_variable() -> None:
         room = {"MMCACHE_MAX_BODY_NBYTES": "16MiB", "MMCACHE_MAX_BATCH_KEYS": "64"}
         if field.name.startswith("tls_"):
             room |= {"MMCACHE_TLS_CERT": "c", "MMCACHE_TLS_KEY": "k"}
+        if field.name in ("advertise", "weight"):
+            room |= {"MMCACHE_JOIN": "mmcache+redis://127.0.0.1"}
         text = {"policy": "lru", "mode": "off", "log": "json", "shards": "4"}.get(field.name, texts[str(field.type)])
         found = getattr(server_config(room | {f"MMCACHE_{field.name.upper()}": text}), field.name)
         assert str(found) in ("True", "127.0.0.1:1", "65536", "0.5", "lru", "off", "json", "4")

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from typing import TypeVar
 
 from mmcache.keys import NO_PARENT, Keys, Namespace, Part, opaque_chain, run_bounds
-from mmcache.keyset import WHOLE, stored_keys
+from mmcache.keyset import WHOLE, stored_keys, woven
 
 T = TypeVar("T")
 
@@ -50,15 +50,7 @@ def in_pieces(keys: Keys, parts: Sequence[Part]) -> Keys:
 
     `keys` are those of the first part.
     """
-    if len(parts) == 1:
-        return keys
-    columns = [keys.for_part(part) for part in parts]
-    each = [[getattr(one, name) for one in columns] for name in Keys.__slots__]
-    woven = {
-        name: [value for row in zip(*held, strict=True) for value in row]
-        for name, held in zip(Keys.__slots__, each, strict=True)
-    }
-    return Keys(**woven)
+    return keys if len(parts) == 1 else woven([keys.for_part(part) for part in parts])
 
 
 def beside(namespace: Namespace, first: Keys, hashes: Sequence[str]) -> Keys:

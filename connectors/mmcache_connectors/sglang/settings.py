@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from typing import Any, Final
 
-from mmcache.config import parse_url
+from mmcache.cluster.settings import parse_any_url
 from mmcache.errors import ConfigError
 
 # SGLang's own keys in the same object; those it has not taken out by the time a backend sees them.
@@ -38,7 +38,7 @@ def parse_settings(extra_config: Mapping[str, Any]) -> Settings:
     settings = Settings(**given)
     if not settings.deadline_s > 0:
         raise ConfigError(f"deadline_s={settings.deadline_s!r} must be above 0: seconds a call may take at most")
-    if parse_url(settings.url).scheme == "embedded":
+    if parse_any_url(settings.url).scheme == "embedded":
         raise ConfigError(
             f"url={settings.url!r}: every scheduler process would hold a cache of its own, lost when it ends; "
             "start `mmcache serve` and name it: mmcache://HOST:PORT"

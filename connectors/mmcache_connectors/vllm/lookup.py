@@ -12,7 +12,7 @@ from mmcache.client.blocking import Client
 from mmcache.client.pin import Pinned
 from mmcache.explain import Item, Recorded, record
 from mmcache.keys import Namespace
-from mmcache.keyset import Keys
+from mmcache.keyset import Keys, woven
 from mmcache_connectors.vllm.adapters import AdapterIdentities
 from mmcache_connectors.vllm.groups import FULL, Parts, longest_hit
 from mmcache_connectors.vllm.items import ItemIdentities, embed_spans
@@ -137,11 +137,10 @@ def query(client: Client, parts: Parts, keys: Keys, block_tokens: int) -> tuple[
     Blocks under full attention are pinned as far as the server allows. Others may leave in between: a failed load.
     """
     full = [group.index for group in parts.groups if group.kind == FULL]
-    columns = [keys.for_part(part).digests for index in full for part in parts.of_group[index]]
+    columns = [keys.for_part(part) for index in full for part in parts.of_group[index]]
     pinned, limit = Pinned(0), len(keys)
     if columns:
-        rows = [digest for block in zip(*columns, strict=True) for digest in block]
-        pinned = client.pin_prefix(_bare(rows))
+        pinned = client.pin_prefix(woven(columns))
         limit = pinned.count // len(columns)
     present = [[True] * limit for _ in parts.groups]
     for group in parts.groups:
@@ -149,8 +148,3 @@ def query(client: Client, parts: Parts, keys: Keys, block_tokens: int) -> tuple[
             flags = [client.contains(keys[:limit].for_part(part)) for part in parts.of_group[group.index]]
             present[group.index] = [all(row) for row in zip(*flags, strict=True)]
     return longest_hit(parts.groups, present, limit, block_tokens), pinned
-
-
-def _bare(digests: list[bytes]) -> Keys:
-    """Keys of which only the digests are asked for."""
-    return Keys(digests, digests, digests, digests, digests, range(len(digests)), digests)

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from typing import Any, ClassVar, Final, TypeVar
 
-from mmcache.config import parse_url
+from mmcache.cluster.settings import parse_any_url
 from mmcache.errors import ConfigError
 
 S = TypeVar("S", bound="CacheSettings")
@@ -72,7 +72,7 @@ class CacheSettings:
         for name, value in self.extra_facts.items():
             if not isinstance(name, str) or not isinstance(value, str):
                 raise ConfigError(f"extra_facts: {name!r} is not text; write names and values as strings")
-        if parse_url(self.url).scheme == "embedded":
+        if parse_any_url(self.url).scheme == "embedded":
             raise ConfigError(
                 f"url is {self.url!r}: vLLM's scheduler and workers would each hold a cache of their own and never "
                 "find each other's blocks; start `mmcache serve` and use its mmcache:// URL"

@@ -1,0 +1,70 @@
+"""Copies to where they were looked for: to a shard that is new, or back, or one of many that are to hold a hot run.
+
+A shard that lacks what another had for it is given that, a little with each read, until it lacks nothing that is asked
+for. What is copied was verified after it had left the memory of others; what has a time to live is left where it is.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Mapping, Sequence
+from typing import Final
+
+import numpy as np
+
+from mmcache.client.calls import Put
+from mmcache.client.cluster_shard import Shard
+from mmcache.errors import FrameError
+from mmcache.frame_view import Frame
+from mmcache.keyset import Keys
+from mmcache.tensors import HostTensor
+
+COPY_NBYTES: Final = 4 << 20  # of one call: what a shard on the same host takes in a few milliseconds
+
+
+def chosen(
+    found_on: Mapping[int, str], wanted_on: Mapping[int, str], sizes: Sequence[int]
+) -> dict[tuple[str, str], list[int]]:
+    """Which rows to copy now, by (from, to): those that were not found where they are wanted, the first of them, up to
+    COPY_NBYTES, and one at least."""
+    groups: dict[tuple[str, str], list[int]] = {}
+    left = COPY_NBYTES
+    for row, source in found_on.items():
+        target = wanted_on.get(row, source)
+        if target == source:
+            continue
+        if groups and sizes[row] > left:
+            break
+        left -= sizes[row]
+        groups.setdefault((source, target), []).append(row)
+    return groups
+
+
+def copy(rows: Keys, source: Shard, target: Shard, deadline: float) -> int:
+    """Store what one shard has of these keys on another, too; how many that were."""
+    leased = source.take(rows.digests, deadline)
+    if leased is None:
+        return 0
+    values: dict[int, Mapping[str, HostTensor]] = {}
+    for row, frame in enumerate(leased.frames):
+        if frame is not None and not frame.header.meta.expires_ms:
+            with contextlib.suppress(FrameError):
+                values[row] = _tensors(frame)
+    leased.release()
+    if not values:
+        return 0
+    put = Put(rows.pick(list(values)), list(values.values()), None)
+    target.store(put, deadline)
+    return sum(map(bool, put.results))
+
+
+def _tensors(frame: Frame) -> dict[str, HostTensor]:
+    """The tensors of a frame, in memory of ours. Raises FrameError if those are not the bytes that were stored."""
+    ours = Frame.parse(bytes(frame.data), checksum=frame.header.checksum)
+    ours.verify()
+    return {
+        stored.spec.name: HostTensor(
+            np.frombuffer(ours.payload(stored), np.uint8), stored.spec.dtype, stored.spec.shape
+        )
+        for stored in ours.header.tensors
+    }

@@ -1,0 +1,191 @@
+"""One shard as a cluster's client sees it: a client whose calls take their deadline, and the set of them by member."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import random
+import threading
+import weakref
+from collections import deque
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from functools import partial
+from typing import Any
+
+from mmcache.client import calls
+from mmcache.client.blocking import Client
+from mmcache.client.calls import Get, Put
+from mmcache.client.lease import LeasedFrames, nothing_taken, take_lease
+from mmcache.client.pin import Pinned, count_prefix, pin_prefix
+from mmcache.client.protocol import KEY_NBYTES, MAX_FORKS_NBYTES, STOPPED_READS, STOPPED_WRITES
+from mmcache.cluster.placement import Member, View
+from mmcache.config import ClientConfig, parse_url
+from mmcache.errors import ConfigError, MMCacheError
+
+log = logging.getLogger("mmcache.cluster")
+
+
+class Shard(Client):
+    """A client of one shard. What the public calls answer with misses when the shard does not answer is None here."""
+
+    def __init__(self, member: Member, config: ClientConfig, tally: Callable[[Mapping[str, Any]], None]) -> None:
+        super().__init__(config)
+        self.member, self._tally = member, tally
+        self._breaker.draw = random.random
+        self._forks: deque[bytes] = deque(maxlen=MAX_FORKS_NBYTES // KEY_NBYTES)
+
+    def _count(self, amounts: Mapping[str, Any]) -> None:
+        self._tally(amounts)
+
+    def _told(self, forks: bytes) -> None:
+        self._forks.extend(forks[at : at + KEY_NBYTES] for at in range(0, len(forks), KEY_NBYTES))
+
+    def forks(self) -> set[bytes]:
+        """The stored keys that it called forks since this was last asked."""
+        told: set[bytes] = set()
+        with contextlib.suppress(IndexError):
+            while True:
+                told.add(self._forks.popleft())
+        return told
+
+    def count(self, digests: Sequence[bytes], deadline: float) -> int | None:
+        """How many leading keys are stored."""
+        return self._attempt(partial(count_prefix, digests=digests), lambda reason: None, deadline)
+
+    def flags(self, digests: Sequence[bytes], deadline: float) -> list[bool] | None:
+        """Per key, whether it is stored."""
+        return self._attempt(partial(calls.contains, digests=digests), lambda reason: None, deadline)
+
+    def pin(self, digests: Sequence[bytes], deadline: float) -> Pinned | None:
+        """How many leading keys are stored, and pinned as far as the shard allows."""
+        taken = self._attempt(partial(pin_prefix, digests=digests), lambda reason: None, deadline)
+        return None if taken is None else Pinned(*taken, self._release)
+
+    def take(self, digests: Sequence[bytes], deadline: float) -> LeasedFrames | None:
+        """The frames of these keys, under a lease."""
+        taken = self._attempt(partial(take_lease, digests=digests), lambda reason: None, deadline)
+        frames, leases = nothing_taken(0) if taken is None else taken
+        return None if taken is None else LeasedFrames(frames, leases, self._release)
+
+    def fetch(self, get: Get, deadline: float) -> None:
+        """Fill destinations; what reads as corrupt is reported to the shard."""
+        self._carry(get, deadline, STOPPED_READS, streams=1 if self.maps_memory else self.config.streams)
+        if corrupt := get.corrupt():
+            with contextlib.suppress(MMCacheError, OSError):
+                self._demand(partial(calls.recheck, digests=corrupt), deadline)
+
+    def store(self, put: Put, deadline: float) -> None:
+        """Store values."""
+        self._carry(put, deadline, STOPPED_WRITES, streams=self.config.streams)
+
+    def remove(self, digests: Sequence[bytes], deadline: float) -> list[bool]:
+        """Forget keys. Raises TransportError."""
+        return self._demand(partial(calls.delete, digests=digests), deadline)
+
+
+class Shards:
+    """A Shard for each member that was asked for, made on demand and closed once its member has left. Thread-safe.
+
+    `settings` are the client's, by name; what an address says itself goes before them. `tally` counts for all.
+    """
+
+    def __init__(
+        self,
+        settings: Mapping[str, Any],
+        tally: Callable[[Mapping[str, Any]], None],
+        after_fork: Callable[[], None],
+    ) -> None:
+        self._settings, self._tally, self.after_fork = dict(settings), tally, after_fork
+        self._members: dict[str, Member] = {}
+        self._made: dict[str, Shard | None] = {}
+        self.announces, self.closed = True, False
+        self.renew_lock()
+        _ALL.add(self)
+
+    def renew_lock(self) -> None:
+        """Also in a forked child, where another thread may have held the old one."""
+        self._lock = threading.Lock()
+
+    def take(self, view: View) -> None:
+        """These are the members now."""
+        with self._lock:
+            members = {member.id: member for member in view.members}
+            gone = [
+                self._made.pop(name)
+                for name, made in list(self._made.items())
+                if name not in members or members[name].address != self._members[name].address
+            ]
+            self._members = members
+        for shard in gone:
+            if shard is not None:
+                shard.close()
+
+    def get(self, name: str) -> Shard | None:
+        """The shard of a member. None: it is not a member any more, or its address cannot be used."""
+        shard = self._made.get(name)
+        if shard is None and name not in self._made:
+            with self._lock:
+                if name not in self._made and name in self._members and not self.closed:
+                    self._made[name] = self._make(self._members[name])
+                shard = self._made.get(name)
+        return shard
+
+    def _make(self, member: Member) -> Shard | None:
+        try:
+            shard = Shard(member, shard_config(member.address, self._settings), self._tally)
+        except (MMCacheError, OSError) as error:
+            log.warning("shard %s cannot be used, its keys are misses: %s", member.id, error)
+            return None
+        shard.announces = self.announces
+        return shard
+
+    def announce(self, value: bool) -> None:
+        """Whether the log says which shards do not answer."""
+        self.announces = value
+        for shard in self.opened():
+            shard.announces = value
+
+    def opened(self) -> list[Shard]:
+        """Those that were made."""
+        return [shard for shard in list(self._made.values()) if shard is not None]
+
+    def all(self) -> list[Shard]:
+        """One of every member that can be used."""
+        return [shard for name in list(self._members) if (shard := self.get(name)) is not None]
+
+    def open_to(self, name: str) -> bool:
+        """Whether it may be asked now."""
+        shard = self.get(name)
+        return shard is not None and shard.answering
+
+    def close(self) -> None:
+        """Close them all."""
+        with self._lock:
+            self.closed = True
+            gone, self._made = self.opened(), {}
+        for shard in gone:
+            shard.close()
+
+
+def shard_config(address: str, settings: Mapping[str, Any]) -> ClientConfig:
+    """How to reach a member, a client URL or HOST:PORT. Raises ConfigError."""
+    url = address if "://" in address else f"mmcache://{address}"
+    config = parse_url(url)
+    if config.scheme == "embedded":
+        raise ConfigError(f"{address!r} is a member's address; a server inside another process cannot be reached")
+    said = {name for name in settings if f"{name}=" in url.partition("?")[2]}
+    return replace(config, **{name: value for name, value in settings.items() if name not in said})
+
+
+_ALL: weakref.WeakSet[Shards] = weakref.WeakSet()
+
+
+def _restart_in_child() -> None:
+    for shards in list(_ALL):
+        shards.renew_lock()
+        shards.after_fork()
+
+
+os.register_at_fork(after_in_child=_restart_in_child)

@@ -1,0 +1,91 @@
+"""Finer homes: what becomes of a run whose prompts part ways inside it. Pure.
+
+A run is placed by the chain key of its first block, so a long prompt that many requests share, and leave before the run
+ends, would bring all their tails to one shard. That shard sees it, as many stored blocks name one block as their
+parent, and says so in its replies: such a block is a fork. From there on, each tail of the run is placed by the chain
+key of its own first block. Whoever has not heard of a fork looks, and stores, under the run's own home: at worst, a
+miss.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from itertools import islice
+from typing import Final, Protocol
+
+from mmcache.keyset import NO_PARENT
+
+FORK_S: Final = 600.0  # how long a fork is remembered after it was last heard of
+MAX_FORKS: Final = 16_384
+MAX_TRAILS: Final = 65_536
+
+
+class Columns(Protocol):
+    """What is needed of `Keys`."""
+
+    @property
+    def digests(self) -> Sequence[bytes]: ...
+    @property
+    def parents(self) -> Sequence[bytes]: ...
+    @property
+    def chains(self) -> Sequence[bytes]: ...
+    @property
+    def parent_chains(self) -> Sequence[bytes]: ...
+    @property
+    def homes(self) -> Sequence[bytes]: ...
+    @property
+    def namespaces(self) -> Sequence[bytes]: ...
+
+
+class Forks:
+    """The forks heard of, by chain key, and which blocks lie behind them, so that any later slice is placed alike."""
+
+    def __init__(self, keep_s: float = FORK_S) -> None:
+        self._keep_s = keep_s
+        self._until: dict[bytes, float] = {}
+        self._trails: dict[bytes, bytes] = {}  # chain key of a block behind a fork -> its finer home
+
+    def __len__(self) -> int:
+        return len(self._until)
+
+    def hear(self, rows: Columns, stored_keys: Iterable[bytes], now: float) -> bool:
+        """Note that these stored keys are forks, as far as they are among `rows` or their parents; True if one is new.
+
+        What is not among them is left out: nobody can fill this memory with keys of their own.
+        """
+        new = False
+        for digest in stored_keys:
+            for names, chains in ((rows.digests, rows.chains), (rows.parents, rows.parent_chains)):
+                if digest in names and digest != NO_PARENT:
+                    chain = chains[names.index(digest)]
+                    new |= self._until.get(chain, 0.0) <= now
+                    self._until.pop(chain, None)
+                    self._until[chain] = now + self._keep_s
+                    break
+        _bound(self._until, MAX_FORKS)
+        return new
+
+    def homes(self, rows: Columns, now: float) -> Sequence[bytes]:
+        """Where each row is placed: its home, or, behind a fork inside its run, the finer one. Rows in order of the
+        chain; those that begin in the middle of a run are placed by what earlier calls showed of it."""
+        if not self._until:
+            return rows.homes
+        finer: list[bytes] = []
+        until, trails = self._until, self._trails
+        for chain, parent, home in zip(rows.chains, rows.parent_chains, rows.homes, strict=True):
+            trail: bytes | None = None
+            if chain != home:  # it does not begin its run
+                trail = chain if until.get(parent, 0.0) > now else trails.get(parent)
+            trails.pop(chain, None)
+            if trail is not None:
+                trails[chain] = trail
+            finer.append(trail or home)
+        _bound(trails, MAX_TRAILS)
+        return finer
+
+
+def _bound(held: dict[bytes, float] | dict[bytes, bytes], most: int) -> None:
+    """Forget the oldest half of what is more than `most`."""
+    if len(held) > most:
+        for key in list(islice(held, len(held) - most // 2)):
+            del held[key]

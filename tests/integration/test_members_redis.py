@@ -1,0 +1,385 @@
+"""Membership by a real Redis: joining, leaving, being killed, and Redis itself killed, emptied and full of nonsense."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import logging
+import multiprocessing
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from mmcache.cluster.beats import MAX_BEAT_NBYTES, TTL_S
+from mmcache.cluster.membership import Watched
+from mmcache.cluster.redis_link import RedisLink
+from mmcache.cluster.registration import Registration
+from mmcache.cluster.seen import CONFIRM_S
+from mmcache.cluster.urls import open_membership, parse_members_url
+from mmcache.errors import ConfigError, TransportError
+from tests.integration.certificates import Authority
+from tests.integration.redis_bed import Redis, free_port, redis_cluster, redis_sentinels
+from tests.integration.support import eventually
+
+GONE_S = TTL_S + CONFIRM_S + 3.0
+
+
+@pytest.fixture
+def there() -> Iterator[Redis]:
+    with Redis() as one:
+        yield one
+
+
+def url_of(one: Redis, options: str = "") -> str:
+    return f"mmcache+redis://127.0.0.1:{one.port}/0?cluster=test{options}"
+
+
+def registered(url: str, *ports: int, **changed: Any) -> list[Registration]:
+    """Servers that say that they are there; nobody listens on their ports."""
+    found = []
+    for port in ports:
+        settings: dict[str, Any] = {
+            "id": f"127.0.0.1:{port}",
+            "address": f"mmcache://127.0.0.1:{port}",
+            "weight": 1.0,
+        } | changed
+        found.append(Registration(parse_members_url(url), **settings))
+        found[-1].start(3.0)
+        assert not found[-1].why_not
+    return found
+
+
+@contextlib.contextmanager
+def watched(url: str) -> Iterator[Watched]:
+    members = open_membership(url)
+    assert isinstance(members, Watched)
+    try:
+        yield members
+    finally:
+        members.close()
+
+
+def ids(members: Watched) -> list[str]:
+    return [member.id.removeprefix("127.0.0.1:") for member in members.view().members]
+
+
+def becomes(members: Watched, *expected: str, patience_s: float = 10.0) -> float:
+    """Seconds until the view has exactly these."""
+    began_s = time.monotonic()
+    eventually(lambda: ids(members) == list(expected), f"the view is {expected}", patience_s)
+    return time.monotonic() - began_s
+
+
+def stays(holds: Callable[[], bool], for_s: float) -> None:
+    until_s = time.monotonic() + for_s
+    while time.monotonic() < until_s:
+        assert holds()
+        time.sleep(0.05)
+
+
+def leave(servers: list[Registration]) -> None:
+    for one in servers:
+        one.leave()
+        one.gone()
+
+
+def test_who_joins_is_in_at_once_and_who_leaves_is_out_at_once(there: Redis) -> None:
+    url = url_of(there)
+    servers = registered(url, 1, 2)
+    with watched(url) as members:
+        assert ids(members) == ["1", "2"]
+        view = members.view()
+        assert view is members.view()
+        servers += registered(url, 3)
+        assert becomes(members, "1", "2", "3") < 2.0  # woken: far below the poll and the time to live
+        assert servers[0].leave()
+        assert becomes(members, "2", "3") < 2.0
+        assert [one.why for one in members.seen.left_out] == ["draining"]
+        servers[0].gone()
+        eventually(lambda: not members.seen.left_out, "it is forgotten")
+        assert members.counters["view_changes"] == 2
+        leave(servers[1:])
+        stays(lambda: ids(members) != [], 0.5)  # nobody is there: the last view goes on
+    with pytest.raises(TransportError, match="no server has joined cluster 'test' of Redis at 127"):
+        open_membership(url)
+
+
+def test_who_is_stopped_without_a_word_is_out_after_a_time_and_no_sooner(there: Redis) -> None:
+    url = url_of(there)
+    servers = registered(url, 1, 2)
+    with watched(url) as members:
+        servers[0]._leaving = True  # its thread ends and says nothing, as after SIGKILL
+        servers[0]._wake.set()
+        stays(lambda: ids(members) == ["1", "2"], TTL_S - 2.5)
+        assert becomes(members, "2", patience_s=GONE_S) < GONE_S
+    leave(servers[1:])
+
+
+@pytest.mark.alone
+def test_redis_killed_and_back_empty_changes_no_view(there: Redis, caplog: pytest.LogCaptureFixture) -> None:
+    url = url_of(there)
+    servers = registered(url, 1, 2, 3)
+    with watched(url) as members:
+        view = members.view()
+        there.kill()
+        stays(lambda: members.view() is view, 3.0)
+        with pytest.raises(TransportError, match=r"does not do as asked: .*Connection refused.*start it, or correct"):
+            open_membership(url)
+        there.start()
+        stays(lambda: members.view() is view, CONFIRM_S + 4.0)
+        assert members.counters["source_losses"] == 1
+        assert members.counters["view_changes"] == 0
+        servers += registered(url, 4)
+        becomes(members, "1", "2", "3", "4")
+        there.client().flushall()
+        stays(lambda: len(ids(members)) == 4, CONFIRM_S + 1.0)
+    lost = [record.getMessage() for record in caplog.records if "is lost, the last view goes on" in record.getMessage()]
+    assert len(lost) == 1  # once, not for each try
+    leave(servers)
+
+
+def test_a_redis_that_hangs_delays_nobody(there: Redis) -> None:
+    url = url_of(there)
+    servers = registered(url, 1)
+    with watched(url) as members:
+        there.signal(signal.SIGSTOP)
+        began_s = time.monotonic()
+        for _ in range(1000):
+            members.view()
+        assert time.monotonic() - began_s < 0.5
+        with pytest.raises(TransportError, match="does not do as asked"):
+            open_membership(url)
+        assert time.monotonic() - began_s < 6.0
+        there.signal(signal.SIGCONT)
+        eventually(lambda: registered(url, 2), "another can join")
+        becomes(members, "1", "2")
+    leave(servers)
+
+
+def test_a_server_starts_without_redis_and_joins_when_it_is_there(caplog: pytest.LogCaptureFixture) -> None:
+    with Redis() as there:
+        url = url_of(there)
+        there.kill()
+        one = Registration(parse_members_url(url), id="a", address="mmcache://a:1", weight=1.0)
+        began_s = time.monotonic()
+        one.start(3.0)
+        assert time.monotonic() - began_s < 3.5
+        assert "start it, or correct the URL" in one.why_not
+        assert "is not told of this server, it is tried again" in caplog.text
+        there.start()
+        eventually(lambda: not one.why_not, "it has joined")
+        with watched(url) as members:
+            assert ids(members) == ["a"]
+        there.kill()
+        eventually(lambda: one.why_not, "it knows that Redis is gone")
+        began_s = time.monotonic()
+        assert not one.leave()  # and does not wait for it
+        one.gone()
+        assert time.monotonic() - began_s < 5.0
+        there.start()
+
+
+def test_with_a_fallback_clients_start_without_redis_and_go_over_to_it() -> None:
+    with Redis() as there:
+        url = url_of(there, "&fallback=127.0.0.1:7,127.0.0.1:8")
+        there.kill()
+        with watched(url) as members:
+            assert ids(members) == ["7", "8"]
+            there.start()
+            servers = registered(url_of(there), 1)
+            becomes(members, "1")
+        leave(servers)
+
+
+def test_nonsense_in_redis_is_left_out_said_and_no_harm(there: Redis, caplog: pytest.LogCaptureFixture) -> None:
+    url = url_of(there)
+    servers = registered(url, 1)
+    client, prefix = there.client(), "mmcache:{test}:"
+
+    def plant(name: str, said: bytes) -> None:
+        client.set(f"{prefix}beat:{name}", said)
+        client.zadd(f"{prefix}beats", {name: time.time()})
+
+    good = json.loads(client.get(f"{prefix}beat:{client.zrange(f'{prefix}beats', 0, 0)[0].decode()}"))
+    plant("bytes", b"\xff\x00")
+    plant("long", b"x" * (8 * MAX_BEAT_NBYTES))
+    plant("weight", json.dumps(good | {"id": "w", "weight": -1}).encode())
+    plant("schema", json.dumps(good | {"id": "new", "schema": 2}).encode())
+    plant("frame", json.dumps(good | {"id": "old", "frame": 0}).encode())
+    plant("socket", json.dumps(good | {"id": "s", "address": "mmcache+unix:///run/x"}).encode())
+    plant("n" * 10000, b"{}")
+    client.sadd(f"{prefix}drained", b"\xff", "x" * 10000)
+    with watched(url) as members:
+        assert ids(members) == ["1"]
+        why = {one.id: one.why for one in members.seen.left_out}
+        assert why.keys() == {"?", "w", "new", "old", "s"}
+        assert "is no weight" in why["w"]
+        assert "schema 2, this release reads 1" in why["new"]
+        assert "frames v0" in why["old"]
+        assert members.counters["left_out"] == 6
+        assert "new (mmcache://127.0.0.1:1) is left out: its heartbeat has schema 2" in caplog.text
+    leave(servers)
+
+
+def test_what_is_of_another_type_in_redis_is_an_error_and_then_the_last_view(there: Redis) -> None:
+    url = url_of(there)
+    servers = registered(url, 1)
+    with watched(url) as members:
+        there.client().set("mmcache:{test}:beats", "not a sorted set")
+        eventually(lambda: members.counters["source_losses"], "it is noticed", 10.0)
+        assert ids(members) == ["1"]
+        with pytest.raises(TransportError, match="WRONGTYPE"):
+            open_membership(url)
+    leave(servers)
+
+
+def test_two_servers_with_one_id_are_told_to_all_and_the_last_one_is_used(
+    there: Redis, caplog: pytest.LogCaptureFixture
+) -> None:
+    url = url_of(there)
+    old = registered(url, 1, address="mmcache://127.0.0.1:11")
+    time.sleep(0.01)
+    new = registered(url, 1, address="mmcache://127.0.0.1:12")
+    with watched(url) as members, caplog.at_level(logging.WARNING):
+        assert [member.address for member in members.view().members] == ["mmcache://127.0.0.1:12"]
+        eventually(lambda: members.counters["problems"], "it is counted", 20.0)
+        eventually(lambda: any(one.levelno == logging.ERROR for one in caplog.records), "the server says it", 20.0)
+        assert "two servers go by the id 127.0.0.1:1 (mmcache://127.0.0.1:11 and mmcache://127.0.0.1:12)" in caplog.text
+    leave(old + new)
+
+
+def test_drained_is_out_until_it_is_undone_whether_it_restarts_or_not(there: Redis) -> None:
+    url = url_of(there)
+    servers = registered(url, 1, 2)
+    link = RedisLink(parse_members_url(url))
+    with watched(url) as members, link.open() as connection:
+        link.drain(connection, "127.0.0.1:1", undo=False)
+        assert becomes(members, "2") < 2.0
+        leave(servers[:1])
+        servers[:1] = registered(url, 1)
+        stays(lambda: ids(members) == ["2"], 0.5)
+        link.drain(connection, "127.0.0.1:1", undo=True)
+        assert becomes(members, "1", "2") < 2.0
+    leave(servers)
+
+
+def test_clusters_of_other_names_and_databases_are_others(there: Redis) -> None:
+    servers = registered(url_of(there), 1)
+    for url in (url_of(there).replace("test", "other"), url_of(there).replace("/0", "/1")):
+        with pytest.raises(TransportError, match="no server has joined"):
+            open_membership(url)
+    leave(servers)
+
+
+def _follow_in_a_child(members: Watched, out: Any) -> None:
+    out.send(ids(members))
+    eventually(lambda: ids(members) == ["1", "2"], "the child's view follows")
+    out.send(ids(members))
+
+
+def test_a_forked_child_follows_by_itself(there: Redis) -> None:
+    url = url_of(there)
+    servers = registered(url, 1)
+    with watched(url) as members:
+        hear, say = multiprocessing.Pipe(duplex=False)
+        child = multiprocessing.get_context("fork").Process(target=_follow_in_a_child, args=(members, say))
+        child.start()
+        assert hear.recv() == ["1"]
+        servers += registered(url, 2)
+        assert hear.poll(10.0)
+        assert hear.recv() == ["1", "2"]
+        child.join(5.0)
+        becomes(members, "1", "2")
+    leave(servers)
+
+
+def test_close_ends_the_thread_and_the_last_view_stays(there: Redis) -> None:
+    url = url_of(there)
+    servers = registered(url, 1)
+    with watched(url) as members:
+        (thread,) = (one for one in threading.enumerate() if one.name == "mmcache-members" and one.is_alive())
+    thread.join(5.0)
+    assert not thread.is_alive()
+    assert ids(members) == ["1"]
+    leave(servers)
+
+
+def private(path: Path, text: str) -> str:
+    path.write_text(text)
+    path.chmod(0o600)
+    return str(path)
+
+
+def test_a_password_comes_from_a_file_and_is_in_no_message(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    acl = "user default off", "user cache on >hunter2 ~mmcache:{test}:* &mmcache:{test}:* +@all"
+    with Redis("--aclfile", private(tmp_path / "acl", "\n".join(acl))) as there:
+        right, wrong = private(tmp_path / "right", "hunter2\n"), private(tmp_path / "wrong", "hunter3\n")
+        base = url_of(there).replace("//", "//cache@")
+        servers = registered(f"{base}&password_file={right}", 1)
+        with watched(f"{base}&password_file={right}") as members:
+            assert ids(members) == ["1"]
+        with pytest.raises(TransportError, match=r"(?i)invalid username-password") as refused:
+            open_membership(f"{base}&password_file={wrong}")
+        with pytest.raises(TransportError, match=r"(?i)no ?permission|no access|noperm"):
+            open_membership(f"{base}&password_file={right}".replace("cluster=test", "cluster=other"))
+        with pytest.raises(TransportError, match="Authentication required"):
+            open_membership(url_of(there))
+        (tmp_path / "right").chmod(0o644)
+        with pytest.raises(ConfigError, match="others could read it"):
+            open_membership(f"{base}&password_file={right}")
+        (tmp_path / "right").chmod(0o600)
+        with pytest.raises(ConfigError, match="no password_file"):
+            open_membership(base)
+        assert "hunter" not in f"{refused.value} {caplog.text}"
+        leave(servers)
+
+
+def test_tls_is_verified(tmp_path: Path) -> None:
+    authority = Authority(tmp_path)
+    cert, key = authority.issue("redis")
+    port = free_port()
+    files = ["--tls-cert-file", cert, "--tls-key-file", key, "--tls-ca-cert-file", authority.ca]
+    words = ["--port", "0", "--tls-port", str(port), "--tls-auth-clients", "no", *files]
+    with Redis(*words, port=port, ssl=True, ssl_ca_certs=authority.ca) as there:
+        url = url_of(there).replace("+redis:", "+rediss:")
+        servers = registered(f"{url}&redis_ca={authority.ca}", 1)
+        with watched(f"{url}&redis_ca={authority.ca}") as members:
+            assert ids(members) == ["1"]
+        with pytest.raises(TransportError, match="CERTIFICATE_VERIFY_FAILED"):
+            open_membership(url)
+        leave(servers)
+
+
+def test_a_redis_cluster_serves_as_one_redis_does() -> None:
+    with redis_cluster() as nodes:
+        places = ",".join(f"127.0.0.1:{node.port}" for node in nodes[:2])
+        url = f"mmcache+redis+cluster://{places}?cluster=test"
+        servers = registered(url, 1, 2)
+        with watched(url) as members:
+            assert ids(members) == ["1", "2"]
+            servers += registered(url, 3)
+            assert becomes(members, "1", "2", "3") < 2.0
+            servers[0].leave()
+            assert becomes(members, "2", "3") < 2.0
+        leave(servers)
+
+
+@pytest.mark.alone
+def test_a_failover_by_sentinel_changes_no_view() -> None:
+    with redis_sentinels() as (sentinels, master, replica):
+        places = ",".join(f"127.0.0.1:{one.port}" for one in sentinels)
+        url = f"mmcache+redis+sentinel://{places}/main/0?cluster=test"
+        servers = registered(url, 1, 2)
+        with watched(url) as members:
+            view = members.view()
+            master.kill()
+            eventually(lambda: replica.client().role()[0] == b"master", "the replica is the master", 20.0)
+            stays(lambda: members.view() is view, CONFIRM_S + 3.0)
+            servers += registered(url, 3)
+            becomes(members, "1", "2", "3")
+        leave(servers)
