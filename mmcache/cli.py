@@ -8,9 +8,7 @@ Whatever is raised ends in `main`: one line on stderr, exit 2 for what can never
 from __future__ import annotations
 
 import json
-import logging
 import platform
-import signal
 import sys
 from datetime import UTC, datetime
 from typing import Annotated, Any
@@ -23,18 +21,13 @@ from rich.table import Table
 from mmcache import cli_explain, cli_ops, cli_size
 from mmcache._version import __version__
 from mmcache.cli_bench import bench_app
-from mmcache.cli_common import ADMINS_ONLY, DEFAULT_URL, Json, Url, key_digest, printable, progress_bar, size_text
+from mmcache.cli_common import ADMINS_ONLY, DEFAULT_URL, Json, Url, key_digest, printable, size_text
+from mmcache.cli_serve import run
 from mmcache.cli_token import token_app
 from mmcache.config import ServerConfig, parse_nbytes, server_config
 from mmcache.connect import connect
-from mmcache.errors import ConfigError, FrameError, MMCacheError, UsageError
+from mmcache.errors import FrameError, MMCacheError, UsageError
 from mmcache.frame import parse_header
-from mmcache.logs import log_to_stderr
-from mmcache.server.heap import keep_freed_memory
-from mmcache.server.serve import Server
-from mmcache.server.shard_plan import place_text, shard_configs
-from mmcache.server.supervisor import STOP_SIGNALS, Supervisor
-from mmcache.store.arena import check_room
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -127,6 +120,15 @@ InsecureNetwork = Annotated[
         "--insecure-network",
     ),
 ]
+Hold = Annotated[
+    bool | None,
+    _setting(
+        "hold",
+        "Have a small process hold the memory, and start the server again with what it stored when it dies, or on "
+        "SIGHUP (docs/warm-restart.md).",
+        "--hold",
+    ),
+]
 HugePages = Annotated[bool | None, _setting("huge_pages", "Use huge pages (vm.nr_hugepages).", "--huge-pages")]
 Nixl = Annotated[
     str | None,
@@ -158,6 +160,7 @@ def serve(
         bool | None, _setting("prefault", "Take all the memory now, not on first use.", "--prefault")
     ] = None,
     huge_pages: HugePages = None,
+    hold: Hold = None,
     lease_s: Annotated[float | None, _setting("lease_s", "Seconds a reader may hold an entry.")] = None,
     policy: PolicyName = None,
     max_connections: Annotated[int | None, _setting("max_connections", "Connections at once.")] = None,
@@ -188,6 +191,7 @@ def serve(
         alignment=alignment,
         prefault=prefault,
         huge_pages=huge_pages,
+        hold=hold,
         lease_s=lease_s,
         policy=policy,
         max_connections=max_connections,
@@ -202,62 +206,7 @@ def serve(
         tls_client_ca=tls_client_ca,
         nixl=nixl,
     )
-    log_to_stderr(config.log, logging.DEBUG if verbose else logging.WARNING)
-    if not config.listen and not config.unix_path:
-        raise ConfigError("there is nothing to listen on; give --listen HOST:PORT or --unix PATH")
-    signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)  # before any thread starts: all inherit it, one waits
-    if config.shards > 1:
-        _run_shards(config, ["--verbose"] if verbose else [], as_json=as_json)
-    else:
-        _run_until_signal(config, as_json=as_json)
-
-
-def _run_shards(config: ServerConfig, words: list[str], *, as_json: bool) -> None:
-    configs = shard_configs(config)
-    check_room(config.memory_nbytes)  # each shard on its own would find room for its share
-    supervisor = Supervisor(configs, words)
-    try:
-        ready = supervisor.start()
-        if ready is None:
-            return
-        if as_json:
-            print(json.dumps({"ready": True, "memory_nbytes": config.memory_nbytes, "shards": ready}), flush=True)
-        else:
-            size = f"{config.shards} shards of {config.memory_nbytes // config.shards / 2**20:.0f} MiB"
-            names = {"unix_path": "unix socket ", "metrics_url": "metrics ", "grpc_address": "gRPC "}
-            also = [[f"{text}{one[name]}" for name, text in names.items() if one.get(name)] for one in ready]
-            shards = [f"{one['url']} ({'; '.join(more)})" for one, more in zip(ready, also, strict=True)]
-            print(f"mmcache {__version__} ready: {size}: {', '.join(shards)}", flush=True)
-        supervisor.watch()
-    finally:
-        bad = supervisor.stop()
-    if bad:
-        raise MMCacheError(f"did not drain and end as asked: {', '.join(bad)}; look at what they said before")
-
-
-def _run_until_signal(config: ServerConfig, *, as_json: bool) -> None:
-    with progress_bar("taking memory") as show:
-        server = Server(config, progress=show)
-    if config.grpc:
-        keep_freed_memory()
-    server.start()
-    host, port = server.address or ("", 0)
-    scheme = "mmcaches" if config.tls_cert else "mmcache"
-    url = f"{scheme}://{place_text(host, port)}" if host else f"mmcache+unix://{server.unix_path}"
-    grpc = place_text(*server.grpc_address) if server.grpc_address else ""
-    if as_json:
-        ready = {"ready": True, "url": url, "unix_path": server.unix_path, "memory_nbytes": config.memory_nbytes}
-        ready |= {"metrics_url": server.metrics_url} if server.metrics_url else {}
-        ready |= {"grpc_address": grpc} if grpc else {}
-        print(json.dumps(ready), flush=True)
-    else:
-        size = f"{config.memory_nbytes / 2**20:.0f} MiB, {config.entries} entries"
-        page = f"; metrics {server.metrics_url}" if server.metrics_url else ""
-        page += f"; gRPC {grpc}" if grpc else ""
-        socket = f"unix socket {server.unix_path or 'off'}"
-        print(f"mmcache {__version__} ready: {url} ({size}; {socket}{page})", flush=True)
-    signal.sigwait(STOP_SIGNALS)
-    server.stop()
+    run(config, verbose=verbose, as_json=as_json)
 
 
 @app.command(epilog="Examples: **mmcache stat** · **mmcache stat --json | jq .counters.hits**")
