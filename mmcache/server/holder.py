@@ -27,7 +27,7 @@ PR_SET_PDEATHSIG = 1  # linux/prctl.h
 PAGE_NBYTES = 4096  # of the kept memory: the holder's own
 STOPS = {signal.SIGTERM, signal.SIGINT}
 SIGNALS = STOPS | {signal.SIGHUP, signal.SIGCHLD}
-STEADY_S = 60.0  # a server that ran so long has recovered
+STEADY_S = 5.0  # a server that ran so long has recovered
 LONGEST_PAUSE_S = 30.0
 MOST_FAILURES = 2  # starts that did not succeed on what was kept, before one begins anew
 

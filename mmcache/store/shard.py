@@ -329,6 +329,8 @@ class Shard:
                 **self.index.usage.numbers(),
                 **self.counters,
                 "longest_step_bytes": self.longest_step_nbytes,
+                "restored_entries": self.restored.entries,
+                "restored_dropped": self.restored.dropped,
                 "namespaces_forgotten": self.namespaces.forgotten,
             }
 
