@@ -99,7 +99,7 @@ class Load:
 
     def counts(self) -> list[Counts]:
         """Of each process, now."""
-        return [Counts(*counts) for counts in self._counts]
+        return [Counts._make(counts[:]) for counts in self._counts]
 
     def total(self, name: str) -> int:
         """Of all processes."""
@@ -298,8 +298,8 @@ def show(report: dict[str, Any], where: str | None) -> None:
     for row in report["kills"]:
         print("  ".join(f"{row[name]:>15}" for name in names))
     print(
-        f"every byte of {report['values_read']} values compared under load, and of all {report['read_at_the_end']} at the "
-        f"end: {report['wrong']} wrong, {report['corrupt']} corrupt, {report['unread_at_the_end']} not to be had; "
+        f"every byte of {report['values_read']} values compared under load, and of all {report['read_at_the_end']} at "
+        f"the end: {report['wrong']} wrong, {report['corrupt']} corrupt, {report['unread_at_the_end']} not to be had; "
         f"{report['errors']} exceptions"
     )
     print("; ".join(report["missed"]) or "all bars are met")
