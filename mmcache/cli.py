@@ -8,7 +8,6 @@ Whatever is raised ends in `main`: one line on stderr, exit 2 for what can never
 from __future__ import annotations
 
 import json
-import logging
 import platform
 import sys
 from datetime import UTC, datetime
@@ -23,13 +22,12 @@ from mmcache import cli_cluster, cli_explain, cli_ops, cli_size
 from mmcache._version import __version__
 from mmcache.cli_bench import bench_app
 from mmcache.cli_common import ADMINS_ONLY, DEFAULT_URL, Json, Url, Verbose, key_digest, printable, size_text
-from mmcache.cli_run import run_server, run_shards, tell_shards
+from mmcache.cli_serve import run
 from mmcache.cli_token import token_app
 from mmcache.config import ServerConfig, parse_nbytes, server_config
 from mmcache.connect import connect
-from mmcache.errors import ConfigError, FrameError, MMCacheError, UsageError
+from mmcache.errors import FrameError, MMCacheError, UsageError
 from mmcache.frame import parse_header
-from mmcache.logs import log_to_stderr
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -123,6 +121,15 @@ InsecureNetwork = Annotated[
         "--insecure-network",
     ),
 ]
+Hold = Annotated[
+    bool | None,
+    _setting(
+        "hold",
+        "Have a small process hold the memory, and start the server again with what it stored when it dies, or on "
+        "SIGHUP (docs/warm-restart.md).",
+        "--hold",
+    ),
+]
 HugePages = Annotated[bool | None, _setting("huge_pages", "Use huge pages (vm.nr_hugepages).", "--huge-pages")]
 Nixl = Annotated[
     str | None,
@@ -171,6 +178,7 @@ def serve(
         bool | None, _setting("prefault", "Take all the memory now, not on first use.", "--prefault")
     ] = None,
     huge_pages: HugePages = None,
+    hold: Hold = None,
     lease_s: Annotated[float | None, _setting("lease_s", "Seconds a reader may hold an entry.")] = None,
     policy: PolicyName = None,
     max_connections: Annotated[int | None, _setting("max_connections", "Connections at once.")] = None,
@@ -199,13 +207,7 @@ def serve(
     """
     settings = {name: value for name, value in locals().items() if name not in ("memory", "verbose", "as_json")}
     config = server_config(memory_nbytes=None if memory is None else parse_nbytes(memory), **settings)
-    log_to_stderr(config.log, logging.DEBUG if verbose else logging.WARNING)
-    if not config.listen and not config.unix_path:
-        raise ConfigError("there is nothing to listen on; give --listen HOST:PORT or --unix PATH")
-    if config.shards > 1:
-        run_shards(config, ["--verbose"] if verbose else [], tell_shards(config, as_json=as_json))
-    else:
-        run_server(config, as_json=as_json)
+    run(config, verbose=verbose, as_json=as_json)
 
 
 @app.command(epilog="Examples: **mmcache stat** · **mmcache stat --json | jq .counters.hits**")

@@ -77,13 +77,23 @@ def run_server(config: ServerConfig, *, as_json: bool) -> None:
     check_join(config)
     with progress_bar("taking memory") as show:
         server = Server(config, progress=show)
+    serve_on(server, as_json=as_json)
+
+
+def serve_on(server: Server, *, as_json: bool, accepts: Callable[[dict[str, Any]], None] | None = None) -> None:
+    """The same with a server that has its memory. `accepts` is given the ready line once it accepts, and may add to
+    it."""
+    config = server.config
     if config.grpc:
         keep_freed_memory()
     server.start()
     registration = registration_for(config, server.address[1]) if config.join and server.address else None
     if registration is not None:
         registration.start(JOIN_S)
-    print(_ready_line(config, server, registration, as_json=as_json), flush=True)
+    ready = _ready(config, server, registration)
+    if accepts is not None:
+        accepts(ready)
+    print(json.dumps(ready) if as_json else _ready_line(config, ready), flush=True)
     signal.sigwait(STOP_SIGNALS)
     if registration is not None and registration.leave():
         signal.sigtimedwait(STOP_SIGNALS, LEAVE_S)  # it serves on, until clients know; a second signal hurries it
@@ -92,21 +102,21 @@ def run_server(config: ServerConfig, *, as_json: bool) -> None:
         registration.gone()
 
 
-def _ready_line(config: ServerConfig, server: Server, registration: Registration | None, *, as_json: bool) -> str:
+def _ready(config: ServerConfig, server: Server, registration: Registration | None) -> dict[str, Any]:
     host, port = server.address or ("", 0)
     scheme = "mmcaches" if config.tls_cert else "mmcache"
     url = f"{scheme}://{place_text(host, port)}" if host else f"mmcache+unix://{server.unix_path}"
-    grpc = place_text(*server.grpc_address) if server.grpc_address else ""
-    if as_json:
-        ready = {"ready": True, "url": url, "unix_path": server.unix_path, "memory_nbytes": config.memory_nbytes}
-        ready |= {"metrics_url": server.metrics_url} if server.metrics_url else {}
-        ready |= {"grpc_address": grpc} if grpc else {}
-        ready |= {"member": registration.id, "joined": not registration.why_not} if registration is not None else {}
-        return json.dumps(ready)
+    ready = {"ready": True, "url": url, "unix_path": server.unix_path, "memory_nbytes": config.memory_nbytes}
+    ready |= {"metrics_url": server.metrics_url} if server.metrics_url else {}
+    ready |= {"grpc_address": place_text(*server.grpc_address)} if server.grpc_address else {}
+    ready |= {"member": registration.id, "joined": not registration.why_not} if registration is not None else {}
+    return ready
+
+
+def _ready_line(config: ServerConfig, ready: dict[str, Any]) -> str:
     size = f"{config.memory_nbytes / 2**20:.0f} MiB, {config.entries} entries"
-    page = f"; metrics {server.metrics_url}" if server.metrics_url else ""
-    page += f"; gRPC {grpc}" if grpc else ""
-    if registration is not None:
-        page += f"; {'not yet ' if registration.why_not else ''}in the cluster as {registration.id}"
-    socket = f"unix socket {server.unix_path or 'off'}"
-    return f"mmcache {__version__} ready: {url} ({size}; {socket}{page})"
+    names = {"metrics_url": "metrics", "grpc_address": "gRPC"}
+    page = "".join(f"; {text} {ready[name]}" for name, text in names.items() if name in ready)
+    if "member" in ready:
+        page += f"; {'' if ready['joined'] else 'not yet '}in the cluster as {ready['member']}"
+    return f"mmcache {__version__} ready: {ready['url']} ({size}; unix socket {ready['unix_path'] or 'off'}{page})"

@@ -59,6 +59,7 @@ class ServerConfig:
     alignment: int = 64
     prefault: bool = False
     huge_pages: bool = False  # for the memory, of those set aside by vm.nr_hugepages
+    hold: bool = False  # by a process that survives the server, so that it comes back with what it stored
     lease_s: float = 30.0
     pinned_share: float = 0.5  # the most of the memory one tenant's leases may hold
     max_connections: int = 256

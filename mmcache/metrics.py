@@ -65,6 +65,8 @@ METRICS: Final[Mapping[str, Meaning]] = {
     "expired_reservations": Meaning("expired_reservations", True, "Reservations nobody ended in time."),
     "refused_pins": Meaning("refused_pins", True, "Keys not pinned because too much was leased at once."),
     "corrupt_dropped": Meaning("corrupt_dropped", True, "Entries dropped as their bytes had changed."),
+    "restored_entries": Meaning("restored_entries", False, "Values that a server before this one stored."),
+    "restored_dropped": Meaning("restored_dropped", False, "Values of a server before this one that were not whole."),
     "namespaces_forgotten": Meaning("namespaces_forgotten", True, "Namespaces whose facts are no longer known."),
 }
 

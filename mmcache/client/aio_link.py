@@ -144,7 +144,7 @@ class AsyncDialer:
     @property
     def arena(self) -> ArenaMap | None:
         """The map of the server's memory that its links use, None where they have none."""
-        return self._route.known[1] if self._route.known is not None else None
+        return self._route.known
 
     def forget_arena(self) -> None:
         """Hold the map no longer: it goes with the last link or view that uses it, not when this is collected."""

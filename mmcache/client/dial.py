@@ -40,7 +40,7 @@ class Route(Generic[L]):
 
     def __init__(self, config: ClientConfig, *, attached: bool) -> None:
         self.config = config
-        self.known: tuple[bytes, ArenaMap] | None = None
+        self.known: ArenaMap | None = None
         self._attached = attached
         self._unix_path = ""
         self._warned = self._warned_of_nixl = False
@@ -126,5 +126,5 @@ class Route(Generic[L]):
                 self.config.deadline_s,
             )
         if link.arena is not None:
-            self.known = (link.joined.server_id, link.arena)
+            self.known = link.arena
         return link

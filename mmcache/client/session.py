@@ -137,14 +137,12 @@ class NoSharedMemory(TransportError):
     """The server lets this client in, but not into its memory."""
 
 
-def join(
-    *, shared: bool, nixl_by: float | None = None, known: tuple[bytes, ArenaMap] | None = None, token: str = ""
-) -> Flow[Joined]:
+def join(*, shared: bool, nixl_by: float | None = None, known: ArenaMap | None = None, token: str = "") -> Flow[Joined]:
     """Join over a fresh channel; with `shared` (unix sockets only), map the arena and offer a ring; with `nixl_by`, a
     deadline, get ready to read it by NIXL, if that can be.
 
-    `known` is a server id with the map of its arena, so that a process maps each arena once. Raises TransportError:
-    close the channel then.
+    `known` is the map that there is already: where the server hands over the same file, also one that was started again
+    on it, it stays, so that a process maps each arena once. Raises TransportError: close the channel then.
     """
     ring: Ring | None = None
     fds: list[int] = []
@@ -168,8 +166,8 @@ def join(
         reply = yield from _read_join(head)
         arena = None
         if reply.arena_nbytes and fds:
-            if known is not None and known[0] == reply.server_id:
-                arena = known[1]
+            if known is not None and known.is_of(fds[0]):
+                arena = known
             else:
 
                 def map_arena() -> ArenaMap:

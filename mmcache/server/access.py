@@ -40,9 +40,9 @@ class Access:
     Thread-safe: a question sees one version of the file.
     """
 
-    def __init__(self, path: str, *, wall_s: Callable[[], float] = time.time) -> None:
+    def __init__(self, path: str, tenants: Tenants | None = None, *, wall_s: Callable[[], float] = time.time) -> None:
         self.path = path
-        self.tenants = Tenants()
+        self.tenants = tenants or Tenants()
         self._wall_s = wall_s
         self._looked_s = wall_s()
         self._file = Watched((path,), self._load, f"access file {path}")

@@ -25,8 +25,10 @@ from mmcache.server.access import Access
 from mmcache.server.connection import Connection, pack_error
 from mmcache.server.nixl import NixlAgent
 from mmcache.server.service import Service
+from mmcache.server.tenants import Tenants
 from mmcache.server.watched import Watched
-from mmcache.store.arena import Progress
+from mmcache.store.arena import Arena, Progress
+from mmcache.store.kept import Kept
 from mmcache.store.shard import Shard
 from mmcache.transport.native import NATIVE
 from mmcache.transport.tcp import Channel, connect_unix
@@ -48,10 +50,18 @@ _SOCKET: Final = "shard.sock"
 class Server:
     """A shard and its connections. `start` accepts; `stop` drains: running requests end, idle connections close.
 
-    `progress` hears how far a prefault has come, in bytes done and in all.
+    `progress` hears how far a prefault has come, in bytes done and in all. `arena` and `kept`: memory that was there
+    before this process, and will be after it; what a server before left in it goes on, where that can be.
     """
 
-    def __init__(self, config: ServerConfig, *, progress: Progress | None = None) -> None:
+    def __init__(
+        self,
+        config: ServerConfig,
+        *,
+        progress: Progress | None = None,
+        arena: Arena | None = None,
+        kept: Kept | None = None,
+    ) -> None:
         self.config = config
         self.address: tuple[str, int] | None = None
         self.unix_path = ""
@@ -65,14 +75,15 @@ class Server:
         self._metrics: MetricsPage | None = None
         self._grpc_at = _resolve(config, config.grpc, "--grpc")[0][1] if config.grpc else None
         self._rpc: RpcServer | None = None
-        self.access = Access(config.access_file) if config.access_file else None
+        self.tenants = Tenants(kept.notes.tenants, kept.notes.tenant) if kept is not None else Tenants()
+        self.access = Access(config.access_file, self.tenants) if config.access_file else None
         if config.nixl and self._many_tenants:
             raise ConfigError(f"--nixl {MANY_TENANTS}; give each a server of its own, or leave --nixl out")
         self._tls = _watch_tls(config)
-        self.shard = Shard(config, progress=progress, hasher=NATIVE.hasher)
+        self.shard = Shard(config, progress=progress, hasher=NATIVE.hasher, arena=arena, kept=kept)
         if why := self.shard.arena.why_not_shared:
             log.warning("clients on this host go by sockets: no shared memory (%s)", why)
-        self.service = Service(self.shard, config, self.access)
+        self.service = Service(self.shard, config, self.access, self.tenants)
         self._set_quotas()
         try:
             for family, address in addresses[:1]:

@@ -60,14 +60,16 @@ def status_of(reason: Refusal | None) -> int:
 class Service:
     """Answers requests for one shard. Thread-safe: connections call it concurrently."""
 
-    def __init__(self, shard: Shard, config: ServerConfig, access: Access | None = None) -> None:
+    def __init__(
+        self, shard: Shard, config: ServerConfig, access: Access | None = None, tenants: Tenants | None = None
+    ) -> None:
         self.shard, self.config, self.access = shard, config, access
         self.server_id = secrets.token_bytes(16)
         self.unix_path = ""
         self.nixl: NixlAgent | None = None
         self.started_at = time.monotonic()
         self.connections = 0
-        self.tenants = access.tenants if access is not None else Tenants()
+        self.tenants = tenants or (access.tenants if access is not None else Tenants())
         self.admin = Admin(shard, self.tenants, lambda refusal: status_of(refusal))
         self._inflight_nbytes = 0
         self._inflight_lock = threading.Lock()

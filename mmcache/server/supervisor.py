@@ -1,7 +1,8 @@
 """`mmcache serve --shards N`: a process for each shard, and this one, which starts again what dies and stops them all.
 
 A shard that dies takes its entries with it and nothing else: its clients see misses until it is back at its address.
-It is started again after a pause that grows while it keeps dying. A shard that hangs is not noticed here.
+It is started again after a pause that grows while it keeps dying. A shard that hangs is not noticed here. With --hold
+the process of a shard is its holder, which starts the server again itself, with its entries (holder.py).
 """
 
 from __future__ import annotations
@@ -65,14 +66,16 @@ class _Shard:
         os.set_blocking(self.process.stdout.fileno(), False)
         self.said, self.ready, self.began_s = b"", {}, time.monotonic()
 
-    def hear(self) -> None:
-        """Read as much of its ready line as is there."""
+    def hear(self) -> bool:
+        """Read as much of its ready line as is there; True once there is a new one."""
         assert self.process is not None
         assert self.process.stdout is not None
         self.said += self.process.stdout.read(MAX_READY_NBYTES) or b""
-        if self.said.endswith(b"\n"):
-            self.ready = json.loads(self.said)
+        *lines, self.said = self.said.split(b"\n")
+        if lines:
+            self.ready = json.loads(lines[-1])
             self.config = where_it_is(self.config, self.ready)
+        return bool(lines)
 
     def ended(self) -> int | None:
         """The exit code, once, of a process that has ended; None while it runs, and while there is none."""
@@ -122,10 +125,10 @@ class Supervisor:
             if now_s >= shard.again_s:
                 self._start_again(shard, now_s)
             return
-        if not shard.ready:
-            shard.hear()
-            if shard.ready:
-                log.warning("shard %d is back at %s, empty", shard.number, shard.ready["url"])
+        if shard.hear():
+            entries = shard.ready.get("restored_entries", 0)
+            what = f"with {entries} entries" if entries else "empty"
+            log.warning("shard %d is back at %s, %s", shard.number, shard.ready["url"], what)
         code = shard.ended()
         if code is not None:
             self._note_death(shard, now_s, f"died (exit {code})")

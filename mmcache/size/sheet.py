@@ -104,7 +104,15 @@ def _counted(entries: int, history: int, policy: Factory) -> int:
         total += nbytes
         return memoryview(bytearray(nbytes))
 
-    Index(capacity_bytes=1 << 30, max_entries=entries, history_keys=history, seed=0, policy=policy, memory=memory)
+    Index(
+        capacity_bytes=1 << 30,
+        max_entries=entries,
+        history_keys=history,
+        seed=0,
+        policy=policy,
+        memory=memory,
+        kept=memory,
+    )
     return total
 
 

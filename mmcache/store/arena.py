@@ -104,6 +104,18 @@ def check_huge_pages(nbytes: int, proc: Path = Path("/proc")) -> None:
         )
 
 
+def memory_file(*, huge_pages: bool) -> int:
+    """The descriptor of an empty file in memory. Raises OSError where there is none to be had."""
+    flags = os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING | (os.MFD_HUGETLB if huge_pages else 0)
+    return os.memfd_create("mmcache-arena", flags)
+
+
+def size_for_good(fd: int, nbytes: int) -> None:
+    """Give the file its size, which nobody can change afterwards. Raises OSError."""
+    os.ftruncate(fd, nbytes)
+    fcntl.fcntl(fd, fcntl.F_ADD_SEALS, fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW)
+
+
 class Arena:
     """`nbytes` of shared memory, writable here and read-only for everybody else. Close it when no view is in use.
 
@@ -121,9 +133,8 @@ class Arena:
             check_room(nbytes)
         self.nbytes = nbytes
         self.why_not_shared = ""
-        flags = os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING | (os.MFD_HUGETLB if huge_pages else 0)
         try:
-            self.fd = os.memfd_create("mmcache-arena", flags)
+            self.fd = memory_file(huge_pages=huge_pages)
         except OSError as error:
             self.fd, self.why_not_shared = -1, f"memfd_create: {error.strerror}"
         if self.fd >= 0:
@@ -134,14 +145,22 @@ class Arena:
             self._map = mmap.mmap(-1, nbytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
         self.view = memoryview(self._map)
         if prefault:
-            self._touch(progress)
+            self.prefault(progress)
+
+    @classmethod
+    def held(cls, fd: int, writable: mmap.mmap) -> Arena:
+        """One that another process sized, mapped and sealed, and keeps: this process inherited the descriptor and the
+        map. What lies in it stays as it is."""
+        arena = cls.__new__(cls)
+        arena.fd, arena.nbytes, arena.why_not_shared = fd, len(writable), ""
+        arena._map, arena.view = writable, memoryview(writable)
+        return arena
 
     def _sealed_map(self) -> mmap.mmap:
         """The one writable map there will be of the file."""
         nbytes = self.nbytes
         try:
-            os.ftruncate(self.fd, nbytes)
-            fcntl.fcntl(self.fd, fcntl.F_ADD_SEALS, fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW)
+            size_for_good(self.fd, nbytes)
             writable = mmap.mmap(self.fd, nbytes, flags=mmap.MAP_SHARED, prot=mmap.PROT_READ | mmap.PROT_WRITE)
             fcntl.fcntl(self.fd, fcntl.F_ADD_SEALS, F_SEAL_FUTURE_WRITE | fcntl.F_SEAL_SEAL)
             return writable
@@ -151,8 +170,9 @@ class Arena:
                 f"no sealed shared memory of {nbytes} bytes: {error}; Linux 5.1 or newer is needed"
             ) from error
 
-    def _touch(self, progress: Progress | None) -> None:
-        """Have the kernel give every page now; `progress` hears (bytes done, bytes in all)."""
+    def prefault(self, progress: Progress | None) -> None:
+        """Have the kernel give every page now, of an arena in which nothing lies yet; `progress` hears (bytes done,
+        bytes in all)."""
         pages = np.frombuffer(self._map, np.uint8)[:: mmap.PAGESIZE]
         step = TOUCH_NBYTES // mmap.PAGESIZE
         for start in range(0, len(pages), step):

@@ -10,6 +10,9 @@ PURE: no clock, no randomness, no I/O.
 
 from __future__ import annotations
 
+import numpy as np
+from numpy.typing import NDArray
+
 from mmcache.errors import StoreError
 from mmcache.store.columns import NIL, Memory, column32, column64, heap
 
@@ -107,6 +110,32 @@ class Extents:
             self._left[right] = node
         self._push(node)
         self.allocated -= 1
+
+    def restore(self, offsets: NDArray[np.int64], sizes: NDArray[np.int64]) -> NDArray[np.int64]:
+        """In a new allocator: exactly these extents are allocated; their nodes. They are whole multiples of the
+        alignment, at most `max_extents`, in the order of their offsets, and do not overlap."""
+        starts = np.concatenate(([0], offsets + sizes))
+        gaps = np.append(offsets, self.capacity_bytes) - starts
+        is_gap = gaps > 0
+        before = np.cumsum(is_gap)
+        nodes = np.arange(len(offsets)) + before[:-1]
+        free = (np.arange(len(gaps)) + before - 1)[is_gap]
+        total = len(nodes) + len(free)
+        for column, used, unused in (
+            (self.offset_bytes, offsets, starts[is_gap]),
+            (self.size_bytes, sizes, gaps[is_gap]),
+        ):
+            numbers = np.frombuffer(column, np.uint64)
+            numbers[nodes], numbers[free] = used, unused
+        left, right = np.frombuffer(self._left, np.uint32), np.frombuffer(self._right, np.uint32)
+        left[:total], right[:total] = np.arange(-1, total - 1) & NIL, np.arange(1, total + 1)
+        right[total - 1] = NIL
+        np.frombuffer(self._before, np.uint32)[nodes] = USED
+        self.allocated, self._fresh = len(nodes), total
+        self.free_bytes = self._nonempty = 0
+        for node in free.tolist():
+            self._push(node)
+        return nodes
 
     def largest_free_bytes(self) -> int:
         """A lower bound, within 3%, of the largest free extent; 0 when none is free."""

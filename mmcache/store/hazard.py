@@ -60,6 +60,12 @@ class Hazard:
         self._used_in[which][self.slot % RING] += 1
         self._at[which][0] += 1
 
+    def settle(self, which: int, age: int, count: int) -> None:
+        """So many entries of class `which` are this old already: as if each had entered then."""
+        self._at[which][BIN_OF_AGE[age]] += count
+        if age != OLD:
+            self._used_in[which][(self.slot - age) % RING] += count
+
     def leave(self, which: int, age: int, *, hit: bool) -> None:
         """A stored entry's stay in a class ends: it was used again (`hit`), or is gone for good."""
         at = BIN_OF_AGE[age]

@@ -31,7 +31,7 @@ class Ledger:
 
     `history_keys`: how many keys that left or were refused are remembered; None: one for 8 entries, 65,536 at most.
     `unreadable` holds numbers of namespaces whose entries are misses, `usage.quotas` what tenants may have; both may
-    be replaced at any time.
+    be replaced at any time. `kept`: memory for the columns that outlive the process, where that is wanted; see Rows.
     """
 
     def __init__(
@@ -46,13 +46,14 @@ class Ledger:
         policy: Factory = LRU,
         history_keys: int | None = None,
         memory: Memory = heap,
+        kept: Memory = heap,
     ) -> None:
         if not 2 <= max_entries < 1 << 30:
             raise StoreError(f"max_entries is {max_entries}; give 2 to 2**30 - 1")
         self._lease_s = lease_s
         self._extents = Extents(capacity_bytes, alignment, max_entries, memory)
         self._max_held = self._extents.capacity_bytes if max_pinned_bytes is None else max_pinned_bytes
-        self.rows = Rows(max_entries, seed, policy, memory)
+        self.rows = Rows(max_entries, seed, policy, memory, kept)
         self._pins = column32(memory, 2 * max_entries + 1)  # how many leases pin it, by extent node
         self._leases = Leases()
         self._reservations = Reservations()

@@ -6,7 +6,7 @@ Entries carry the number. PURE: no clock, no randomness, no I/O.
 from __future__ import annotations
 
 from collections import Counter, OrderedDict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from enum import IntFlag
 from itertools import islice
@@ -73,9 +73,11 @@ class Namespaces:
     """Numbers for namespaces, from 1 on; 0 stands for those nobody named, or too many to number.
 
     Where room is short, the tenant that has the most gives its oldest: nobody pushes out what another one declared.
+    `changed` hears of each number whose namespace, or whose facts, are new or forgotten (None), before it is used.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, changed: Callable[[int, Known | None], None] = lambda _number, _known: None) -> None:
+        self._changed = changed
         self._known: dict[int, Known] = {}
         self._numbers: dict[tuple[int, bytes], int] = {}
         self._numbers_of: dict[int, OrderedDict[int, None]] = {}  # by tenant
@@ -99,11 +101,24 @@ class Namespaces:
             if not (self._forget_idle(most, in_use) or self._forget_idle(tenant, in_use)):
                 return UNKNOWN
         number, self._next = self._next, self._next + 1
-        self._known[number] = Known(tenant, namespace)
-        self._numbers[tenant, namespace] = number
-        self._numbers_of.setdefault(tenant, OrderedDict())[number] = None
-        self._apply(number, self._rules)
+        self._add(number, Known(tenant, namespace))
+        self._changed(number, self._known[number])
         return number
+
+    def _add(self, number: int, known: Known) -> None:
+        self._known[number] = known
+        self._numbers[known.tenant, known.namespace] = number
+        self._numbers_of.setdefault(known.tenant, OrderedDict())[number] = None
+        self._facts_nbytes[known.tenant] += known.facts_nbytes
+        self._apply(number, self._rules)
+
+    def restore(self, known: Mapping[int, Known], rules: Sequence[tuple[Selection, Stopped]]) -> None:
+        """Before any other call: what `changed` heard of in another life, and the rules of then."""
+        for selection, stopped in rules:
+            self.stop(selection, stopped)
+        for number, one in known.items():
+            self._add(number, one)
+            self._next = max(self._next, number + 1)
 
     def _forget_idle(self, tenant: int, in_use: Mapping[int, int]) -> bool:
         """Whether one of this tenant's was idle. Those that are not are looked at again after all others."""
@@ -118,6 +133,7 @@ class Namespaces:
     def _forget(self, number: int) -> None:
         self._forget_facts(number)
         known = self._known.pop(number)
+        self._changed(number, None)
         del self._numbers[known.tenant, known.namespace]
         del self._numbers_of[known.tenant][number]
         if not self._numbers_of[known.tenant]:
@@ -130,6 +146,7 @@ class Namespaces:
         if known.facts_nbytes:
             self._facts_nbytes[known.tenant] -= known.facts_nbytes
             self._known[number] = Known(known.tenant, known.namespace)
+            self._changed(number, self._known[number])
             self.forgotten += 1
 
     def declare(self, number: int, kind: str, facts: Mapping[str, str]) -> None:
@@ -139,6 +156,7 @@ class Namespaces:
             return
         nbytes = sum(len(name.encode()) + len(text.encode()) for name, text in facts.items()) + len(kind)
         self._known[number] = replace(known, kind=kind, facts=dict(facts), facts_nbytes=nbytes)
+        self._changed(number, self._known[number])
         self._facts_nbytes[known.tenant] += nbytes
         excess_nbytes = self._facts_nbytes.total() - MAX_FACTS_NBYTES
         while excess_nbytes > 0:

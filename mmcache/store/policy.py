@@ -10,7 +10,7 @@ PURE: no clock, no randomness, no I/O.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Protocol
 
 from mmcache.store.columns import NIL, Memory, column32, heap
@@ -48,12 +48,20 @@ class Policy(Protocol):
     def exhausted(self) -> bool:
         """True when every row is shelved: no call to `victim` can find one."""
 
+    def restore(self, rows: Sequence[int], kinds: Sequence[int]) -> None:
+        """In a new policy: take charge of these rows, which one of the same kind had in the same `kept` memory when its
+        process ended, wherever it was. The row stored first comes first; what that memory says may be wrong, and is
+        only a hint. All are listed."""
+
     def listed(self) -> list[int]:
         """The rows not shelved, the next to leave first; raises AssertionError when the policy is broken. O(rows)."""
 
 
-Factory = Callable[[int, Memory, int], Policy]
-"""A policy for so many rows, in this memory, with a secret seed for what it hashes."""
+class Factory(Protocol):
+    """A policy for so many rows, in this memory, with a secret seed for what it hashes. What `restore` goes by lies in
+    `kept`: memory that may outlive the process, and need not be zero then."""
+
+    def __call__(self, max_rows: int, memory: Memory, seed: int, kept: Memory = heap, /) -> Policy: ...
 
 
 class LRU:
@@ -64,7 +72,7 @@ class LRU:
     that was older than it has gone, so it returns at the old end, where it would have been.
     """
 
-    def __init__(self, max_rows: int, memory: Memory = heap, _seed: int = 0) -> None:
+    def __init__(self, max_rows: int, memory: Memory = heap, _seed: int = 0, _kept: Memory = heap) -> None:
         self._ring = max_rows
         self._older = column32(memory, max_rows + 1)
         self._newer = column32(memory, max_rows + 1)
@@ -128,6 +136,10 @@ class LRU:
 
     def exhausted(self) -> bool:
         return self._newer[self._ring] == self._ring
+
+    def restore(self, rows: Sequence[int], _kinds: Sequence[int]) -> None:
+        for row in rows:
+            self.insert(row)
 
     def listed(self) -> list[int]:
         rows: list[int] = []

@@ -33,21 +33,27 @@ class Rows:
     number), `media` (see answers.Media) and `stored_at_s` (whole monotonic seconds), while a row is RESERVED or LIVE.
     Written here only: `state`, `parent` (a row or NIL), `children` (how many name it as parent), `forks` (by tenant's
     prefix, the keys that FORK_CHILDREN named as parent at one time, while they have a row).
+
+    In `kept` lies what says which values are stored, and where. It may outlive the process, which may be killed between
+    any two stores: so a row becomes LIVE last of all, and ceases to be LIVE before anything else of it, or of its
+    memory, changes. A row that is LIVE is whole (restore.py), and its parent has its name.
     """
 
-    def __init__(self, max_rows: int, seed: int, policy: Factory = LRU, memory: Memory = heap) -> None:
-        self.table = Table(max_rows, seed, memory)
-        self.policy = Uses(policy(max_rows, memory, seed))
-        self.records = memory(RECORD.size * max_rows)
-        self.expires_at = column_float(memory, max_rows)
+    def __init__(
+        self, max_rows: int, seed: int, policy: Factory = LRU, memory: Memory = heap, kept: Memory = heap
+    ) -> None:
+        self.state = column8(kept, max_rows)
+        self.records = kept(RECORD.size * max_rows)
+        self.expires_at = column_float(kept, max_rows)
+        self.parent = column32(kept, max_rows)
+        self.namespace = column32(kept, max_rows)
+        self.media = column32(kept, max_rows)
+        self.stored_at_s = column32(kept, max_rows)
+        self.kind = column8(kept, max_rows)
+        self.table = Table(max_rows, seed, memory, kept)
+        self.policy = Uses(policy(max_rows, memory, seed, kept))
         self.node = column32(memory, max_rows)
-        self.parent = column32(memory, max_rows)
         self.children = column32(memory, max_rows)
-        self.namespace = column32(memory, max_rows)
-        self.media = column32(memory, max_rows)
-        self.stored_at_s = column32(memory, max_rows)
-        self.kind = column8(memory, max_rows)
-        self.state = column8(memory, max_rows)
         self.live = 0
         self.ghosts = 0
         self.forks: dict[bytes, set[bytes]] = {}
@@ -107,9 +113,9 @@ class Rows:
             self.live -= 1
         above = self.parent[row]
         if self.children[row]:
+            self.state[row] = GHOST
             self.parent[row] = NIL
             self.ghosts += 1
-            self.state[row] = GHOST
         else:
             self._free(row)
         if above != NIL:

@@ -9,7 +9,7 @@ children. A use only raises a count. 9 bytes a row and 4 for its ghost. PURE: no
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Final
 
 from mmcache.store.columns import NIL, Memory, column8, column32, heap
@@ -25,13 +25,13 @@ _MAIN: Final = 4  # the bit that says which queue it is in
 class S3FIFO:
     """Quick demotion, then rounds by use. See `Policy`. Both queues are rings through two columns."""
 
-    def __init__(self, max_rows: int, memory: Memory = heap, seed: int = 0) -> None:
+    def __init__(self, max_rows: int, memory: Memory = heap, seed: int = 0, kept: Memory = heap) -> None:
         self._small, self._main = max_rows, max_rows + 1
         self._older = column32(memory, max_rows + 2)
         self._newer = column32(memory, max_rows + 2)
         for ring in (self._small, self._main):
             self._older[ring] = self._newer[ring] = ring
-        self._state = column8(memory, max_rows)
+        self._state = column8(kept, max_rows)
         self._rows = 0
         self._listed = [0, 0]  # in the small and the main queue
         self._ghosts = Ghosts(max_rows, seed, memory)
@@ -98,6 +98,12 @@ class S3FIFO:
 
     def exhausted(self) -> bool:
         return not any(self._listed)
+
+    def restore(self, rows: Sequence[int], _kinds: Sequence[int]) -> None:
+        for row in rows:
+            self._state[row] &= _MAIN | _USES
+            self._push(row)
+        self._rows = len(rows)
 
     def listed(self) -> list[int]:
         rows: list[int] = []

@@ -22,12 +22,15 @@ from mmcache.hashing import Hasher, PlainHasher
 from mmcache.keys import namespace_id
 from mmcache.store.answers import Found, Refusal, Reserved, Unpinned
 from mmcache.store.arena import Arena, Progress
+from mmcache.store.columns import heap
 from mmcache.store.explain import Miss, reason_for
 from mmcache.store.history import Reason
 from mmcache.store.index import Index
+from mmcache.store.kept import Kept
 from mmcache.store.landing import Landing
 from mmcache.store.namespaces import Known, Namespaces, Stopped
 from mmcache.store.policies import POLICIES
+from mmcache.store.restore import Restored, restore
 from mmcache.store.usage import UNKNOWN
 from mmcache.transport.base import SLICE_NBYTES
 from mmcache.why import Why
@@ -59,9 +62,11 @@ class Shard:
         wall_ms: Callable[[], int] = lambda: time.time_ns() // 1_000_000,
         progress: Progress | None = None,
         hasher: Callable[[], Hasher] = PlainHasher,
+        arena: Arena | None = None,
+        kept: Kept | None = None,
     ) -> None:
         self.config, self.hasher = config, hasher
-        self.arena = Arena(
+        self.arena = arena or Arena(
             config.memory_nbytes, prefault=config.prefault, huge_pages=config.huge_pages, progress=progress
         )
         self.counters: Counter[str] = Counter(dict.fromkeys(COUNTERS, 0))
@@ -72,7 +77,16 @@ class Shard:
         self.namespaces = Namespaces()
         self.stopped = STOPPED_BY_MODE[config.mode]
         self.recent: deque[Miss] = deque(maxlen=RECENT_MISSES)
-        self.index = Index(
+        self._kept = kept
+        self.restored = Restored(0, 0, 0)
+        self.index = self._new_index()
+        if kept is not None:
+            self._take_over(kept)
+        self.index.unreadable = self.namespaces.unreadable
+
+    def _new_index(self) -> Index:
+        config, kept = self.config, self._kept
+        return Index(
             capacity_bytes=config.memory_nbytes,
             max_entries=config.entries,
             alignment=config.alignment,
@@ -80,8 +94,28 @@ class Shard:
             lease_s=config.lease_s,
             max_pinned_bytes=int(config.memory_nbytes * config.pinned_share),
             policy=POLICIES[config.policy],
+            kept=heap if kept is None else kept.memory,
         )
-        self.index.unreadable = self.namespaces.unreadable
+
+    def _take_over(self, kept: Kept) -> None:
+        """Go on with what a server before this one left, if that can be; either way, keep what comes for the next."""
+        if not kept.why_cold:
+            try:
+                self.restored = restore(self.index, len(kept.notes.tenants), kept.notes.known.keys())
+            except Exception as error:  # whatever lies there, it must not keep a server from starting
+                kept.forget(f"what the server before left could not be read: {error!r}")
+                self.index = self._new_index()
+        notes = kept.notes
+        self.namespaces = Namespaces(notes.namespace)
+        self.namespaces.restore(notes.known, notes.rules)
+        if notes.stopped is not None:
+            self.stopped = notes.stopped
+        kept.begin()
+
+    def stop_changed(self) -> None:
+        """What is stopped has changed: note it for the next life. Under the lock."""
+        if self._kept is not None:
+            self._kept.notes.stop(self.stopped, self.namespaces.rules())
 
     def declare(self, tenant: int, namespace: bytes, kind: str, facts: Mapping[str, str]) -> None:
         """Keep a namespace's facts so that entries can be explained. Raises KeyInputError if they are not its own."""
@@ -311,6 +345,8 @@ class Shard:
                 **self.index.usage.numbers(),
                 **self.counters,
                 "longest_step_bytes": self.longest_step_nbytes,
+                "restored_entries": self.restored.entries,
+                "restored_dropped": self.restored.dropped,
                 "namespaces_forgotten": self.namespaces.forgotten,
             }
 

@@ -68,8 +68,10 @@ class Steward:
         with shard.lock:
             if selection == EVERYTHING:
                 shard.stopped = stopped
-                return True
-            return shard.namespaces.stop(selection, stopped)
+            elif not shard.namespaces.stop(selection, stopped):
+                return False
+            shard.stop_changed()
+            return True
 
     def remove(self, selection: Selection, start: int) -> Removed:
         """Remove the selected entries of one piece of rows."""

@@ -12,6 +12,8 @@ from __future__ import annotations
 from collections.abc import Iterable
 from struct import Struct
 
+import numpy as np
+from numpy.typing import NDArray
 from xxhash import xxh3_64_intdigest
 
 from mmcache.store.columns import NIL, Memory, column32, column64, heap
@@ -35,13 +37,13 @@ def tenant_of(name: bytes) -> int:
 class Table:
     """Hands out row numbers 0..max_rows-1 to names (`tenant_prefix` + 32-byte key) and finds them again."""
 
-    def __init__(self, max_rows: int, seed: int, memory: Memory = heap) -> None:
+    def __init__(self, max_rows: int, seed: int, memory: Memory = heap, kept: Memory = heap) -> None:
         self.max_rows = max_rows
         self.used = 0
         self._seed = seed & 0xFFFFFFFFFFFFFFFF
         self._slot_count = max(2 * max_rows, 8)
         self._slots = column64(memory, self._slot_count)
-        self._names = memory(NAME.size * max_rows)
+        self.names = kept(NAME.size * max_rows)
         self._next_unused = column32(memory, max_rows)
         self._unused = NIL
         self._fresh = 0  # rows from here on were never used
@@ -54,7 +56,7 @@ class Table:
         """For each key its row or NO_ROW, in order; `stop_at_absent`: only those before the first absent one. A key
         that is not 32 bytes long is absent."""
         hash64, seed, slots, count = xxh3_64_intdigest, self._seed, self._slots, self._slot_count
-        names, unpack, width = self._names, NAME.unpack_from, NAME.size
+        names, unpack, width = self.names, NAME.unpack_from, NAME.size
         rows: list[int] = []
         append = rows.append
         for key in keys:
@@ -96,7 +98,7 @@ class Table:
             row = self._fresh
             self._fresh += 1
         name = prefix + key
-        NAME.pack_into(self._names, row * NAME.size, name)
+        NAME.pack_into(self.names, row * NAME.size, name)
         tag = xxh3_64_intdigest(name, self._seed) >> 32
         slots, count = self._slots, self._slot_count
         slot = tag * count >> 32
@@ -139,8 +141,39 @@ class Table:
 
     def name(self, row: int) -> bytes:
         """The name of a row in use: `tenant_prefix` + key."""
-        name: bytes = NAME.unpack_from(self._names, row * NAME.size)[0]
+        name: bytes = NAME.unpack_from(self.names, row * NAME.size)[0]
         return name
+
+    def hashes(self, rows: NDArray[np.int64]) -> NDArray[np.uint64]:
+        """The hashes of these rows' names."""
+        hash64, seed, names, width = xxh3_64_intdigest, self._seed, self.names, NAME.size
+        starts = (rows * width).tolist()
+        return np.fromiter((hash64(names[at : at + width], seed) for at in starts), np.uint64, len(rows))
+
+    def restore(self, rows: NDArray[np.int64], hashes: NDArray[np.uint64]) -> None:
+        """In a new table over kept names: exactly these rows are in use. No two names are the same."""
+        tags = hashes >> np.uint64(32)
+        count = self._slot_count
+        homes = (tags * np.uint64(count) >> np.uint64(32)).astype(np.int64)
+        order = np.argsort(homes, kind="stable")
+        step = np.arange(len(rows))
+        places = step + np.maximum.accumulate(homes[order] - step) if len(rows) else step
+        entries = (tags << np.uint64(32) | (rows + 1).astype(np.uint64))[order]
+        slots = np.frombuffer(self._slots, np.uint64)
+        inside = places < count
+        slots[places[inside]] = entries[inside]
+        slot = 0
+        for entry in entries[~inside]:  # those that go on from the start of the table
+            while slots[slot]:
+                slot += 1
+            slots[slot] = entry
+        self.used, self._fresh = len(rows), int(rows.max(initial=-1)) + 1
+        is_unused = np.ones(self._fresh, np.bool_)
+        is_unused[rows] = False
+        unused = np.flatnonzero(is_unused)
+        if len(unused):
+            np.frombuffer(self._next_unused, np.uint32)[unused] = np.append(unused[1:], NIL)
+            self._unused = int(unused[0])
 
     def check_integrity(self) -> set[int]:
         """Walks everything and returns the rows in use; raises AssertionError saying what is wrong. O(max_rows)."""

@@ -6,7 +6,7 @@ noted before it, so the order in which rows leave is the same as without this. P
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Final
 
 from mmcache.store.policy import Policy
@@ -59,6 +59,9 @@ class Uses:
 
     def exhausted(self) -> bool:
         return self.tell().exhausted()
+
+    def restore(self, rows: Sequence[int], kinds: Sequence[int]) -> None:
+        self.tell().restore(rows, kinds)
 
     def listed(self) -> list[int]:
         return self.tell().listed()

@@ -14,8 +14,10 @@ PURE: no clock, no randomness, no I/O.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Final
+
+import numpy as np
 
 from mmcache.store.columns import NIL, Memory, column8, column32, heap
 from mmcache.store.ghosts import MARK_BITS, Ghosts
@@ -48,13 +50,13 @@ _AGES: Final = (1 << RING) - 1
 class Value:
     """The least expected saving per byte and access leaves first. See the module's text and `Policy`."""
 
-    def __init__(self, max_rows: int, memory: Memory = heap, seed: int = 0) -> None:
+    def __init__(self, max_rows: int, memory: Memory = heap, seed: int = 0, kept: Memory = heap) -> None:
         links = max_rows + ALL * _RINGS
         self._first_ring = max_rows
         self._older = column32(memory, links)
         self._newer = column32(memory, links)
-        self._class = column8(memory, max_rows)  # of all classes, plus one; 0: not in the policy
-        self._used_in = column32(memory, max_rows)  # the slot of the last use
+        self._class = column8(kept, max_rows)  # of all classes, plus one; 0: not in the policy
+        self._used_in = column32(kept, max_rows)  # the slot of the last use
         self._ghosts = Ghosts(GHOSTS_PER_ROW * max_rows, seed, memory)
         self._rows = 0
         self._listed_rows = 0
@@ -157,6 +159,36 @@ class Value:
 
     def exhausted(self) -> bool:
         return not self._listed_rows
+
+    def restore(self, rows: Sequence[int], kinds: Sequence[int]) -> None:
+        """Classes and ages go on; rates and ghosts are learnt anew. Done on whole columns: there may be millions."""
+        mine, of_kind = np.asarray(rows, np.int64), (np.asarray(kinds, np.int64) - 1) % KINDS
+        classes, used = np.frombuffer(self._class, np.uint8), np.frombuffer(self._used_in, np.uint32)
+        was, slots = classes[mine].astype(np.int64) - 1, used[mine].astype(np.int64)
+        which = np.where((was >= 0) & (was // CLASSES == of_kind), was, of_kind * CLASSES + NEW)
+        classes[:] = 0
+        classes[mine] = which + 1
+        self._slot = slot = int(slots.max(initial=0))
+        ages = np.minimum(slot - slots, OLD)
+        self._rows = self._listed_rows = len(mine)
+        self._left = self._width = max(LEAST_SLOT_ACCESSES, self._rows // SLOTS_PER_TURN)
+        groups, counts = np.unique(np.stack([which, ages]), axis=1, return_counts=True)
+        for (one, age), count in zip(groups.T.tolist(), counts.tolist(), strict=True):
+            hazard = self._hazards[one // CLASSES]
+            if hazard is None:
+                hazard = self._hazards[one // CLASSES] = Hazard(CLASSES, slot)
+            hazard.settle(one % CLASSES, age, count)
+            self._listed[one] |= 1 << age
+        self._rank()
+        rings = self._first_ring + which * _RINGS + np.where(ages == OLD, RING, slots % RING)
+        order = np.lexsort((slots, rings))
+        mine, rings = mine[order], rings[order]
+        first = np.concatenate(([True], rings[1:] != rings[:-1])) if len(mine) else np.zeros(0, np.bool_)
+        last = np.roll(first, -1)
+        older, newer = np.frombuffer(self._older, np.uint32), np.frombuffer(self._newer, np.uint32)
+        older[mine] = np.where(first, rings, np.roll(mine, 1))
+        newer[mine] = np.where(last, rings, np.roll(mine, -1))
+        newer[rings[first]], older[rings[last]] = mine[first], mine[last]
 
     def listed(self) -> list[int]:
         rows: list[int] = []

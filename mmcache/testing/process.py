@@ -18,6 +18,11 @@ from mmcache.errors import TransportError
 from mmcache.testing.values import eventually
 
 
+def children_of(pid: int) -> list[int]:
+    """Process ids, in the order in which they were started, as long as none is started again."""
+    return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+
+
 def suspend(pid: int) -> None:
     """SIGSTOP a process, and wait until every thread of it has stopped: the signal alone only asks for it."""
     os.kill(pid, signal.SIGSTOP)

@@ -40,6 +40,13 @@ def check_sealed(fd: int, nbytes: int, what: str) -> None:
         raise TransportError(f"the {what} is not a memfd of {nbytes} bytes sealed against resizing; it was not mapped")
 
 
+def _file(fd: int) -> tuple[int, ...]:
+    """What tells a file in memory from every other one: the kernel counts their numbers up, and might begin anew while
+    a map keeps one in use; not in the nanosecond in which it was given its size, which never changes."""
+    found = os.fstat(fd)
+    return found.st_dev, found.st_ino, found.st_ctime_ns, found.st_size
+
+
 class ArenaMap:
     """A read-only map of a server's arena. Takes the descriptor over. `data` is a flat uint8 array.
 
@@ -50,6 +57,7 @@ class ArenaMap:
     def __init__(self, fd: int, nbytes: int, *, populate: bool) -> None:
         try:
             check_sealed(fd, nbytes, "arena")
+            self._file = _file(fd)
             flags = mmap.MAP_SHARED | (mmap.MAP_POPULATE if populate else 0)
             self._map = mmap.mmap(fd, nbytes, flags=flags, prot=mmap.PROT_READ)
         except OSError as error:
@@ -59,6 +67,10 @@ class ArenaMap:
         self.prefaulted = populate
         self.view = memoryview(self._map)
         self.data: Bytes = np.frombuffer(self._map, np.uint8)
+
+    def is_of(self, fd: int) -> bool:
+        """Whether this maps the file of that descriptor."""
+        return self._file == _file(fd)
 
 
 class Ring:

@@ -179,6 +179,7 @@ def test_the_help_of_serve_tells_every_default_and_environment_variable() -> Non
         "ALIGNMENT": "64",
         "PREFAULT": "off",
         "HUGE_PAGES": "off",
+        "HOLD": "off",
         "LEASE_S": "30.0",
         "POLICY": "value",
         "MAX_CONNECTIONS": "256",

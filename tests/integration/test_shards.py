@@ -15,7 +15,7 @@ import pytest
 
 import mmcache
 from mmcache.errors import TransportError
-from mmcache.testing.process import ServerProcess
+from mmcache.testing.process import ServerProcess, children_of
 from tests.integration.support import MiB, blanks, eventually, keys_of, run_cli, values_of
 
 NBYTES = 64 << 10
@@ -48,11 +48,6 @@ threading.Thread(target=act, daemon=True).start()
 supervisor.watch()
 print(supervisor.stop())
 """
-
-
-def children_of(pid: int) -> list[int]:
-    """Process ids, in the order in which they were started, as long as none is started again."""
-    return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
 
 
 def started_again(server: ServerProcess, before: list[int], url: str) -> int:

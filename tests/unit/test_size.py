@@ -152,7 +152,7 @@ def test_the_index_takes_what_an_index_takes(policy: str) -> None:
             taken += nbytes
             return memoryview(bytearray(nbytes))
 
-        Index(capacity_bytes=1 << 30, max_entries=entries, seed=1, policy=POLICIES[policy], memory=memory)
+        Index(capacity_bytes=1 << 30, max_entries=entries, seed=1, policy=POLICIES[policy], memory=memory, kept=memory)
         assert index_nbytes(entries, POLICIES[policy]) == pytest.approx(taken, rel=0.01)
 
 
