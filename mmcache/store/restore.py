@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 
 from mmcache.store.columns import NIL
 from mmcache.store.index import Index
-from mmcache.store.rows import FREE, GHOST, LIVE, RECORD, Rows
+from mmcache.store.rows import FORK_CHILDREN, FREE, GHOST, LIVE, RECORD, Rows
 from mmcache.store.table import NAME
 from mmcache.store.usage import UNKNOWN
 
@@ -61,6 +61,8 @@ def restore(index: Index, tenants: int, namespaces: Set[int]) -> Restored:
     rows.live, rows.ghosts = len(live), len(ghosts)
     children = np.bincount(parents[parents >= 0], minlength=len(state))
     np.frombuffer(rows.children, np.uint32)[:] = children
+    for row in np.flatnonzero(children >= FORK_CHILDREN).tolist():
+        rows.note_fork(row)
     offsets = _records(rows)["offset"][live].astype(np.int64)
     np.frombuffer(rows.node, np.uint32)[live] = extents.restore(offsets, sizes)
 

@@ -91,10 +91,15 @@ class Rows:
         if above != NIL:
             self.children[above] += 1
             if self.children[above] == FORK_CHILDREN:
-                self.forks.setdefault(prefix, set()).add(parent)
+                self.note_fork(above)
             if self.state[above] == LIVE:
                 self.policy.shelve(above)
         return row
+
+    def note_fork(self, row: int) -> None:
+        """Many rows name this one as parent."""
+        name = self.table.name(row)
+        self.forks.setdefault(name[:4], set()).add(name[4:])
 
     def settle(self, row: int) -> None:
         """RESERVED becomes LIVE, just used."""

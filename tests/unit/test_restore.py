@@ -19,7 +19,7 @@ from mmcache.store.answers import Found, Reserved
 from mmcache.store.index import Index
 from mmcache.store.policies import POLICIES
 from mmcache.store.restore import Restored, restore
-from mmcache.store.rows import FREE, LIVE, RECORD, Rows
+from mmcache.store.rows import FORK_CHILDREN, FREE, LIVE, RECORD, Rows
 from mmcache.why import Why
 from tests.unit.index_bed import UNIT, Bed, key
 
@@ -392,3 +392,14 @@ def test_a_table_whose_last_slots_are_crowded_goes_on_from_its_start() -> None:
 def test_rows_that_were_never_used_stay_unused() -> None:
     index, _ = restored(Columns(index_over_image()).image())
     assert np.all(np.frombuffer(index.rows.state, np.uint8) == FREE)
+
+
+def test_keys_that_many_name_as_parent_are_so_again() -> None:
+    columns = Columns()
+    life = Life(columns)
+    life.store(0)
+    for number in range(1, FORK_CHILDREN + 1):
+        life.store(number, parent=0)
+    index, _ = restored(columns.image())
+    assert index.rows.forks == life.index.rows.forks != {}
+    index.check_integrity()
