@@ -398,12 +398,10 @@ def test_rows_that_were_never_used_stay_unused() -> None:
 
 def test_keys_that_many_name_as_parent_are_so_again(monkeypatch: pytest.MonkeyPatch) -> None:
     for module in (rows_module, restore_module):
-        monkeypatch.setattr(module, "FORK_CHILDREN", UNITS - 4)
+        monkeypatch.setattr(module, "FORK_CHILDREN", 8)
     columns = Columns()
     life = Life(columns)
-    life.store(0)
-    for number in range(1, UNITS - 3):
-        life.store(number, parent=0)
+    assert all([life.store(1), *(life.store(number, parent=1) for number in range(2, 10))])
     index, _ = restored(columns.image())
     assert index.rows.forks == life.index.rows.forks != {}
     index.check_integrity()
