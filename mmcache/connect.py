@@ -83,9 +83,7 @@ class AsyncClient(LoopClient):
         server_config: ServerConfig | None = None,
     ) -> None:
         if isinstance(url, str) and is_cluster(url):
-            raise ConfigError(
-                f"{url!r} names a cluster: an AsyncClient has one server; use mmcache.connect"
-            )
+            raise ConfigError(f"{url!r} names a cluster: an AsyncClient has one server; use mmcache.connect")
         keywords = (("verify", verify), ("deadline_s", deadline_s), ("token", token))
         given: dict[str, Any] = {name: value for name, value in keywords if value is not None}
         config = replace(url, **given) if isinstance(url, ClientConfig) else parse_url(url, **given)
