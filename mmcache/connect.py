@@ -9,9 +9,10 @@ from typing import TYPE_CHECKING, Any, Self
 from mmcache.client.aio import LoopClient
 from mmcache.client.blocking import Client
 from mmcache.client.cluster import ClusterClient
-from mmcache.cluster.settings import ClusterConfig, parse_any_url
+from mmcache.cluster.settings import ClusterConfig, is_cluster, parse_any_url
 from mmcache.cluster.urls import open_membership
 from mmcache.config import ClientConfig, ServerConfig, parse_url
+from mmcache.errors import ConfigError
 
 if TYPE_CHECKING:
     from mmcache.embedded import EmbeddedServer
@@ -38,7 +39,12 @@ def connect(
     config = parse_any_url(url, verify=verify, deadline_s=deadline_s, token=token)
     client: Client
     if isinstance(config, ClusterConfig):
-        client = ClusterClient(config, open_membership(config.members))
+        membership = open_membership(config.members)
+        try:
+            client = ClusterClient(config, membership)
+        except BaseException:
+            membership.close()
+            raise
     elif config.scheme == "embedded":
         from mmcache.embedded import EmbeddedClient
 
@@ -76,6 +82,8 @@ class AsyncClient(LoopClient):
         token: str | None = None,
         server_config: ServerConfig | None = None,
     ) -> None:
+        if isinstance(url, str) and is_cluster(url):
+            raise ConfigError(f"{url!r} names a cluster: an AsyncClient has one server; use mmcache.connect")
         keywords = (("verify", verify), ("deadline_s", deadline_s), ("token", token))
         given: dict[str, Any] = {name: value for name, value in keywords if value is not None}
         config = replace(url, **given) if isinstance(url, ClientConfig) else parse_url(url, **given)

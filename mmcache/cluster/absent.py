@@ -27,7 +27,7 @@ class Absent:
             held[digest] = now + self._keep_s
             if len(held) > MAX_ABSENT:
                 for key in list(islice(held, MAX_ABSENT // 2)):
-                    del held[key]
+                    held.pop(key, None)
 
     def __call__(self, shard: str, digest: bytes, now: float) -> bool:
         """Whether the shard is known not to have it."""
@@ -42,4 +42,4 @@ class Absent:
     def keep(self, shards: frozenset[str]) -> None:
         """Forget all other shards."""
         for gone in self._until.keys() - shards:
-            del self._until[gone]
+            self._until.pop(gone, None)

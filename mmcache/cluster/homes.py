@@ -13,6 +13,8 @@ from collections.abc import Iterable, Sequence
 from itertools import islice
 from typing import Final, Protocol
 
+from mmcache.keyset import NO_PARENT
+
 FORK_S: Final = 600.0  # how long a fork is remembered after it was last heard of
 MAX_FORKS: Final = 16_384
 MAX_TRAILS: Final = 65_536
@@ -54,7 +56,7 @@ class Forks:
         new = False
         for digest in stored_keys:
             for names, chains in ((rows.digests, rows.chains), (rows.parents, rows.parent_chains)):
-                if digest in names:
+                if digest in names and digest != NO_PARENT:
                     chain = chains[names.index(digest)]
                     new |= self._until.get(chain, 0.0) <= now
                     self._until.pop(chain, None)

@@ -156,6 +156,9 @@ class Rows:
                 names = self.table.name(row), self.table.name(above)
                 assert names[0][:4] == names[1][:4], f"row {row} and its parent {above} are of different tenants"
                 children[above] += 1
+        names_of_forks = {prefix + key for prefix, keys in self.forks.items() for key in keys}
+        many = {self.table.name(row) for row, count in children.items() if count >= FORK_CHILDREN}
+        assert many <= names_of_forks <= {self.table.name(row) for row in rows}, "forks are not what rows say"
         for row, count in children.items():
             assert self.children[row] == count, f"row {row} counts {self.children[row]} children of {count}"
             steps, above = 0, row

@@ -1,5 +1,5 @@
 """The contract of mmcache.testing for every way to a shard, whoever waits for it: embedded, shared memory, unix
-without it, TCP, TLS, NIXL where it is installed, and gRPC."""
+without it, TCP, TLS, NIXL where it is installed, and gRPC; and for several shards behind one client."""
 
 from __future__ import annotations
 
@@ -20,6 +20,7 @@ from tests.integration.on_a_loop import OnALoop
 
 NAMES = ("embedded", "shm in Python", *WAYS)
 PAIRS = [("blocking", name) for name in NAMES]
+PAIRS += [("blocking", "cluster")]
 PAIRS += [("asyncio", name) for name in NAMES if not name.startswith("grpc")]
 
 
@@ -43,13 +44,19 @@ def cache(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
     with contextlib.ExitStack() as stack:
         if name == "embedded":
             client = stack.enter_context(embedded(waits))
+        elif name == "cluster":
+            way = replace(way_of("shm", tmp_path_factory.mktemp("way")), environment=LIMITS)
+            addresses = [way.address(stack.enter_context(way.server(MEMORY))) for _ in range(3)]
+            client = stack.enter_context(mmcache.connect(f"mmcache://{','.join(addresses)}", deadline_s=20))
         else:
             way = way_of("shm" if name == "shm in Python" else name, tmp_path_factory.mktemp("way"))
             server = stack.enter_context(replace(way, environment={**LIMITS, "MMCACHE_LEASE_S": "60"}).server(MEMORY))
             url = way.url(way.address(server)) + ("&native=no" if name == "shm in Python" else "")
             connect = mmcache.connect if waits == "blocking" else lambda *w, **o: OnALoop(mmcache.AsyncClient(*w, **o))
             client = stack.enter_context(connect(url, deadline_s=20))
-        assert client.stat()["transport"] == {"embedded": "shm", "shm in Python": "shm"}.get(name, name)
+        assert client.stat()["transport"] == dict.fromkeys(("cluster", "embedded", "shm in Python"), "shm").get(
+            name, name
+        )
         yield client
 
 

@@ -1,0 +1,178 @@
+"""Several real servers behind one client, killed, stopped, new, gone. A miss at worst, in time, never an error."""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+import time
+from collections.abc import Sequence
+
+import pytest
+
+from mmcache.client.blocking import Client
+from mmcache.client.cluster import ClusterClient
+from mmcache.cluster.settings import ClusterConfig, parse_cluster_url
+from mmcache.errors import TransportError
+from mmcache.keyset import Keys
+from mmcache.testing.process import ServerProcess, suspend
+from mmcache.transport.base import Outcome
+from tests.integration.cluster_bed import Told, cluster, entries, hits, prompt, put
+from tests.integration.support import eventually
+
+
+# ------------------------------------------------------------------------------------------ some are not
+def test_a_killed_shard_costs_its_own_keys_and_no_more() -> None:
+    with cluster(3) as made:
+        cache, keys = made.connect(), [prompt(label) for label in range(6)]
+        for one in keys:
+            put(cache, one)
+        made.servers[0].stop(signal.SIGKILL)
+        left = [hits(cache, one) for one in keys]
+        assert 0 < sum(left) < sum(map(len, keys))
+        assert cache.answering
+        found = [cache.match_prefix(one) for one in keys]
+        assert all(count <= len(one) for count, one in zip(found, keys, strict=True))
+        results = put(cache, prompt(50))
+        assert {result.outcome for result in results} == {Outcome.STORED, Outcome.UNAVAILABLE}
+        with cache.acquire(keys[0]) as leased:
+            assert sum(frame is not None for frame in leased.frames) == left[0]
+        with pytest.raises(TransportError, match="1 of 3 shards could not be asked to delete"):
+            cache.delete(keys[0])
+        for server in made.servers[1:]:
+            server.stop(signal.SIGKILL)
+        assert hits(cache, keys[0]) == cache.match_prefix(keys[0]) == sum(cache.contains(keys[0])) == 0
+        assert {result.outcome for result in put(cache, keys[0])} == {Outcome.UNAVAILABLE}
+        assert not cache.answering
+
+
+def test_with_two_replicas_a_killed_shard_costs_nothing_and_is_filled_again_when_it_is_back() -> None:
+    with cluster(3) as made:
+        writer, keys = made.connect(replicas=2), [prompt(label) for label in range(4)]
+        assert all(all(put(writer, one)) for one in keys)
+        address = made.address(0)
+        made.servers[0].stop(signal.SIGKILL)
+        for cache in (writer, made.connect(replicas=2)):
+            assert [cache.match_prefix(one) for one in keys] == [len(one) for one in keys]
+            assert [hits(cache, one) for one in keys] == [len(one) for one in keys]
+            assert cache.counters["failures"] <= 8  # then it is left alone
+        results = put(writer, prompt(50))
+        assert all(results)
+        assert any("not on s0" in result.reason for result in results)
+        made.stack.enter_context(ServerProcess("128MiB", listen=address))
+        eventually(lambda: writer._shards.open_to("s0"), "it is asked again")
+        for _ in range(3):
+            assert [hits(writer, one) for one in keys] == [len(one) for one in keys]
+        assert writer.counters["copied"] > 0
+        assert entries(writer)["s0"] > 0
+
+
+def test_a_shard_that_hangs_leaves_time_for_its_replica() -> None:
+    with cluster(2) as made:
+        cache, keys = made.connect(replicas=2), prompt(1)
+        assert all(put(cache, keys))
+        suspend(made.servers[0].pid)
+        try:
+            assert hits(cache, keys) == len(keys)
+            assert cache.match_prefix(keys) == len(keys)
+            alone = made.connect()
+            assert hits(alone, keys) <= len(keys)
+            assert alone.match_prefix(keys) <= len(keys)
+        finally:
+            os.kill(made.servers[0].pid, signal.SIGCONT)
+
+
+def test_killing_a_shard_under_load_is_never_an_error_nor_wrong() -> None:
+    with cluster(3) as made:
+        keys, stop = [prompt(label, 3000) for label in range(8)], threading.Event()
+        errors: list[BaseException] = []
+
+        def work(cache: Client, own: Sequence[Keys]) -> None:
+            try:
+                while not stop.is_set():
+                    for one in own:
+                        hits(cache, one)
+                        put(cache, one)
+            except BaseException as error:
+                errors.append(error)
+
+        cache = made.connect(replicas=2)
+        workers = [threading.Thread(target=work, args=(cache, keys[at::3])) for at in range(3)]
+        for worker in workers:
+            worker.start()
+        time.sleep(0.5)
+        made.servers[1].stop(signal.SIGKILL)
+        time.sleep(1.5)
+        stop.set()
+        for worker in workers:
+            worker.join()
+        assert errors == []
+        assert all(hits(cache, one) == len(one) for one in keys)
+
+
+# ------------------------------------------------------------------------------------------ views that change
+def test_a_newcomer_is_read_through_and_takes_over_what_is_asked_for() -> None:
+    with cluster(4) as made:
+        membership = Told(made.view(0, 1, 2))
+        config: ClusterConfig = parse_cluster_url(made.url())
+        with ClusterClient(config, membership) as cache:
+            keys = [prompt(label) for label in range(6)]
+            for one in keys:
+                put(cache, one)
+            membership.now = made.view(0, 1, 2, 3)
+            assert [cache.match_prefix(one) for one in keys] == [len(one) for one in keys]
+            assert entries(cache)["s3"] == 0
+            for _ in range(8):
+                assert [hits(cache, one) for one in keys] == [len(one) for one in keys]
+            moved = entries(cache)["s3"]
+            total = sum(map(len, keys))
+            assert 0 < moved == cache.counters["copied"] < 0.6 * total
+        with ClusterClient(config, Told(made.view(0, 1, 2, 3))) as knows_only_the_new:
+            assert sum(hits(knows_only_the_new, one) for one in keys) == total
+        with ClusterClient(config, Told(made.view(0, 1, 2))) as knows_only_the_old:
+            assert sum(hits(knows_only_the_old, one) for one in keys) == total
+
+
+def test_a_member_that_leaves_is_closed_and_its_keys_are_stored_anew() -> None:
+    with cluster(3) as made:
+        membership = Told(made.view(0, 1, 2))
+        with ClusterClient(parse_cluster_url(made.url()), membership) as cache:
+            keys = prompt(1, 30_000)
+            put(cache, keys)
+            membership.now = made.view(0, 1)
+            found = hits(cache, keys)
+            assert found < len(keys)
+            assert len(cache._shards.opened()) == 2
+            assert all(put(cache, keys))
+            assert hits(cache, keys) == len(keys)
+
+
+def test_views_that_change_during_calls_are_no_errors() -> None:
+    with cluster(3) as made:
+        views = [made.view(0, 1, 2), made.view(0, 1), made.view(1, 2)]
+        membership, stop = Told(views[0]), threading.Event()
+        errors: list[BaseException] = []
+        with ClusterClient(parse_cluster_url(made.url()), membership) as cache:
+
+            def work(label: int) -> None:
+                keys = prompt(label, 4000)
+                try:
+                    while not stop.is_set():
+                        put(cache, keys)
+                        hits(cache, keys)
+                        cache.pin_prefix(keys).release()
+                        cache.acquire(keys).release()
+                        cache.contains(keys)
+                except BaseException as error:
+                    errors.append(error)
+
+            workers = [threading.Thread(target=work, args=(label,)) for label in range(3)]
+            for worker in workers:
+                worker.start()
+            for turn in range(60):
+                membership.now = views[turn % 3]
+                time.sleep(0.03)
+            stop.set()
+            for worker in workers:
+                worker.join()
+        assert errors == []

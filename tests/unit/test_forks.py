@@ -1,0 +1,54 @@
+"""Which stored keys a shard calls forks: those that many keys of a tenant name as parent, while they have a row."""
+
+from __future__ import annotations
+
+from mmcache.store.rows import FORK_CHILDREN
+from tests.unit.index_bed import Bed, key
+
+PARENT, OTHER = key(1), key(2)
+
+
+def bed_with(children: int, tenant: int = 0) -> Bed:
+    bed = Bed(units=64)
+    bed.put(PARENT, tenant=tenant)
+    for number in range(children):
+        bed.put(key(100 + number), PARENT, tenant=tenant)
+    return bed
+
+
+def test_a_key_becomes_a_fork_with_its_last_child_but_one_too_few_do_not() -> None:
+    bed = bed_with(FORK_CHILDREN - 1)
+    assert bed.index.forks(0, [PARENT, OTHER]) == set()
+    bed.put(key(99), PARENT)
+    assert bed.index.forks(0, [OTHER, PARENT]) == {PARENT}
+    assert bed.index.forks(0, [OTHER]) == set()
+
+
+def test_another_tenant_is_told_nothing() -> None:
+    bed = bed_with(FORK_CHILDREN, tenant=3)
+    bed.put(PARENT, tenant=4)
+    assert bed.index.forks(3, [PARENT]) == {PARENT}
+    assert bed.index.forks(4, [PARENT]) == set()
+
+
+def test_a_fork_stays_one_when_its_tails_are_stored_elsewhere_and_goes_with_its_row() -> None:
+    bed = bed_with(FORK_CHILDREN)
+    bed.index.delete(0, [key(100 + number) for number in range(FORK_CHILDREN)], bed.now)
+    bed.index.check_integrity()
+    assert bed.index.forks(0, [PARENT]) == {PARENT}
+    bed.index.delete(0, [PARENT], bed.now)
+    bed.index.check_integrity()
+    assert bed.index.forks(0, [PARENT]) == set()
+    assert bed.index.rows.forks == {}
+
+
+def test_a_parent_that_is_only_a_name_is_a_fork_too() -> None:
+    bed = Bed(units=64)
+    for number in range(FORK_CHILDREN):
+        bed.put(key(100 + number), PARENT)
+    assert bed.stored(PARENT) == [False]
+    assert bed.index.forks(0, [PARENT]) == {PARENT}
+    for number in range(FORK_CHILDREN):
+        bed.index.delete(0, [key(100 + number)], bed.now)
+        bed.index.check_integrity()
+    assert bed.index.rows.forks == {}
