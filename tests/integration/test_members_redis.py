@@ -213,6 +213,8 @@ def test_nonsense_in_redis_is_left_out_said_and_no_harm(there: Redis, caplog: py
     plant("socket", json.dumps(good | {"id": "s", "address": "mmcache+unix:///run/x"}).encode())
     plant("n" * 10000, b"{}")
     client.sadd(f"{prefix}drained", b"\xff", "x" * 10000)
+    client.zadd(f"{prefix}beats", {"list": time.time()})
+    client.rpush(f"{prefix}beat:list", "not a string")
     with watched(url) as members:
         assert ids(members) == ["1"]
         why = {one.id: one.why for one in members.seen.left_out}

@@ -179,6 +179,7 @@ def test_drain_takes_a_server_out_and_undo_takes_it_back(there: Redis) -> None:
         unknown = run_cli("cluster", "drain", "nobody:1", "-c", url_of(there))
         assert unknown.returncode == 2
         assert f"there are {', '.join(names)}" in unknown.stderr
+        assert run_cli("cluster", "drain", "nobody:1", "--undo", "-c", url_of(there)).returncode == 0
     static = run_cli("cluster", "drain", "a:1", "-c", "mmcache://a:1,b:1")
     assert (static.returncode, "take it out of the list" in static.stderr) == (2, True)
 
