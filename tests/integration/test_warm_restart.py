@@ -113,7 +113,8 @@ def test_leases_of_the_life_before_are_void(server: ServerProcess, cache: Client
 
 @pytest.mark.alone
 def test_kills_under_traffic_lose_nothing_that_was_stored_and_give_nothing_wrong(server: ServerProcess) -> None:
-    stop, trouble, lives = threading.Event(), [], 4
+    stop, lives = threading.Event(), 4
+    trouble: list[str] = []
 
     def traffic(number: int) -> None:
         step = 0
@@ -125,7 +126,8 @@ def test_kills_under_traffic_lose_nothing_that_was_stored_and_give_nothing_wrong
                 try:
                     results = client.get_into(keys, buffers)
                     if step % 7 == 0:
-                        client.delete(keys[:1])
+                        with contextlib.suppress(TransportError):  # unlike the others, this one says so
+                            client.delete(keys[:1])
                     if not all(results):
                         client.put(keys, values_of(keys, nbytes))
                 except Exception as error:
@@ -140,7 +142,7 @@ def test_kills_under_traffic_lose_nothing_that_was_stored_and_give_nothing_wrong
         thread.start()
     try:
         for life in range(lives):
-            eventually(lambda: counters_of(server.url).get("evictions", 0) > 20, "memory is turned over")
+            eventually(lambda: trouble or counters_of(server.url).get("evictions", 0) > 20, "memory is turned over")
             stored = counters_of(server.url)["entries"]
             counters = kill(server)
             assert counters["restored_dropped"] == 0
