@@ -13,10 +13,10 @@ import numpy as np
 import pytest
 
 import mmcache
-from mmcache.testing.process import ServerProcess
+from mmcache.testing.process import ServerProcess, children_of
 from tests.integration.redis_bed import Redis
 from tests.integration.support import blanks, eventually, keys_of, run_cli, values_of
-from tests.integration.test_shards import children_of, gone
+from tests.integration.test_shards import gone
 
 NBYTES = 64 << 10
 
