@@ -1,12 +1,13 @@
 """The index at size: bytes an entry, the longest pause of one operation, and the speed of batches.
 
-    python benchmarks/bench_index.py [--entries 2000000] [--operations 20000] [--runs 2] [--policy value]
+    python benchmarks/bench_index.py [--entries 2000000] [--operations 20000] [--runs 2] [--policy value] [--held]
 
 Fills an index with chains of blocks (every column touched), then runs a mix of acquire, contains, reserve + commit
 with eviction, delete and release, timing every single call by the wall and by the thread's processor time. Garbage
 collection is on, as in a server. Where the machine itself pauses (a virtual one does, and its processor time then
 counts the pause), the longest call says little: so the longest gap of a loop that does nothing is printed too, and,
-as the work is the same in each run, the longest call by the least processor time it took in any run.
+as the work is the same in each run, the longest call by the least processor time it took in any run. `--held`: the
+columns that outlive a server lie in memory shared with another process, as under `serve --hold`.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import argparse
 import gc
 import json
 import math
+import mmap
 import os
 import random
 import statistics
@@ -27,6 +29,7 @@ from pathlib import Path
 from typing import Any
 
 from mmcache.store.answers import Refusal, Reserved
+from mmcache.store.columns import Memory, heap
 from mmcache.store.index import Index
 from mmcache.store.policies import POLICIES
 
@@ -41,6 +44,11 @@ def rss_bytes() -> int:
     return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGESIZE")
 
 
+def shared(nbytes: int) -> memoryview:
+    """Zeros that a forked process would share."""
+    return memoryview(mmap.mmap(-1, nbytes))
+
+
 def key(chain: int, block: int) -> bytes:
     """32 bytes that look random and cost no memory to remember."""
     return random.Random(chain * CHAIN + block).randbytes(32)
@@ -49,7 +57,7 @@ def key(chain: int, block: int) -> bytes:
 class Bench:
     """One index under load; `wall_us` and `cpu_us` hold every call's time by operation."""
 
-    def __init__(self, entries: int, policy: str) -> None:
+    def __init__(self, entries: int, policy: str, kept: Memory) -> None:
         self.rng = random.Random(1)
         self.entries = entries
         before = rss_bytes()
@@ -60,6 +68,7 @@ class Bench:
             seed=self.rng.getrandbits(64),
             lease_s=LEASE_S,
             policy=POLICIES[policy],
+            kept=kept,
         )
         self.chains: list[int] = []
         self.next_chain = self.next_id = 0
@@ -172,9 +181,9 @@ def report(runs: list[Bench]) -> dict[str, Any]:
     }
 
 
-def run(entries: int, operations: int, policy: str) -> Bench:
+def run(entries: int, operations: int, policy: str, *, held: bool) -> Bench:
     """Fills an index, works on it and lets it go; the figures stay."""
-    bench = Bench(entries, policy)
+    bench = Bench(entries, policy, shared if held else heap)
     gc.collect()
     for _ in range(operations):
         bench.step()
@@ -189,12 +198,13 @@ def main() -> None:
     parser.add_argument("--operations", type=int, default=20_000, help="mixed operations a run; a put counts as one")
     parser.add_argument("--runs", type=int, default=2)
     parser.add_argument("--policy", choices=list(POLICIES), default="value")
+    parser.add_argument("--held", action="store_true")
     parser.add_argument("--json", metavar="FILE", help="write the figures as JSON ('-': to standard output)")
     arguments = parser.parse_args()
     runs: list[Bench] = []
     for number in range(arguments.runs):
         print(f"run {number + 1} of {arguments.runs}: {arguments.entries} entries", file=sys.stderr)
-        runs.append(run(arguments.entries, arguments.operations, arguments.policy))
+        runs.append(run(arguments.entries, arguments.operations, arguments.policy, held=arguments.held))
     figures = report(runs)
     if arguments.json == "-":
         print(json.dumps(figures, indent=2))

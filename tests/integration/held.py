@@ -8,10 +8,16 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 import mmcache
+from mmcache.client.blocking import Client
 from mmcache.errors import MMCacheError
 from mmcache.testing.process import ServerProcess, children_of
-from tests.integration.support import eventually
+from tests.integration.support import blanks, eventually, keys_of, value_of, values_of
+
+NBYTES = 60_000
+COUNT = 40
 
 # Before a command: root becomes as any other user here, without a capability (linux/prctl.h: PR_CAPBSET_DROP).
 WITHOUT_CAPABILITIES = (
@@ -21,6 +27,21 @@ WITHOUT_CAPABILITIES = (
     "for one in range(64): ctypes.CDLL(None).prctl(24, one, 0, 0, 0)\n"
     "os.execvp(sys.argv[1], sys.argv[1:])",
 )
+
+
+def reads(client: Client, label: str = "kept", count: int = COUNT) -> int:
+    """How many of these it has; all that it has must be right."""
+    keys, buffers = keys_of(count, label), blanks(count, NBYTES)
+    results = client.get_into(keys, buffers)
+    for digest, result, buffer in zip(keys.digests, results, buffers, strict=True):
+        assert not result or np.array_equal(buffer, value_of(digest, NBYTES))
+    return sum(map(bool, results))
+
+
+def stores(client: Client, label: str = "kept", count: int = COUNT) -> bool:
+    """Whether these could all be stored."""
+    keys = keys_of(count, label)
+    return all(client.put(keys, values_of(keys, NBYTES)))
 
 
 def counters_of(url: str) -> dict[str, int]:

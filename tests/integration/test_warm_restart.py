@@ -7,8 +7,6 @@ import json
 import os
 import shutil
 import signal
-import subprocess
-import sys
 import threading
 from collections.abc import Iterator
 from functools import partial
@@ -26,11 +24,9 @@ from mmcache.store.kept import JOURNAL_NBYTES, PAGE_NBYTES
 from mmcache.store.rows import LIVE, RECORD
 from mmcache.testing.process import ServerProcess, children_of
 from tests.integration.access_bed import TOKENS, write_access
-from tests.integration.held import WITHOUT_CAPABILITIES, Memory, counters_of, kill, replace
+from tests.integration.held import COUNT, NBYTES, Memory, counters_of, kill, reads, replace, stores
 from tests.integration.support import ROOT, blanks, eventually, keys_of, run_cli, value_of, values_of
 
-NBYTES = 60_000
-COUNT = 40
 COLUMNS_AT = holder.PAGE_NBYTES + PAGE_NBYTES + JOURNAL_NBYTES
 ENTRIES = 1024  # a server of 16 MiB has as many
 RECORDS_AT = COLUMNS_AT + ENTRIES
@@ -46,20 +42,6 @@ def server() -> Iterator[ServerProcess]:
 def cache(server: ServerProcess) -> Iterator[Client]:
     with mmcache.connect(server.url) as client:
         yield client
-
-
-def reads(client: Client, label: str = "kept", count: int = COUNT) -> int:
-    """How many of these it has; all that it has must be right."""
-    keys, buffers = keys_of(count, label), blanks(count, NBYTES)
-    results = client.get_into(keys, buffers)
-    for digest, result, buffer in zip(keys.digests, results, buffers, strict=True):
-        assert not result or np.array_equal(buffer, value_of(digest, NBYTES))
-    return sum(map(bool, results))
-
-
-def stores(client: Client, label: str = "kept", count: int = COUNT) -> bool:
-    keys = keys_of(count, label)
-    return all(client.put(keys, values_of(keys, NBYTES)))
 
 
 def namespaces_of(url: str) -> list[dict[str, Any]]:
@@ -314,25 +296,6 @@ def test_servers_that_cannot_start_on_what_is_there_do_not_keep_the_next_from_st
     assert "starts empty: the last servers did not start on what was there" in server.said
 
 
-def test_when_the_holder_is_killed_the_server_ends_and_the_next_begins_empty(server: ServerProcess) -> None:
-    with mmcache.connect(server.url) as cache:
-        assert stores(cache)
-        (pid,) = children_of(server.pid)
-        address = server.url.removeprefix("mmcache://")
-        assert server.stop(signal.SIGKILL) == -signal.SIGKILL
-        eventually(lambda: not Path(f"/proc/{pid}").exists() or "Z" in state_of(pid), "the server ended too")
-        with ServerProcess("16MiB", "--hold", listen=address) as again:
-            assert counters_of(again.url)["entries"] == 0
-            eventually(lambda: stores(cache), "it stores")
-
-
-def state_of(pid: int) -> str:
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
-    except OSError:
-        return "Z"
-
-
 def test_each_held_shard_comes_back_at_its_address() -> None:
     with ServerProcess("32MiB", "--shards", "2", "--hold") as server:
         holders, urls = children_of(server.pid), [shard["url"] for shard in server.shards]
@@ -350,66 +313,3 @@ def test_each_held_shard_comes_back_at_its_address() -> None:
 
 def came_back(holder_pid: int, before: int, url: str) -> bool:
     return children_of(holder_pid) not in ([], [before]) and bool(counters_of(url))
-
-
-def test_a_server_that_cannot_start_at_all_ends_its_holder_with_its_words() -> None:
-    with ServerProcess("1MiB") as first:
-        words = ["serve", "--hold", "--memory", "1MiB", "--listen", first.url.removeprefix("mmcache://")]
-        command = [sys.executable, "-m", "mmcache", *words]  # it becomes another program
-        ended = subprocess.run(command, capture_output=True, text=True, timeout=60)
-    assert ended.returncode == 1
-    assert "choose another --listen" in ended.stderr
-    assert "Traceback" not in ended.stderr
-
-
-TRESPASSER = """
-import errno, json, mmap, os, sys
-found = []
-def tried(attempt):
-    try:
-        attempt()
-    except OSError as error:
-        return errno.errorcode[error.errno]
-    return "done"
-for pid in sys.argv[1:]:
-    for folder in ("fd", "map_files"):
-        for name in os.listdir(f"/proc/{pid}/{folder}"):
-            path = f"/proc/{pid}/{folder}/{name}"
-            what = os.readlink(path) if folder == "fd" or os.access(path, os.F_OK, follow_symlinks=False) else ""
-            if "memfd:mmcache" not in what:
-                continue
-            opened, which = [], "arena" if "mmcache-arena" in what else "index"
-            how = tried(lambda: opened.append(os.open(path, os.O_RDWR)))
-            if not opened:
-                found.append((folder, which, "open", how))
-                continue
-            size = os.fstat(opened[0]).st_size
-            for way, prot in (("writable", mmap.PROT_READ | mmap.PROT_WRITE), ("readable", mmap.PROT_READ)):
-                found.append((folder, which, way, tried(lambda: mmap.mmap(opened[0], size, prot=prot))))
-            found.append((folder, which, "pwrite", tried(lambda: os.pwrite(opened[0], b"x", 0))))
-print(json.dumps(sorted(set(found))))
-"""
-
-
-def test_another_process_of_the_same_user_can_write_neither_and_cannot_open_the_index() -> None:
-    with ServerProcess("16MiB", "--hold", under=WITHOUT_CAPABILITIES) as server:
-        pids = [str(server.pid), *map(str, children_of(server.pid))]
-        command = [*WITHOUT_CAPABILITIES, sys.executable, "-c", TRESPASSER, *pids]
-        ended = subprocess.run(command, capture_output=True, text=True, timeout=60)
-    assert ended.stderr == ""
-    found = {tuple(one) for one in json.loads(ended.stdout)}
-    on_arena = {one[2:] for one in found if one[:2] == ("fd", "arena")}
-    assert on_arena == {("readable", "done"), ("writable", "EPERM"), ("pwrite", "EPERM")}
-    assert not [one for one in found if one[:2] == ("fd", "index")]  # nobody has a descriptor of it
-    assert {one for one in found if one[0] == "map_files"} == {
-        ("map_files", "arena", "open", "EPERM"),
-        ("map_files", "index", "open", "EPERM"),
-    }
-
-
-def test_the_holder_is_small(server: ServerProcess) -> None:
-    text = Path(f"/proc/{server.pid}/status").read_text()
-    private_kib = sum(int(line.split()[1]) for line in text.splitlines() if line.startswith("RssAnon:"))
-    assert private_kib < 16 << 10
-    maps = Path(f"/proc/{server.pid}/maps").read_text()
-    assert "numpy" not in maps  # it knows nothing of what it starts, so that another release can be started
