@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import pytest
+
+import mmcache.store.restore as restore_module
+import mmcache.store.rows as rows_module
 from mmcache.store.rows import FORK_CHILDREN
 from tests.unit.index_bed import Bed, key
+from tests.unit.test_restore import Columns, Life, restored
 
 PARENT, OTHER = key(1), key(2)
 
@@ -52,3 +57,14 @@ def test_a_parent_that_is_only_a_name_is_a_fork_too() -> None:
         bed.index.delete(0, [key(100 + number)], bed.now)
         bed.index.check_integrity()
     assert bed.index.rows.forks == {}
+
+
+def test_keys_that_many_name_as_parent_are_so_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    for module in (rows_module, restore_module):
+        monkeypatch.setattr(module, "FORK_CHILDREN", 8)
+    columns = Columns()
+    life = Life(columns)
+    assert all([life.store(1), *(life.store(number, parent=1) for number in range(2, 10))])
+    index, _ = restored(columns.image())
+    assert index.rows.forks == life.index.rows.forks != {}
+    index.check_integrity()

@@ -15,8 +15,6 @@ import numpy as np
 import pytest
 
 import mmcache.store
-import mmcache.store.restore as restore_module
-import mmcache.store.rows as rows_module
 from mmcache.store.answers import Found, Reserved
 from mmcache.store.index import Index
 from mmcache.store.policies import POLICIES
@@ -394,14 +392,3 @@ def test_a_table_whose_last_slots_are_crowded_goes_on_from_its_start() -> None:
 def test_rows_that_were_never_used_stay_unused() -> None:
     index, _ = restored(Columns(index_over_image()).image())
     assert np.all(np.frombuffer(index.rows.state, np.uint8) == FREE)
-
-
-def test_keys_that_many_name_as_parent_are_so_again(monkeypatch: pytest.MonkeyPatch) -> None:
-    for module in (rows_module, restore_module):
-        monkeypatch.setattr(module, "FORK_CHILDREN", 8)
-    columns = Columns()
-    life = Life(columns)
-    assert all([life.store(1), *(life.store(number, parent=1) for number in range(2, 10))])
-    index, _ = restored(columns.image())
-    assert index.rows.forks == life.index.rows.forks != {}
-    index.check_integrity()
