@@ -126,6 +126,24 @@ def test_a_newcomer_is_asked_first_and_then_who_owned_it_before() -> None:
     assert all(route.reads == route.owners for route in after)
 
 
+def test_a_newcomer_may_lack_what_its_replicas_have_however_often_the_view_changes() -> None:
+    one = router(4, Replicas(2))
+    for at, weight in enumerate((1.0, 1.1, 1.0)):
+        one.take(view_of(5, m0=weight), RAMP_S + at)
+    new = [route for route in routes(one, now=RAMP_S + 9) if route.owners[0] == "m4"]
+    assert new
+    assert all(route.reads[:2] == route.owners for route in new)
+
+
+def test_behind_a_fork_the_run_s_own_home_is_asked_after_the_tail_s() -> None:
+    one, plain, keys = router(16), router(16), prompt(5000, 3000, 1)
+    fork = 5000 // 16 - 1
+    one.forks.hear(keys, [keys.digests[fork]], 0.0)
+    finer, before = routes(one, keys, 1.0)[fork + 1], routes(plain, keys, 1.0)[fork + 1]
+    assert finer.owners == one.owners(keys.chains[fork + 1], 1) != before.owners
+    assert finer.reads == finer.owners + before.owners
+
+
 def test_who_left_is_not_asked() -> None:
     one = router(5)
     one.take(view_of(4), 1.0)
