@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import sys
 from dataclasses import replace
 from typing import Any
 
@@ -282,6 +283,23 @@ def test_a_list_is_one_view_for_ever() -> None:
     assert view.members == (Member("[::1]:2", "mmcaches://[::1]:2"), Member("a:1", "mmcaches://a:1"))
     members.close()
     assert members.view() is view
+
+
+@pytest.mark.parametrize(
+    ("url", "library", "module"),
+    [
+        ("mmcache+redis://127.0.0.1:1", "redis", "mmcache.cluster.redis_link"),
+        ("mmcache+k8s://ns/cache", "kubernetes", "mmcache.cluster.kubernetes_members"),
+    ],
+)
+def test_without_its_extra_the_error_says_which(
+    url: str, library: str, module: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, library, None)
+    for name in (module, "mmcache.cluster.redis_members"):
+        monkeypatch.delitem(sys.modules, name, raising=False)
+    with pytest.raises(ConfigError, match=r"pip install 'mmcache\[(cluster|kubernetes)\]'"):
+        open_membership(url)
 
 
 def test_urls_of_redis_become_ours() -> None:
