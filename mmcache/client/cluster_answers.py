@@ -40,7 +40,8 @@ def answered(answers: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def stat_of(answers: Mapping[str, Any]) -> dict[str, Any]:
-    """One `Client.stat` for all: counters added up (of the longest the longest), the youngest's uptime; `shards` has each one's, or its error."""
+    """One `Client.stat` for all: counters added up (of the longest the longest), the youngest's uptime; `shards` has
+    each one's, or its error."""
     good = answered(answers)
     counters: Counter[str] = Counter()
     for stat in good.values():
