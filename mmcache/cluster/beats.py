@@ -9,10 +9,11 @@ from __future__ import annotations
 import json
 from collections.abc import Collection, Iterable
 from dataclasses import asdict, dataclass, replace
+from functools import lru_cache
 from typing import Any, Final
 
 from mmcache.cluster.placement import Member
-from mmcache.cluster.seen import LeftOut, Seen, check_address, check_id, check_weight
+from mmcache.cluster.seen import MAX_MEMBERS, LeftOut, Seen, check_address, check_id, check_weight
 from mmcache.errors import ConfigError
 from mmcache.frame import VERSION as FRAME
 from mmcache.transport.base import OLDEST_PROTOCOL, PROTOCOL
@@ -26,22 +27,19 @@ STATES: Final = ("serving", "draining")
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Beat:
-    """One heartbeat. `since_ms` is when the server registered, `beats` how often it has said so since, `age_s` how long
-    ago the last time, by the clock of who holds it."""
+    """What a server says, the same bytes each time. `since_ms` is when it registered, by the clock of who holds it."""
 
     id: str
     address: str
     weight: float
     registration: str
     since_ms: int
-    beats: int = 0
     state: str = "serving"
     version: str = ""
     schema: int = SCHEMA
     frame: int = FRAME
     oldest_protocol: int = OLDEST_PROTOCOL
     protocol: int = PROTOCOL
-    age_s: float = 0.0
 
     @property
     def why_not(self) -> str:
@@ -55,8 +53,7 @@ class Beat:
 
     def pack(self) -> bytes:
         """As it is stored; what `parse_beat` reads."""
-        fields = {name: value for name, value in asdict(self).items() if name != "age_s"}
-        return json.dumps(fields, separators=(",", ":")).encode()
+        return json.dumps(asdict(self), separators=(",", ":")).encode()
 
 
 class NoBeat(ConfigError):
@@ -67,7 +64,8 @@ class NoBeat(ConfigError):
         self.left_out = left_out
 
 
-def parse_beat(data: bytes, age_s: float = 0.0) -> Beat:
+@lru_cache(maxsize=2 * MAX_MEMBERS)  # the same bytes come every few seconds, to a process that has other things to do
+def parse_beat(data: bytes) -> Beat:
     """Raises NoBeat for anything that is not a heartbeat of this schema."""
     found: Any = None
     try:
@@ -87,7 +85,6 @@ def parse_beat(data: bytes, age_s: float = 0.0) -> Beat:
             registration=check_id(found.get("registration")),
             state=_state(found.get("state")),
             version=_short(found.get("version", "")),
-            age_s=age_s,
             **{name: _whole(found, name) for name in _WHOLE},
         )
     except (ConfigError, ValueError, RecursionError) as error:  # RecursionError: brackets by the thousand
@@ -96,7 +93,7 @@ def parse_beat(data: bytes, age_s: float = 0.0) -> Beat:
         raise NoBeat(LeftOut(_short(said.get("id", "?")), _short(said.get("address", "?")), why)) from None
 
 
-_WHOLE: Final = ("since_ms", "beats", "frame", "oldest_protocol", "protocol")
+_WHOLE: Final = ("since_ms", "frame", "oldest_protocol", "protocol")
 
 
 def _whole(found: dict[str, Any], name: str) -> int:
@@ -117,14 +114,16 @@ def _short(value: object) -> str:
     return "".join(char if char.isprintable() else "?" for char in str(value)[:100])
 
 
-def who_is_in(beats: Iterable[Beat], drained: Collection[str] = (), bad: Iterable[LeftOut] = ()) -> Seen:
-    """Members among these heartbeats: of those with one id the newest registration; none that is drained."""
+def who_is_in(heard: Iterable[tuple[Beat, int]], drained: Collection[str] = (), bad: Iterable[LeftOut] = ()) -> Seen:
+    """Members among these heartbeats, each with the time in ms when it was last said: of those with one id the newest
+    registration; none that is drained."""
     newest: dict[str, Beat] = {}
-    older: list[Beat] = []
-    for beat in sorted(beats, key=lambda beat: (beat.since_ms, beat.registration)):
+    older: list[tuple[Beat, int]] = []
+    last_ms: dict[str, int] = {}
+    for beat, said_ms in sorted(heard, key=lambda one: (one[0].since_ms, one[0].registration)):
         if beat.id in newest:
-            older.append(newest[beat.id])
-        newest[beat.id] = beat
+            older.append((newest[beat.id], last_ms[beat.id]))
+        newest[beat.id], last_ms[beat.id] = beat, said_ms
     members, left_out = [], list(bad)
     for beat in newest.values():
         why = beat.why_not or ("drained; `mmcache cluster drain --undo` takes it back" if beat.id in drained else "")
@@ -132,13 +131,13 @@ def who_is_in(beats: Iterable[Beat], drained: Collection[str] = (), bad: Iterabl
             left_out.append(LeftOut(beat.id, beat.address, why))
         else:
             members.append(Member(beat.id, beat.address, beat.weight))
-    problems = {_clash(beat, newest[beat.id]) for beat in older if _still_there(beat, newest[beat.id])}
+    problems = {_clash(old, newest[old.id]) for old, said_ms in older if _still_there(old, said_ms, newest[old.id])}
     return Seen(tuple(members), tuple(left_out), tuple(sorted(problems)))
 
 
-def _still_there(old: Beat, new: Beat) -> bool:
+def _still_there(old: Beat, said_ms: int, new: Beat) -> bool:
     """Whether the older of two was heard of since the newer is there: it was not restarted, there are two."""
-    return old.age_s + BEAT_S < new.beats * BEAT_S and old.state == new.state == "serving"
+    return said_ms > new.since_ms and old.state == new.state == "serving"
 
 
 def _clash(old: Beat, new: Beat) -> str:

@@ -7,11 +7,10 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
-from itertools import islice
 from typing import Any, Final
 
 from mmcache.cluster.beats import MAX_BEAT_NBYTES, TTL_S, Beat, NoBeat, parse_beat, who_is_in
-from mmcache.cluster.seen import MAX_MEMBERS, MAX_TEXT, LeftOut, Seen
+from mmcache.cluster.seen import MAX_MEMBERS, MAX_TEXT, Seen
 from mmcache.cluster.urls import MembersUrl
 from mmcache.errors import ConfigError, TransportError
 from mmcache.private_file import check_private, read_private
@@ -27,7 +26,33 @@ except ImportError as error:
     raise ConfigError(f"a cluster in Redis needs the extra cluster ({error}); pip install 'mmcache[cluster]'") from None
 
 WAIT_S: Final = 2.0  # for a connection, and for an answer
-KEEP_S: Final = 3600  # a registration that nobody refreshed is not even listed after so long
+KEEP_S: Final = 3600  # what nobody refreshed for so long is gone from Redis, too
+_NOW: Final = """
+local time = redis.call('TIME')
+local now_ms = time[1] * 1000 + math.floor(time[2] / 1000)
+"""
+# What is said now, in place of what was said before, if anything; who has not been heard of for a time is dropped.
+_SAY: Final = f"""{_NOW}
+redis.call('ZREM', KEYS[1], ARGV[2])
+redis.call('ZADD', KEYS[1], now_ms, ARGV[1])
+redis.call('ZREMRANGEBYSCORE', KEYS[1], '-inf', now_ms - ARGV[3])
+redis.call('EXPIRE', KEYS[1], ARGV[4])
+"""
+# Heartbeats, each with the time when it was last said, and ids of who is drained. No more members than the limit, of
+# them the ones heard of last; what is longer than it may be is passed over.
+_LOOK: Final = f"""{_NOW}
+local function short(all, limit, step)
+    local found = {{}}
+    for place = 1, #all, step do
+        if #all[place] <= tonumber(limit) then
+            for next = place, place + step - 1 do found[#found + 1] = all[next] end
+        end
+    end
+    return found
+end
+local said = redis.call('ZREVRANGEBYSCORE', KEYS[1], '+inf', now_ms - ARGV[1], 'WITHSCORES', 'LIMIT', 0, ARGV[2])
+return {{short(said, ARGV[3], 2), short(redis.call('SRANDMEMBER', KEYS[2], ARGV[2]), ARGV[4], 1)}}
+"""
 
 
 class _Password(CredentialProvider):  # type: ignore[misc]  # redis is not there for the type checker
@@ -45,9 +70,9 @@ class _Password(CredentialProvider):  # type: ignore[misc]  # redis is not there
 class RedisLink:
     """One cluster's keys in one Redis. Holds no connection: `open` gives one. Raises ConfigError for files.
 
-    Keys, all with the cluster's name as their hash tag, so that a Redis Cluster has them in one place:
-    mmcache:{NAME}:beats (sorted set of registrations, by when they were last heard of), mmcache:{NAME}:beat:R
-    (a heartbeat, with a time to live), mmcache:{NAME}:drained (set of ids); channel mmcache:{NAME}:changed.
+    Keys, with the cluster's name as their hash tag, so that a Redis Cluster has them in one place: mmcache:{NAME}:beats
+    (sorted set: heartbeats, by when they were last said, by Redis's clock) and mmcache:{NAME}:drained (set of ids);
+    channel mmcache:{NAME}:changed.
     """
 
     def __init__(self, url: MembersUrl) -> None:
@@ -55,7 +80,6 @@ class RedisLink:
         self._url = url
         prefix = f"mmcache:{{{url.name}}}:"
         self.channel, self._beats, self._drained = f"{prefix}changed", f"{prefix}beats", f"{prefix}drained"
-        self._beat = f"{prefix}beat:"
         for name in ("password_file", "sentinel_password_file"):
             if path := url.options.get(name):
                 read_private(path, "Redis password file")
@@ -111,51 +135,30 @@ class RedisLink:
             ) from error
 
     def seen(self, connection: Any) -> Seen:
-        """Who is there now."""
-        beats, bad = self.beats(connection)
-        return who_is_in(beats, self.drained(connection), bad)
-
-    def drained(self, connection: Any) -> frozenset[str]:
-        """Ids of the servers that are not to be used."""
-        members = islice(connection.sscan_iter(self._drained, count=MAX_MEMBERS), MAX_MEMBERS)
-        return frozenset(member.decode(errors="replace") for member in members if len(member) <= MAX_TEXT)
-
-    def beats(self, connection: Any) -> tuple[list[Beat], list[LeftOut]]:
-        """All heartbeats that are there, and what is there and is none. No more than MAX_MEMBERS are read, the ones
-        heard of last, and of each no more than a heartbeat may have."""
-        names = [name for name in connection.zrevrange(self._beats, 0, MAX_MEMBERS - 1) if len(name) <= MAX_TEXT]
-        if not names:
-            return [], []
-        with connection.pipeline(transaction=False) as pipeline:
-            for name in names:
-                pipeline.getrange(self._beat.encode() + name, 0, MAX_BEAT_NBYTES)
-                pipeline.pttl(self._beat.encode() + name)
-            answers = iter(pipeline.execute())
-        beats, bad = [], []
-        for data, left_ms in zip(answers, answers, strict=True):
-            if not data:
-                continue
+        """Who is there now: one request, whatever their number, as there may be thousands of clients."""
+        limits = (int(TTL_S * 1000), MAX_MEMBERS, MAX_BEAT_NBYTES, MAX_TEXT)
+        said, drained = connection.eval(_LOOK, 2, self._beats, self._drained, *limits)
+        heard, bad = [], []
+        for data, said_ms in zip(said[::2], said[1::2], strict=True):
             try:
-                beats.append(parse_beat(data, age_s=max(0.0, TTL_S - left_ms / 1000)))
+                heard.append((parse_beat(data), int(float(said_ms))))
             except NoBeat as error:
                 bad.append(error.left_out)
-        return beats, bad
+        return who_is_in(heard, frozenset(id_.decode(errors="replace") for id_ in drained), bad)
 
-    def say(self, connection: Any, beat: Beat, now_s: float) -> None:
-        """Write a heartbeat; list it; forget registrations that nobody has refreshed for long."""
-        with connection.pipeline(transaction=False) as pipeline:
-            pipeline.set(f"{self._beat}{beat.registration}", beat.pack(), px=int(TTL_S * 1000))
-            pipeline.zadd(self._beats, {beat.registration: now_s})
-            if beat.beats == 0:
-                pipeline.zremrangebyscore(self._beats, "-inf", now_s - KEEP_S)
-            pipeline.execute()
+    def now_ms(self, connection: Any) -> int:
+        """By Redis's clock."""
+        found: int = connection.eval(f"{_NOW} return now_ms", 1, self._beats)
+        return found
+
+    def say(self, connection: Any, beat: Beat, before: Beat | None = None) -> None:
+        """Say this, in place of what was said before."""
+        instead = before.pack() if before is not None and before != beat else b""
+        connection.eval(_SAY, 1, self._beats, beat.pack(), instead, int(TTL_S * 1000), KEEP_S)
 
     def forget(self, connection: Any, beat: Beat) -> None:
-        """Take a heartbeat away."""
-        with connection.pipeline(transaction=False) as pipeline:
-            pipeline.delete(f"{self._beat}{beat.registration}")
-            pipeline.zrem(self._beats, beat.registration)
-            pipeline.execute()
+        """Take back what was said."""
+        connection.zrem(self._beats, beat.pack())
 
     def publish(self, connection: Any) -> None:
         """Wake everybody who follows."""

@@ -5,9 +5,9 @@ from __future__ import annotations
 import logging
 import secrets
 import threading
-import time
 from collections.abc import Callable
 from dataclasses import replace
+from itertools import count
 from typing import Any, Final
 
 from mmcache._version import __version__
@@ -31,7 +31,7 @@ class Registration:
     def __init__(self, url: MembersUrl, *, id: str, address: str, weight: float) -> None:
         self._link = RedisLink(url)
         self._beat = Beat(
-            id=id, address=address, weight=weight, registration=secrets.token_hex(16), since_ms=time.time_ns() // 10**6,
+            id=id, address=address, weight=weight, registration=secrets.token_hex(16), since_ms=0,
             version=__version__,
         )  # fmt: skip
         self._wake = threading.Event()
@@ -71,20 +71,21 @@ class Registration:
 
     def _say_on(self, pauses: Pauses) -> None:
         with self._link.open() as connection:
-            self._link.say(connection, self._beat, time.time())
+            if not self._beat.since_ms:
+                self._beat = replace(self._beat, since_ms=self._link.now_ms(connection))
+            self._link.say(connection, self._beat)
             self._link.publish(connection)
             if self.why_not and self._first.is_set():
                 log.warning("%s is told of this server again", self._link.what)
             self.why_not = ""
             self._first.set()
             pauses.reset()
-            while not self._leaving:
+            for number in count(1):
                 self._wake.wait(BEAT_S)
-                self._beat = replace(self._beat, beats=self._beat.beats + 1)
                 if self._leaving:
                     return
-                self._link.say(connection, self._beat, time.time())
-                if self._beat.beats % OTHERS_EVERY == 2:
+                self._link.say(connection, self._beat)
+                if number % OTHERS_EVERY == 1:
                     self._look_for_others(connection)
 
     def _look_for_others(self, connection: Any) -> None:
@@ -102,8 +103,8 @@ class Registration:
         self._leaving = True
         self._wake.set()
         self._thread.join(2 * WAIT_S)  # what it may still be writing must not come after this
-        self._beat = draining(self._beat)
-        return self._once(lambda connection: self._link.say(connection, self._beat, time.time()))
+        before, self._beat = self._beat, draining(self._beat)
+        return self._once(lambda connection: self._link.say(connection, self._beat, before))
 
     def gone(self) -> None:
         """Take back what was said: the server has ended. Bounded."""

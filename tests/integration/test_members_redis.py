@@ -156,7 +156,7 @@ def test_a_redis_that_hangs_delays_nobody(there: Redis) -> None:
             open_membership(url)
         assert time.monotonic() - began_s < 6.0
         there.signal(signal.SIGCONT)
-        eventually(lambda: registered(url, 2), "another can join")
+        servers += registered(url, 2)
         becomes(members, "1", "2")
     leave(servers)
 
@@ -181,7 +181,6 @@ def test_a_server_starts_without_redis_and_joins_when_it_is_there(caplog: pytest
         assert not one.leave()  # and does not wait for it
         one.gone()
         assert time.monotonic() - began_s < 5.0
-        there.start()
 
 
 def test_with_a_fallback_clients_start_without_redis_and_go_over_to_it() -> None:
@@ -201,18 +200,16 @@ def test_nonsense_in_redis_is_left_out_said_and_no_harm(there: Redis, caplog: py
     servers = registered(url, 1)
     client, prefix = there.client(), "mmcache:{test}:"
 
-    def plant(name: str, said: bytes) -> None:
-        client.set(f"{prefix}beat:{name}", said)
-        client.zadd(f"{prefix}beats", {name: time.time()})
+    def plant(said: bytes) -> None:
+        client.zadd(f"{prefix}beats", {said: time.time_ns() // 10**6 + 60000})  # it stays
 
-    good = json.loads(client.get(f"{prefix}beat:{client.zrange(f'{prefix}beats', 0, 0)[0].decode()}"))
-    plant("bytes", b"\xff\x00")
-    plant("long", b"x" * (8 * MAX_BEAT_NBYTES))
-    plant("weight", json.dumps(good | {"id": "w", "weight": -1}).encode())
-    plant("schema", json.dumps(good | {"id": "new", "schema": 2}).encode())
-    plant("frame", json.dumps(good | {"id": "old", "frame": 0}).encode())
-    plant("socket", json.dumps(good | {"id": "s", "address": "mmcache+unix:///run/x"}).encode())
-    plant("n" * 10000, b"{}")
+    good = json.loads(client.zrange(f"{prefix}beats", 0, 0)[0])
+    plant(b"\xff\x00")
+    plant(b"x" * (8 * MAX_BEAT_NBYTES))  # passed over
+    plant(json.dumps(good | {"id": "w", "weight": -1}).encode())
+    plant(json.dumps(good | {"id": "new", "schema": 2}).encode())
+    plant(json.dumps(good | {"id": "old", "frame": 0}).encode())
+    plant(json.dumps(good | {"id": "s", "address": "mmcache+unix:///run/x"}).encode())
     client.sadd(f"{prefix}drained", b"\xff", "x" * 10000)
     with watched(url) as members:
         assert ids(members) == ["1"]
@@ -221,7 +218,7 @@ def test_nonsense_in_redis_is_left_out_said_and_no_harm(there: Redis, caplog: py
         assert "is no weight" in why["w"]
         assert "schema 2, this release reads 1" in why["new"]
         assert "frames v0" in why["old"]
-        assert members.counters["left_out"] == 6
+        assert members.counters["left_out"] == 5
         assert "new (mmcache://127.0.0.1:1) is left out: its heartbeat has schema 2" in caplog.text
     leave(servers)
 
@@ -230,6 +227,7 @@ def test_what_is_of_another_type_in_redis_is_an_error_and_then_the_last_view(the
     url = url_of(there)
     servers = registered(url, 1)
     with watched(url) as members:
+        there.client().delete("mmcache:{test}:beats")
         there.client().set("mmcache:{test}:beats", "not a sorted set")
         eventually(lambda: members.counters["source_losses"], "it is noticed", 10.0)
         assert ids(members) == ["1"]

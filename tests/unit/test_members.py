@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import sys
 from dataclasses import replace
 from typing import Any
 
@@ -11,7 +12,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mmcache.cluster.beats import BEAT_S, MAX_BEAT_NBYTES, TTL_S, Beat, NoBeat, draining, parse_beat, who_is_in
+from mmcache.cluster.beats import MAX_BEAT_NBYTES, Beat, NoBeat, draining, parse_beat, who_is_in
 from mmcache.cluster.membership import LONGEST_PAUSE_S, Pauses
 from mmcache.cluster.placement import Member, View
 from mmcache.cluster.seen import CONFIRM_S, LeftOut, Roster, Seen, check_address, check_id, check_weight
@@ -33,8 +34,8 @@ def beat_of(id_: str = "a:1", **changed: Any) -> Beat:
 IDS = st.sampled_from(["a:1", "b:1", "c:1", "d:1"])
 BEATS = st.builds(
     lambda id_, registration, **others: beat_of(id_, registration=f"{registration:032x}", **others),
-    IDS, st.integers(0, 1 << 64), since_ms=st.integers(0, 5), beats=st.integers(0, 9),
-    state=st.sampled_from(["serving", "draining"]), age_s=st.floats(0, TTL_S), weight=st.floats(0.1, 100),
+    IDS, st.integers(0, 1 << 64), since_ms=st.integers(0, 5),
+    state=st.sampled_from(["serving", "draining"]), weight=st.floats(0.1, 100),
 )  # fmt: skip
 
 
@@ -42,7 +43,7 @@ BEATS = st.builds(
 @given(BEATS)
 def test_a_heartbeat_comes_back_as_it_was_said(beat: Beat) -> None:
     assert len(beat.pack()) <= MAX_BEAT_NBYTES
-    assert parse_beat(beat.pack(), beat.age_s) == beat
+    assert parse_beat(beat.pack()) == beat
 
 
 def test_fields_of_later_releases_are_no_harm() -> None:
@@ -74,7 +75,7 @@ BAD_FIELDS: list[tuple[str, Any, str]] = [
     ("registration", None, "is no id"),
     ("since_ms", -1, "not a whole number"),
     ("since_ms", 1 << 80, "not a whole number"),
-    ("beats", 1.5, "not a whole number"),
+    ("frame", 1.5, "not a whole number"),
     ("protocol", "2", "not a whole number"),
     ("state", "asleep", "not one of"),
     ("state", ["serving"], "not one of"),
@@ -104,54 +105,56 @@ def test_any_bytes_are_refused_in_one_way(data: bytes) -> None:
 
 
 # ------------------------------------------------------------------------------------------ who is in
-@given(st.lists(BEATS, unique_by=lambda beat: beat.registration), st.frozensets(IDS), st.randoms())
-def test_who_is_in_has_nothing_to_do_with_order_and_makes_a_view(
-    beats: list[Beat], drained: frozenset[str], mix: Any
+HEARD = st.lists(st.tuples(BEATS, st.integers(0, 9)), unique_by=lambda heard: heard[0].registration)
+
+
+@given(HEARD, st.frozensets(IDS), st.randoms())
+def test_who_is_in_does_not_depend_on_order_and_makes_a_view(
+    heard: list[tuple[Beat, int]], drained: frozenset[str], mix: Any
 ) -> None:
-    seen = who_is_in(beats, drained)
-    mix.shuffle(beats)
-    again = who_is_in(beats, drained)
+    seen = who_is_in(heard, drained)
+    mix.shuffle(heard)
+    again = who_is_in(heard, drained)
     assert sorted(again.members) == sorted(seen.members)
     assert again.problems == seen.problems
     ids = [member.id for member in seen.members]
     assert len(set(ids)) == len(ids)
     assert drained.isdisjoint(ids)
-    assert {*ids, *(one.id for one in seen.left_out)} == {beat.id for beat in beats}
+    assert {*ids, *(one.id for one in seen.left_out)} == {beat.id for beat, _ in heard}
     if ids:
         View(seen.members)
     for member in seen.members:
-        newest = max((beat for beat in beats if beat.id == member.id), key=lambda one: (one.since_ms, one.registration))
+        of_it = [beat for beat, _ in heard if beat.id == member.id]
+        newest = max(of_it, key=lambda one: (one.since_ms, one.registration))
         assert (member.address, member.weight, newest.state) == (newest.address, newest.weight, "serving")
 
 
+OLD = beat_of(address="mmcache://old:1", since_ms=1000)
+NEW = beat_of(address="mmcache://new:1", registration="1" * 32, since_ms=9000)
+
+
 def test_of_two_with_one_id_the_one_that_came_last_is_in_and_it_is_said() -> None:
-    old = beat_of(address="mmcache://old:1", beats=50, age_s=0.5)
-    new = beat_of(address="mmcache://new:1", registration="1" * 32, since_ms=2000, beats=3)
-    seen = who_is_in([new, old])
+    seen = who_is_in([(NEW, 9000), (OLD, 9001)])
     assert [member.address for member in seen.members] == ["mmcache://new:1"]
     assert len(seen.problems) == 1
     assert "two servers go by the id a:1 (mmcache://old:1 and mmcache://new:1)" in seen.problems[0]
 
 
 def test_a_restart_is_not_taken_for_two() -> None:
-    dead = beat_of(beats=50, age_s=5.0)
-    for beats in (0, 1, 2):  # it was heard of last before the new one came
-        assert not who_is_in([dead, beat_of(registration="1" * 32, since_ms=2000, beats=beats)]).problems
-    assert 2 * BEAT_S < 5.0
-    leaving = draining(beat_of(beats=50, age_s=0.0))
-    assert not who_is_in([leaving, beat_of(registration="1" * 32, since_ms=2000, beats=9)]).problems
+    assert not who_is_in([(OLD, 8999), (NEW, 20000)]).problems  # it was heard of last before the new one came
+    assert not who_is_in([(draining(OLD), 9500), (NEW, 9500)]).problems
 
 
 @pytest.mark.parametrize("changed", [{"frame": 2}, {"protocol": 9, "oldest_protocol": 8}, {"protocol": 0}])
 def test_a_server_that_clients_of_this_release_cannot_use_is_left_out_and_it_is_said(changed: dict[str, int]) -> None:
-    seen = who_is_in([beat_of("b:1", **changed), beat_of()])
+    seen = who_is_in([(beat_of("b:1", **changed), 1), (beat_of(), 1)])
     assert [member.id for member in seen.members] == ["a:1"]
     assert [one.id for one in seen.left_out] == ["b:1"]
     assert "upgrade the older" in seen.left_out[0].why
 
 
 def test_a_newer_server_that_still_speaks_our_protocol_is_in() -> None:
-    assert len(who_is_in([beat_of(protocol=3, oldest_protocol=2)]).members) == 1
+    assert len(who_is_in([(beat_of(protocol=3, oldest_protocol=2), 1)]).members) == 1
 
 
 # ------------------------------------------------------------------------------------------ over time
@@ -280,6 +283,23 @@ def test_a_list_is_one_view_for_ever() -> None:
     assert view.members == (Member("[::1]:2", "mmcaches://[::1]:2"), Member("a:1", "mmcaches://a:1"))
     members.close()
     assert members.view() is view
+
+
+@pytest.mark.parametrize(
+    ("url", "library", "module"),
+    [
+        ("mmcache+redis://127.0.0.1:1", "redis", "mmcache.cluster.redis_link"),
+        ("mmcache+k8s://ns/cache", "kubernetes", "mmcache.cluster.kubernetes_members"),
+    ],
+)
+def test_without_its_extra_the_error_says_which(
+    url: str, library: str, module: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, library, None)
+    for name in (module, "mmcache.cluster.redis_members"):
+        monkeypatch.delitem(sys.modules, name, raising=False)
+    with pytest.raises(ConfigError, match=r"pip install 'mmcache\[(cluster|kubernetes)\]'"):
+        open_membership(url)
 
 
 def test_urls_of_redis_become_ours() -> None:

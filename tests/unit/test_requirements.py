@@ -68,7 +68,7 @@ def test_the_frozen_lists_are_there() -> None:
 
 
 @pytest.mark.parametrize("frozen", FROZEN, ids=lambda path: path.stem)
-@pytest.mark.parametrize("extra", ["base", "media"])
+@pytest.mark.parametrize("extra", ["base", "media", "cluster", "kubernetes"])
 def test_installing_changes_no_pinned_version(frozen: Path, extra: str) -> None:
     requirements = PROJECT["dependencies"] + (PROJECT["optional-dependencies"][extra] if extra != "base" else [])
     assert clashes(requirements, pins(frozen.read_text())) == []

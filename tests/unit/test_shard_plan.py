@@ -28,6 +28,14 @@ def test_ports_and_paths_count_up_and_memory_is_split_evenly() -> None:
         assert (one.prefault, one.lease_s, one.log, one.mode) == (True, 12.5, "json", "read")
 
 
+def test_what_a_cluster_is_told_counts_up_and_is_split_too() -> None:
+    joined = replace(CONFIG, join="mmcache+redis://r", advertise="mmcache://h:7000", weight=6.0)
+    found = shard_configs(joined)
+    assert [one.advertise for one in found] == [f"mmcache://h:{port}" for port in (7000, 7001, 7002)]
+    assert [(one.join, one.weight) for one in found] == [("mmcache+redis://r", 2.0)] * 3
+    assert {one.advertise for one in shard_configs(replace(joined, advertise="mmcache://h"))} == {"mmcache://h"}
+
+
 def test_ports_that_are_picked_and_places_that_are_none_stay() -> None:
     for one in shard_configs(replace(CONFIG, listen="127.0.0.1:0", metrics="", grpc="127.0.0.1:0", unix_path="auto")):
         assert (one.listen, one.metrics, one.grpc, one.unix_path) == ("127.0.0.1:0", "", "127.0.0.1:0", "auto")
