@@ -160,7 +160,11 @@ class ClusterCore(Client):
     def _search(self, rows: Keys, found: bytes = b"") -> Search:
         routes = self._routes(rows, counts=not found)
         now, digests, absent = time.monotonic(), rows.digests, self._absent
-        search = Search(routes, self._shards.open_to, lambda member, row: absent(member, digests[row], now))
+
+        def lacks(member: str, row: int, last: bool) -> bool:
+            return absent(member, digests[row], now, last=last)
+
+        search = Search(routes, self._shards.open_to, lacks)
         if found:
             search.found[:] = found
         return search

@@ -198,18 +198,29 @@ def test_a_run_in_half_of_the_calls_is_on_half_of_the_shards() -> None:
 def test_what_was_absent_a_moment_ago_is_so_until_its_time_or_until_it_is_stored() -> None:
     absent = Absent(0.05)
     absent.note("m0", b"k", 1.0)
-    assert absent("m0", b"k", 1.04)
-    assert not absent("m0", b"k", 1.05)
-    assert not absent("m1", b"k", 1.04)
+    assert absent("m0", b"k", 1.04, last=False)
+    assert not absent("m0", b"k", 1.05, last=False)
+    assert not absent("m1", b"k", 1.04, last=False)
     absent.note("m0", b"k", 2.0)
     absent.stored("m0", b"k")
-    assert not absent("m0", b"k", 2.0)
+    assert not absent("m0", b"k", 2.0, last=False)
     absent.note("m0", b"k", 3.0)
     absent.keep(frozenset({"m1"}))
-    assert not absent("m0", b"k", 3.0)
+    assert not absent("m0", b"k", 3.0, last=False)
     nothing = Absent(0.0)
     nothing.note("m0", b"k", 1.0)
-    assert not nothing("m0", b"k", 1.0)
+    assert not nothing("m0", b"k", 1.0, last=False)
+
+
+def test_the_last_to_ask_is_passed_over_only_after_two_misses_in_a_row() -> None:
+    absent = Absent(0.05)
+    absent.note("m0", b"k", 1.0)
+    assert not absent("m0", b"k", 1.01, last=True)
+    absent.note("m0", b"k", 1.01)
+    assert absent("m0", b"k", 1.05, last=True)
+    assert not absent("m0", b"k", 1.06, last=True)
+    absent.note("m0", b"k", 1.07)
+    assert not absent("m0", b"k", 1.08, last=True)
 
 
 def test_what_is_known_to_be_absent_is_bounded() -> None:
@@ -217,7 +228,7 @@ def test_what_is_known_to_be_absent_is_bounded() -> None:
     for number in range(3 * MAX_ABSENT):
         absent.note("m0", b"%d" % number, 1.0)
     assert len(absent._until["m0"]) <= MAX_ABSENT
-    assert absent("m0", b"%d" % (3 * MAX_ABSENT - 1), 1.0)
+    assert absent("m0", b"%d" % (3 * MAX_ABSENT - 1), 1.0, last=False)
 
 
 def test_rows_by_member() -> None:
