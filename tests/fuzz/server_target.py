@@ -18,6 +18,7 @@ import xxhash
 from google.protobuf.message import Message
 
 from mmcache.client.blocking import Client
+from mmcache.client.operations import Operations
 from mmcache.config import ClientConfig, ServerConfig
 from mmcache.frame import (
     SUM_NBYTES,
@@ -221,6 +222,10 @@ class ServerTarget:
         """Another client is served, and reads what it wrote."""
         deadline = time.monotonic() + 5
         self._server.shard.tick()
+        operations = Operations(self._other)  # an input may have stopped reads and writes: that is its right here
+        for rule in operations.mode().rules:
+            operations.set_mode("both", rule.of)
+        operations.set_mode("both")
         keys = Keys.of([opaque_key(NAMESPACE, f"other/{self._inputs}".encode())])
         results = [*self._other.put(KEYS[:3], [VALUE[:300]] * 3), *self._other.put(keys, [VALUE])]
         assert results[-1], f"another client could not store: {results[-1]}"
