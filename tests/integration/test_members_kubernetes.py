@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -15,6 +14,7 @@ from mmcache.cluster.urls import open_membership
 from mmcache.errors import ConfigError, TransportError
 from tests.integration.api_server import ApiServer
 from tests.integration.certificates import Authority
+from tests.integration.members_bed import watched
 from tests.integration.support import eventually, run_cli
 
 pytest.importorskip("kubernetes", reason="the extra kubernetes is not installed")
@@ -45,16 +45,6 @@ def url_of(api: ApiServer, folder: Path, token: str = "let-me-in") -> str:
     path = folder / f"kubeconfig-{token}"
     path.write_text(api.kubeconfig(token))
     return f"mmcache+k8s://ns/cache?port=mmcache&kubeconfig={path}"
-
-
-@contextlib.contextmanager
-def watched(url: str) -> Iterator[Watched]:
-    members = open_membership(url)
-    assert isinstance(members, Watched)
-    try:
-        yield members
-    finally:
-        members.close()
 
 
 def numbers(members: Watched) -> list[int]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import logging
 import multiprocessing
@@ -23,6 +22,7 @@ from mmcache.cluster.seen import CONFIRM_S
 from mmcache.cluster.urls import open_membership, parse_members_url
 from mmcache.errors import ConfigError, TransportError
 from tests.integration.certificates import Authority
+from tests.integration.members_bed import watched
 from tests.integration.redis_bed import Redis, free_port, redis_cluster, redis_sentinels
 from tests.integration.support import eventually
 
@@ -52,16 +52,6 @@ def registered(url: str, *ports: int, **changed: Any) -> list[Registration]:
         found[-1].start(3.0)
         assert not found[-1].why_not
     return found
-
-
-@contextlib.contextmanager
-def watched(url: str) -> Iterator[Watched]:
-    members = open_membership(url)
-    assert isinstance(members, Watched)
-    try:
-        yield members
-    finally:
-        members.close()
 
 
 def ids(members: Watched) -> list[str]:

@@ -253,14 +253,15 @@ def test_times_to_live_go_on(server: ServerProcess, cache: Client) -> None:
     eventually(lambda: cache.contains(keys) == [False, False, True, True], "two have expired")
 
 
+def of_a_copy(folder: Path) -> ServerProcess:
+    """A held server that runs a copy of the package, which may be changed."""
+    shutil.copytree(ROOT / "mmcache", folder / "mmcache")
+    return ServerProcess("16MiB", "--hold", environment={"PYTHONPATH": str(folder)}, under=("env", "-C", str(folder)))
+
+
 def test_another_build_takes_the_place_of_one_that_serves(tmp_path: Path) -> None:
     """A copy of the package is changed while its server runs: an upgrade, then one that lays columns out otherwise."""
-    shutil.copytree(ROOT / "mmcache", tmp_path / "mmcache")
-    environment = {"PYTHONPATH": str(tmp_path)}
-    with (
-        ServerProcess("16MiB", "--hold", environment=environment, under=("env", "-C", str(tmp_path))) as server,
-        mmcache.connect(server.url) as cache,
-    ):
+    with of_a_copy(tmp_path) as server, mmcache.connect(server.url) as cache:
         assert stores(cache)
         version = tmp_path / "mmcache/_version.py"
         version.write_text('"""The release."""\n\n__version__ = "99.0+another.build"\n')
@@ -278,12 +279,7 @@ def test_another_build_takes_the_place_of_one_that_serves(tmp_path: Path) -> Non
 
 
 def test_servers_that_cannot_start_on_what_is_there_do_not_keep_the_next_from_starting(tmp_path: Path) -> None:
-    shutil.copytree(ROOT / "mmcache", tmp_path / "mmcache")
-    environment = {"PYTHONPATH": str(tmp_path)}
-    with (
-        ServerProcess("16MiB", "--hold", environment=environment, under=("env", "-C", str(tmp_path))) as server,
-        mmcache.connect(server.url) as cache,
-    ):
+    with of_a_copy(tmp_path) as server, mmcache.connect(server.url) as cache:
         assert stores(cache)
         restore = tmp_path / "mmcache/store/restore.py"
         sound = restore.read_text()
