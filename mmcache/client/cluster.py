@@ -89,10 +89,10 @@ class ClusterClient(ClusterCore):
 
     def _fill(self, get: Get, read: Read, deadline: float) -> None:
         """Copy some of what was found elsewhere to where it was looked for first, if there is time."""
-        copies = self._conduct.copies(read, get.sizes())
-        if not copies or deadline - time.monotonic() < self.config.deadline_s / 2:
+        if not read.found_on:
             return
-        for (source, target), picked in copies.items():
+        left = (deadline - time.monotonic()) / self.config.deadline_s
+        for (source, target), picked in self._conduct.copies(read, get.sizes(), left).items():
             giver, taker = self._shards.get(source), self._shards.get(target)
             if giver is not None and taker is not None and taker.answering:
                 try:

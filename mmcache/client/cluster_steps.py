@@ -142,8 +142,11 @@ class Conduct:
                 self.router.failed(member, replies.now)
         return [together(route.owners, answers) for route, answers in zip(routes, said, strict=True)]
 
-    def copies(self, read: Read, sizes: Sequence[int]) -> dict[tuple[str, str], list[int]]:
-        """What to copy after a read, by (from, to): some of what was found elsewhere than it was looked for first."""
+    def copies(self, read: Read, sizes: Sequence[int], left: float) -> dict[tuple[str, str], list[int]]:
+        """What to copy after a read, by (from, to): some of what was found elsewhere than it was looked for first.
+        `left`: which share of the call's time is left; copying is not begun with less than half."""
+        if left < 0.5:
+            return {}
         wanted_on = {row: first for row in read.found_on if (first := read.search.lacking(row)) is not None}
         return chosen(read.found_on, wanted_on, sizes)
 
