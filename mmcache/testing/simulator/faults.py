@@ -8,7 +8,7 @@ from typing import Final
 from mmcache.cluster.placement import Member, View
 from mmcache.testing.simulator.client import Client
 from mmcache.testing.simulator.node import Node
-from mmcache.testing.simulator.world import World
+from mmcache.testing.simulator.world import SLOW, SLOWEST, World
 
 EVERY_S: Final = 0.8  # the mean time from one fault to the next
 LONGEST_S: Final = 6.0  # of one: longer than a lease lasts
@@ -38,6 +38,7 @@ class Faults:
     def begin(self) -> None:
         """From now on things go wrong."""
         self.active = True
+        self.world.slow = SLOWEST
         self.world.after(0.0, self._next)
 
     def heal(self) -> None:
@@ -46,6 +47,7 @@ class Faults:
         self.world.say("all is healed")
         self.world.cut.clear()
         self.world.loss = 0.0
+        self.world.slow = SLOW
         for node in self.nodes.values():
             node.stopped_until = 0.0
             if not node.up:

@@ -8,7 +8,9 @@ from collections.abc import Callable
 from typing import Any, Final
 
 LATENCY_S: Final = 0.0005  # the mean of what a message takes beyond as much again
-SLOW_SHARE: Final = 0.02  # of messages that take a hundred times as long: they come out of order
+SLOW_SHARE: Final = 0.02  # of messages that take longer: they are overtaken
+SLOW: Final = 20  # times as long
+SLOWEST: Final = 200  # in trouble: a call may be over before the answer comes
 
 WRONG: Final = "never wrong bytes"
 REUSED: Final = "no extent is reused under a claim"
@@ -38,6 +40,7 @@ class World:
         self.now = 0.0
         self.events = 0
         self.loss = 0.0  # the share of messages that are lost
+        self.slow = SLOW
         self.cut: set[tuple[str, str]] = set()  # (client, shard): no message passes
         self._queue: list[list[Any]] = []
         self._number = 0
@@ -76,9 +79,8 @@ class World:
 
     def latency_s(self) -> float:
         """What one message takes."""
-        draw = self.random.random
         taken = LATENCY_S * (1 + self.random.expovariate(1.0))
-        return taken * 100 if draw() < SLOW_SHARE else taken
+        return taken * self.slow if self.random.random() < SLOW_SHARE else taken
 
     def send(self, client: str, shard: str, act: Callable[..., None], *arguments: Any) -> None:
         """A message between a client and a shard, either way; it may be lost, and it may be overtaken."""
