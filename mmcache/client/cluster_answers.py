@@ -30,11 +30,14 @@ def answered(answers: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def stat_of(answers: Mapping[str, Any]) -> dict[str, Any]:
-    """One `Client.stat` for all: counters added up, the youngest's uptime; `shards` has each one's, or its error."""
+    """One `Client.stat` for all: counters added up (of the longest the longest), the youngest's uptime; `shards` has
+    each one's, or its error."""
     good = answered(answers)
     counters: Counter[str] = Counter()
     for stat in good.values():
+        longest = {name: max(counters[name], count) for name, count in stat["counters"].items() if "longest" in name}
         counters.update(stat["counters"])
+        counters.update({name: count - counters[name] for name, count in longest.items()})
     return {
         "server": ", ".join(sorted({stat["server"] for stat in good.values()})),
         "server_id": "",

@@ -140,8 +140,6 @@ class ClusterCore(Client):
         def answer(shard: Shard) -> T | MMCacheError | OSError:
             try:
                 return ask(shard)
-            except UsageError:
-                raise
             except (MMCacheError, OSError) as error:
                 return error
 

@@ -12,18 +12,20 @@ from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
-from typing import Any
+from typing import Any, TypeVar
 
 from mmcache.client import calls
 from mmcache.client.blocking import Client
 from mmcache.client.calls import Get, Put
 from mmcache.client.lease import LeasedFrames, nothing_taken, take_lease
+from mmcache.client.link import Link
 from mmcache.client.pin import Pinned, count_prefix, pin_prefix
-from mmcache.client.protocol import KEY_NBYTES, MAX_FORKS_NBYTES, STOPPED_READS, STOPPED_WRITES
+from mmcache.client.protocol import KEY_NBYTES, MAX_FORKS_NBYTES, STOPPED_READS, STOPPED_WRITES, Flow
 from mmcache.cluster.placement import Member, View
 from mmcache.config import ClientConfig, parse_url
-from mmcache.errors import ConfigError, MMCacheError
+from mmcache.errors import ConfigError, MMCacheError, UsageError
 
+T = TypeVar("T")
 log = logging.getLogger("mmcache.cluster")
 
 
@@ -38,6 +40,20 @@ class Shard(Client):
 
     def _count(self, amounts: Mapping[str, Any]) -> None:
         self._tally(amounts)
+
+    def _attempt(
+        self,
+        ask: Callable[[Link], Flow[T]],
+        fail: Callable[[str], T],
+        deadline: float | None = None,
+        needs: int = STOPPED_READS,
+    ) -> T:
+        try:
+            return super()._attempt(ask, fail, deadline, needs)
+        except UsageError as error:
+            if not self._closed:
+                raise
+            return fail(str(error))  # its member left during the call
 
     def _told(self, forks: bytes) -> None:
         self._forks.extend(forks[at : at + KEY_NBYTES] for at in range(0, len(forks), KEY_NBYTES))

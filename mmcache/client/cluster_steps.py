@@ -160,7 +160,11 @@ class Conduct:
     def _search(self, rows: Keys, now: float, found: bytes = b"") -> Search:
         routes = self.router.routes(rows, now, counts=not found)
         digests, absent = rows.digests, self.absent
-        search = Search(routes, self._open_to, lambda member, row: absent(member, digests[row], now))
+
+        def lacks(member: str, row: int, last: bool) -> bool:
+            return absent(member, digests[row], now, last=last)
+
+        search = Search(routes, self._open_to, lacks)
         if found:
             search.found[:] = found
         return search

@@ -12,7 +12,7 @@ from typing import Final
 
 WINDOW_CALLS: Final = 512
 COUNTED_HOMES: Final = 64  # of one call, the first: a hot run is a common beginning
-LEAST_CALLS: Final = 32  # a run seen less often than this is not called hot
+LEAST_CALLS: Final = 16  # a run seen less often than this is not called hot
 MOST_COPIES: Final = 64
 
 

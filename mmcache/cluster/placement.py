@@ -32,6 +32,8 @@ class View:
 
     members: tuple[Member, ...]
     version: str = field(init=False)
+    _names: tuple[bytes, ...] = field(init=False, repr=False, compare=False)
+    _equal: bool = field(init=False, repr=False, compare=False)  # all weigh the same
 
     def __post_init__(self) -> None:
         members = tuple(sorted(Member(m.id, m.address, float(m.weight)) for m in self.members))
@@ -44,6 +46,8 @@ class View:
         object.__setattr__(self, "members", members)
         text = "\n".join(f"{m.id}\t{m.address}\t{m.weight!r}" for m in members)
         object.__setattr__(self, "version", xxhash.xxh3_128_hexdigest(text.encode()))
+        object.__setattr__(self, "_names", tuple(member.id.encode() + b"\0" for member in members))
+        object.__setattr__(self, "_equal", len({member.weight for member in members}) == 1)
 
     def owners(self, home: bytes, count: int = 1) -> tuple[int, ...]:
         """Positions in `members` of the `count` owners of `home`, best first (weighted rendezvous hashing).
@@ -52,10 +56,16 @@ class View:
         """
         if len(self.members) == 1:
             return (0,)
+        digest = xxhash.xxh3_64_intdigest
+        draws = [digest(name + home) for name in self._names]
+        if self._equal:  # the score below grows with the draw
+            if count == 1:
+                return (draws.index(max(draws)),)
+            return tuple(sorted(range(len(draws)), key=draws.__getitem__, reverse=True)[:count])
         scores = []
-        for position, member in enumerate(self.members):
-            draw = (xxhash.xxh3_64_intdigest(member.id.encode() + b"\0" + home) + 1) / (_TWO_64 + 1)
-            scores.append((-member.weight / math.log(draw) if draw < 1 else math.inf, position))
+        for position, number in enumerate(draws):
+            draw = (number + 1) / (_TWO_64 + 1)
+            scores.append((-self.members[position].weight / math.log(draw) if draw < 1 else math.inf, position))
         scores.sort(reverse=True)
         return tuple(position for _, position in scores[:count])
 

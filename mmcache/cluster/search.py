@@ -17,11 +17,12 @@ MAX_ROUNDS: Final = 6
 class Search:
     """Rows by number, each at some place of its route. `found[row]` is 1 once a shard has answered that it has it.
 
-    `open_to(member)`: whether it may be asked now. `lacks(member, row)`: whether it is known not to have that row.
+    `open_to(member)`: whether it may be asked now. `lacks(member, row, last)`: whether it is known not to have that
+    row; `last`: nobody else is left to ask.
     """
 
     def __init__(
-        self, routes: Sequence[Route], open_to: Callable[[str], bool], lacks: Callable[[str, int], bool]
+        self, routes: Sequence[Route], open_to: Callable[[str], bool], lacks: Callable[[str, int, bool], bool]
     ) -> None:
         self._routes, self._open_to, self._lacks = routes, open_to, lacks
         self._places = [0] * len(routes)
@@ -70,7 +71,7 @@ class Search:
             answers = open_now.get(member)
             if answers is None:
                 answers = open_now[member] = self._open_to(member)
-            if answers and not self._lacks(member, row):
+            if answers and not self._lacks(member, row, place + 1 >= len(route.reads)):
                 self._places[row] = place
                 return member
             self._troubled[row] |= not answers

@@ -30,6 +30,7 @@ class Cluster:
 
     stack: contextlib.ExitStack
     servers: list[ServerProcess] = field(default_factory=list)
+    deadline_s: float = DEADLINE_S
 
     def add(self) -> ServerProcess:
         self.servers.append(self.stack.enter_context(ServerProcess("128MiB")))
@@ -40,7 +41,7 @@ class Cluster:
 
     def url(self, *numbers: int, **options: Any) -> str:
         chosen = [self.address(number) for number in (numbers or range(len(self.servers)))]
-        query = "&".join(f"{name}={value}" for name, value in ({"deadline_s": DEADLINE_S} | options).items())
+        query = "&".join(f"{name}={value}" for name, value in ({"deadline_s": self.deadline_s} | options).items())
         return f"mmcache://{','.join(chosen)}?{query}"
 
     def view(self, *numbers: int) -> View:
@@ -54,9 +55,9 @@ class Cluster:
 
 
 @contextlib.contextmanager
-def cluster(count: int) -> Iterator[Cluster]:
+def cluster(count: int, deadline_s: float = DEADLINE_S) -> Iterator[Cluster]:
     with contextlib.ExitStack() as stack:
-        made = Cluster(stack)
+        made = Cluster(stack, deadline_s=deadline_s)
         for _ in range(count):
             made.add()
         yield made

@@ -26,7 +26,7 @@ from tests.integration.support import eventually, run_cli
 @pytest.fixture(scope="module")
 def three() -> Iterator[Cluster]:
     """Three servers that nobody kills."""
-    with cluster(3) as made:
+    with cluster(3, deadline_s=10.0) as made:
         yield made
 
 
@@ -200,10 +200,17 @@ def test_a_miss_is_not_asked_again_at_once_but_what_is_put_is_found(three: Clust
     def asked() -> int:
         return int(lookups.stat()["counters"]["lookups"]) + len(Operations(lookups).recent(1000))
 
-    assert cache.match_prefix(keys) == 0
+    assert cache.match_prefix(keys) == cache.match_prefix(keys) == 0
     before = asked()
     assert cache.match_prefix(keys) == 0
     assert asked() == before
     put(cache, keys)
     assert cache.match_prefix(keys) == len(keys)
     assert asked() > before
+
+
+def test_what_another_stores_after_one_miss_is_found_at_once(three: Cluster) -> None:
+    cache, keys = three.connect(absent_s=5), prompt(13, 160)
+    assert cache.match_prefix(keys) == 0
+    put(three.connect(), keys)
+    assert cache.match_prefix(keys) == len(keys)

@@ -145,3 +145,34 @@ def test_a_member_that_leaves_is_closed_and_its_keys_are_stored_anew() -> None:
             assert len(cache._shards.opened()) == 2
             assert all(put(cache, keys))
             assert hits(cache, keys) == len(keys)
+
+
+def test_views_that_change_during_calls_are_no_errors() -> None:
+    with cluster(3) as made:
+        views = [made.view(0, 1, 2), made.view(0, 1), made.view(1, 2)]
+        membership, stop = Told(views[0]), threading.Event()
+        errors: list[BaseException] = []
+        with ClusterClient(parse_cluster_url(made.url()), membership) as cache:
+
+            def work(label: int) -> None:
+                keys = prompt(label, 4000)
+                try:
+                    while not stop.is_set():
+                        put(cache, keys)
+                        hits(cache, keys)
+                        cache.pin_prefix(keys).release()
+                        cache.acquire(keys).release()
+                        cache.contains(keys)
+                except BaseException as error:
+                    errors.append(error)
+
+            workers = [threading.Thread(target=work, args=(label,)) for label in range(3)]
+            for worker in workers:
+                worker.start()
+            for turn in range(60):
+                membership.now = views[turn % 3]
+                time.sleep(0.03)
+            stop.set()
+            for worker in workers:
+                worker.join()
+        assert errors == []

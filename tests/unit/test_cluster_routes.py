@@ -126,6 +126,24 @@ def test_a_newcomer_is_asked_first_and_then_who_owned_it_before() -> None:
     assert all(route.reads == route.owners for route in after)
 
 
+def test_a_newcomer_may_lack_what_its_replicas_have_however_often_the_view_changes() -> None:
+    one = router(4, Replicas(2))
+    for at, weight in enumerate((1.0, 1.1, 1.0)):
+        one.take(view_of(5, m0=weight), RAMP_S + at)
+    new = [route for route in routes(one, now=RAMP_S + 9) if route.owners[0] == "m4"]
+    assert new
+    assert all(route.reads[:2] == route.owners for route in new)
+
+
+def test_behind_a_fork_the_run_s_own_home_is_asked_after_the_tail_s() -> None:
+    one, plain, keys = router(16), router(16), prompt(5000, 3000, 1)
+    fork = 5000 // 16 - 1
+    one.forks.hear(keys, [keys.digests[fork]], 0.0)
+    finer, before = routes(one, keys, 1.0)[fork + 1], routes(plain, keys, 1.0)[fork + 1]
+    assert finer.owners == one.owners(keys.chains[fork + 1], 1) != before.owners
+    assert finer.reads == finer.owners + before.owners
+
+
 def test_who_left_is_not_asked() -> None:
     one = router(5)
     one.take(view_of(4), 1.0)
@@ -180,18 +198,29 @@ def test_a_run_in_half_of_the_calls_is_on_half_of_the_shards() -> None:
 def test_what_was_absent_a_moment_ago_is_so_until_its_time_or_until_it_is_stored() -> None:
     absent = Absent(0.05)
     absent.note("m0", b"k", 1.0)
-    assert absent("m0", b"k", 1.04)
-    assert not absent("m0", b"k", 1.05)
-    assert not absent("m1", b"k", 1.04)
+    assert absent("m0", b"k", 1.04, last=False)
+    assert not absent("m0", b"k", 1.05, last=False)
+    assert not absent("m1", b"k", 1.04, last=False)
     absent.note("m0", b"k", 2.0)
     absent.stored("m0", b"k")
-    assert not absent("m0", b"k", 2.0)
+    assert not absent("m0", b"k", 2.0, last=False)
     absent.note("m0", b"k", 3.0)
     absent.keep(frozenset({"m1"}))
-    assert not absent("m0", b"k", 3.0)
+    assert not absent("m0", b"k", 3.0, last=False)
     nothing = Absent(0.0)
     nothing.note("m0", b"k", 1.0)
-    assert not nothing("m0", b"k", 1.0)
+    assert not nothing("m0", b"k", 1.0, last=False)
+
+
+def test_the_last_to_ask_is_passed_over_only_after_two_misses_in_a_row() -> None:
+    absent = Absent(0.05)
+    absent.note("m0", b"k", 1.0)
+    assert not absent("m0", b"k", 1.01, last=True)
+    absent.note("m0", b"k", 1.01)
+    assert absent("m0", b"k", 1.05, last=True)
+    assert not absent("m0", b"k", 1.06, last=True)
+    absent.note("m0", b"k", 1.07)
+    assert not absent("m0", b"k", 1.08, last=True)
 
 
 def test_what_is_known_to_be_absent_is_bounded() -> None:
@@ -199,7 +228,7 @@ def test_what_is_known_to_be_absent_is_bounded() -> None:
     for number in range(3 * MAX_ABSENT):
         absent.note("m0", b"%d" % number, 1.0)
     assert len(absent._until["m0"]) <= MAX_ABSENT
-    assert absent("m0", b"%d" % (3 * MAX_ABSENT - 1), 1.0)
+    assert absent("m0", b"%d" % (3 * MAX_ABSENT - 1), 1.0, last=False)
 
 
 def test_rows_by_member() -> None:

@@ -32,7 +32,7 @@ class World:
         return [place < self.has[run, member] for run, (_, count) in enumerate(self.runs) for place in range(count)]
 
     def search(self) -> Search:
-        return Search(self.routes, lambda member: member not in self.shunned, lambda member, row: False)
+        return Search(self.routes, lambda member: member not in self.shunned, lambda member, row, last: False)
 
     def best(self, run: int) -> int:
         """How many leading rows of a run a search can find."""
@@ -138,7 +138,7 @@ def test_what_lies_behind_a_row_that_nobody_has_is_not_asked_for_again() -> None
 def test_time_is_shared_out_among_those_that_may_still_be_asked() -> None:
     route = Route(("a", "b"), ("a", "b"), ("c",))
     shut: set[str] = set()
-    search = Search([route, route], lambda member: member not in shut, lambda member, row: False)
+    search = Search([route, route], lambda member: member not in shut, lambda member, row, last: False)
     assert search.asks() == {"a": [0, 1]}
     assert search.tries([0, 1]) == 3
     search.fail(0)
@@ -151,7 +151,7 @@ def test_time_is_shared_out_among_those_that_may_still_be_asked() -> None:
 
 def test_who_is_known_to_lack_a_row_is_passed_over_and_is_no_trouble() -> None:
     route = Route(("a",), ("a", "b"), ("c",))
-    search = Search([route] * 2, lambda member: True, lambda member, row: (member, row) == ("a", 1))
+    search = Search([route] * 2, lambda member: True, lambda member, row, last: (member, row, last) == ("a", 1, False))
     assert search.asks() == {"a": [0], "b": [1]}
     search.hit(1)
     assert search.lacking(1) == "a"
@@ -161,6 +161,6 @@ def test_who_is_known_to_lack_a_row_is_passed_over_and_is_no_trouble() -> None:
 
 @pytest.mark.parametrize("prefix", [True, False])
 def test_nothing_to_look_for_is_found_at_once(prefix: bool) -> None:
-    search = Search([], lambda member: True, lambda member, row: False)
+    search = Search([], lambda member: True, lambda member, row, last: False)
     assert search.asks(prefix=prefix) == {}
     assert search.prefix == 0

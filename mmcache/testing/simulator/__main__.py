@@ -89,7 +89,9 @@ def report(verdicts: Sequence[Verdict], events: int, took_s: float, *, as_json: 
             f"{count:,}",
             f"{sum(one.events for one in verdicts):,}",
             f"{sum(one.simulated_s for one in verdicts) / 3600:.2f} h",
-            *(f"{sum(rates) / count:.1%}" for rates in zip(*((o.before, o.trouble, o.after) for o in verdicts), strict=True)),
+            f"{sum(one.before for one in verdicts) / count:.1%}",
+            f"{sum(one.trouble for one in verdicts) / count:.1%}",
+            f"{sum(one.after for one in verdicts) / count:.1%}",
             f"{len(bad)}",
             f"{took_s:.0f} s",
         )
