@@ -12,6 +12,7 @@ from mmcache.testing.simulator.world import SLOW, SLOWEST, World
 
 EVERY_S: Final = 0.8  # the mean time from one fault to the next
 LONGEST_S: Final = 6.0  # of one: longer than a lease lasts
+QUICK_S: Final = 0.5  # a supervisor's restart
 
 
 class Faults:
@@ -63,14 +64,14 @@ class Faults:
             self.world.random.choice(self._kinds)()
             self.world.after(self.world.random.expovariate(1 / EVERY_S), self._next)
 
-    def _later(self, act: Callable[..., None], *arguments: object) -> None:
+    def _later(self, act: Callable[..., None], *arguments: object, most_s: float = LONGEST_S) -> None:
         """The end of a fault, unless everything was healed before."""
 
         def end() -> None:
             if self.active:
                 act(*arguments)
 
-        self.world.after(self.world.random.uniform(0.05, LONGEST_S), end)
+        self.world.after(self.world.random.uniform(0.05, most_s), end)
 
     def _node(self) -> Node:
         return self.world.random.choice(list(self.nodes.values()))
@@ -79,7 +80,8 @@ class Faults:
         node = self._node()
         if node.up:
             node.kill()
-            self._later(self._start, node, self.world.random.random() < 0.6)
+            quickly = self.world.random.random() < 0.5
+            self._later(self._start, node, self.world.random.random() < 0.6, most_s=QUICK_S if quickly else LONGEST_S)
 
     def _start(self, node: Node, warm: bool) -> None:
         if not node.up:

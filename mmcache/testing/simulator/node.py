@@ -19,7 +19,7 @@ from mmcache.store.index import Index
 from mmcache.store.policies import POLICIES
 from mmcache.store.restore import restore
 from mmcache.testing.simulator.values import CELL_NBYTES, HEADER_NBYTES, Values, checksum
-from mmcache.testing.simulator.world import CAPACITY, INTEGRITY, REUSED, Violation, World
+from mmcache.testing.simulator.world import CAPACITY, INTEGRITY, REUSED, WRONG, Violation, World
 
 TENANT: Final = 0
 ROOM_TRIES: Final = 64  # as Shard's
@@ -156,8 +156,11 @@ class Node:
         self.record.expire(world.now)
         if told:
             self.record.lease(lease_id, told, world.now + self.lease_s)
-        for place in told:
-            self._check_place(place.offset, place.nbytes)
+        for digest, place in zip(digests, places, strict=True):
+            if place is not None:
+                self._check_place(place.offset, place.nbytes)
+                if self.values.at(self.cells, place) != digest:
+                    raise Violation(WRONG, f"{self.name} has other bytes where {digest.hex()[:8]} should be")
         taken = Taken(lease_id if told else 0, places, self.cells)
         world.send(client, self.name, reply, taken, self._forks(digests))
 

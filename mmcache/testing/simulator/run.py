@@ -19,7 +19,7 @@ from mmcache.testing.simulator.node import Node
 from mmcache.testing.simulator.setting import Setting
 from mmcache.testing.simulator.traffic import Traffic
 from mmcache.testing.simulator.values import MOST_CELLS, Values
-from mmcache.testing.simulator.world import FOUND, LATE, RECOVERED, Violation, World
+from mmcache.testing.simulator.world import FOUND, LATE, RAISES, RECOVERED, Violation, World
 from mmcache.transport.base import HIT, Result
 
 AUDIT_EVERY: Final = 400  # events
@@ -27,7 +27,9 @@ SETTLE_S: Final = 5.0  # after the last fault: breakers are closed, what was und
 WARM_PASSES: Final = 2
 HEAL_PASSES: Final = 3
 ONCE_SHARE: Final = 0.4  # of requests in trouble: prompts that come once
-HOLD_SHARE: Final = 0.15
+HOLD_SHARE: Final = 0.15  # of reads: leased, and looked at later
+AGAIN_SHARE: Final = 0.2  # of lookups: asked twice
+WORKER_SHARE: Final = 0.3  # of what is stored: not by who looked it up
 THINK_S: Final = 0.05
 LEAST_BEFORE: Final = 0.98
 MOST_LOST: Final = 0.02
@@ -114,7 +116,7 @@ class Run:
             invariant, detail = violation.invariant, violation.detail
         except Exception as error:
             where = traceback.extract_tb(error.__traceback__)[-1]
-            invariant, detail = "nothing raises", f"{error!r} in {where.filename.rpartition('/')[2]}:{where.lineno}"
+            invariant, detail = RAISES, f"{error!r} in {where.filename.rpartition('/')[2]}:{where.lineno}"
         rates = self.rates["before"], self.rates["trouble"], self.rates["after"]
         return Verdict(self.seed, self.world.events, self.world.now, *rates, invariant, detail)
 
@@ -183,7 +185,10 @@ class Run:
             else:
                 self._store(client, prompt, 0)
 
-        client.lookup(prompt, looked_up)
+        if self.world.random.random() < AGAIN_SHARE:
+            client.lookup(prompt, lambda count: client.lookup(prompt, looked_up))
+        else:
+            client.lookup(prompt, looked_up)
 
     def _sure(self, client: Client, prompt: Keys) -> int:
         """How many leading blocks lie where this client looks first, if nothing has failed for a while."""
@@ -217,4 +222,8 @@ class Run:
         if read == len(prompt):
             self._next(client)
             return
-        client.put(prompt[read:], lambda results: self._next(client))
+        if self.world.random.random() < WORKER_SHARE:  # another process computes and stores it; nobody waits
+            self.world.random.choice(self.clients).put(prompt[read:], lambda results: None)
+            self._next(client)
+        else:
+            client.put(prompt[read:], lambda results: self._next(client))

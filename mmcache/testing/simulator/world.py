@@ -22,6 +22,7 @@ ACKNOWLEDGED: Final = "a put is what its owners said"
 PLACED: Final = "values go to the owners of their home"
 FOUND: Final = "what is stored is found while nothing fails"
 RECOVERED: Final = "the hit rate returns"
+RAISES: Final = "nothing raises"
 
 
 class Violation(Exception):
