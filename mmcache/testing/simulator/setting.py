@@ -33,5 +33,5 @@ class Setting:
             policy=random.choice(list(POLICIES)),
             lease_s=random.choice((4.0, 6.0)),
             entries=512,
-            room=random.choice((1.5, 2.0, 3.0)),
+            room=random.choice((1.2, 1.6, 2.4)),
         )
