@@ -21,7 +21,7 @@ from mmcache.cluster.routes import Replicas
 from mmcache.keyset import Keys
 from mmcache.store.rows import FORK_CHILDREN
 from mmcache.testing.simulator.faults import view_of
-from mmcache.testing.simulator.prompts import BLOCK_TOKENS, WORKLOADS
+from mmcache.testing.simulator.prompts import BLOCK_TOKENS, requests
 from mmcache.transport.base import HIT, MISS, Outcome, Result
 
 PLACEMENTS: Final = ("blocks", "runs", "runs, hot copied")
@@ -158,18 +158,18 @@ class Scale:
 
 
 def measure(workload: str, placement: str, shards: int, clients: int, tokens_per_shard: int, seed: int) -> Curve:
-    """Serve requests until the shards hold so many tokens on average, and say how that went."""
+    """Serve requests until the shards hold so many tokens on average, or there are no more, and say how that went."""
     wanted = shards * tokens_per_shard // BLOCK_TOKENS
-    prompts = WORKLOADS[workload](random.Random(seed), shards)
     asked: list[Keys] = []
     seen: set[bytes] = set()
-    while len(seen) < wanted:
-        keys = next(prompts)
+    for keys in requests(workload, seed, shards):
         if placement == "blocks":
             above = keys.parents, keys.indices, keys.parent_chains
             keys = Keys(keys.digests, keys.chains, keys.chains, keys.namespaces, *above)
         asked.append(keys)
         seen.update(keys.digests)
+        if len(seen) >= wanted:
+            break
     groups = max(1, min(MOST_GROUPS, clients, len(asked) // WINDOW_CALLS))
     scale = Scale(shards, clients, groups, hot=placement == PLACEMENTS[-1])
     for number, keys in enumerate(asked):

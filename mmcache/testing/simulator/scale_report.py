@@ -14,7 +14,7 @@ from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
 
-from mmcache.testing.simulator.prompts import WORKLOADS
+from mmcache.testing.simulator.prompts import WORKLOADS, requests
 from mmcache.testing.simulator.scale import PLACEMENTS, TOKENS_PER_SHARD, Curve, measure
 
 
@@ -25,7 +25,9 @@ def add_scale(commands: Any) -> None:
     )
     parser.add_argument("--shards", default="4,16,64,256", help="how many, several with commas")
     parser.add_argument("--clients", type=int, default=10_000)
-    parser.add_argument("--workloads", default=",".join(WORKLOADS), help=f"of {', '.join(WORKLOADS)}")
+    parser.add_argument(
+        "--workloads", default=",".join(WORKLOADS), help=f"of {', '.join(WORKLOADS)}, and files of traces"
+    )
     parser.add_argument(
         "--tokens", type=int, default=TOKENS_PER_SHARD, help=f"that a shard holds on average ({TOKENS_PER_SHARD:,})"
     )
@@ -42,6 +44,8 @@ def scale(given: argparse.Namespace) -> int:
         for shards in given.shards.split(",")
         for placement in PLACEMENTS
     ]
+    for workload in given.workloads.split(","):
+        next(requests(workload, given.draw, 1))
     found: dict[int, Curve] = {}
     with (
         ProcessPoolExecutor(given.processes, mp_context=multiprocessing.get_context("spawn")) as pool,
