@@ -1,4 +1,4 @@
-"""The command `python -m mmcache.testing.simulator`: many seeds, one seed again, or the scale curve."""
+"""The command `python -m mmcache.testing.simulator`: many seeds, one seed again, the scale curve, a fleet."""
 
 from __future__ import annotations
 
@@ -17,6 +17,8 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
+from mmcache.errors import UsageError
+from mmcache.testing.simulator.fleet import add_fleet, fleet
 from mmcache.testing.simulator.run import Run, Verdict
 from mmcache.testing.simulator.scale_report import add_scale, scale
 
@@ -34,10 +36,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--seed", type=int, help="only this one, in this process")
     parser.add_argument("--trace", action="store_true", help="with --seed: print what happens")
     parser.add_argument("--json", action="store_true", help="print the results as JSON")
-    add_scale(parser.add_subparsers(dest="what", metavar="scale"))
+    commands = parser.add_subparsers(dest="what", metavar="scale, fleet")
+    add_scale(commands)
+    add_fleet(commands)
     given = parser.parse_args(arguments)
+    if given.what == "fleet":
+        return fleet(given)
     if given.what == "scale":
-        return scale(given)
+        try:
+            return scale(given)
+        except UsageError as error:
+            parser.error(str(error))
     if given.trace and given.seed is None:
         parser.error("--trace is of one seed: give --seed N")
     if given.seeds < 1 or given.events < 1 or given.workers < 1:

@@ -31,6 +31,7 @@ HOLD_SHARE: Final = 0.25  # of reads: leased, and looked at later
 AGAIN_SHARE: Final = 0.2  # of lookups: asked twice
 WORKER_SHARE: Final = 0.3  # of what is stored: not by who looked it up
 THINK_S: Final = 0.05
+ROUND_S: Final = 0.25  # more than a round takes while nothing fails: what is absent is noted when all have answered
 LEAST_BEFORE: Final = 0.98
 MOST_LOST: Final = 0.02
 HUNG_S: Final = 10_000.0  # of one phase
@@ -197,7 +198,7 @@ class Run:
         """How many leading blocks lie where this client looks first, if nothing has failed for a while."""
         if self.world.now < self.quiet_since:
             return 0
-        latest = self.world.now - self.setting.absent_s
+        latest = self.world.now - self.setting.absent_s - ROUND_S
         routes = client.conduct.router.routes(prompt, self.world.now)
         for row, (digest, route) in enumerate(zip(prompt.digests, routes, strict=True)):
             name = route.reads[0]
