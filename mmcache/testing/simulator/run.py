@@ -26,7 +26,6 @@ AUDIT_EVERY: Final = 400  # events
 SETTLE_S: Final = 5.0  # after the last fault: breakers are closed, what was under way has ended
 WARM_PASSES: Final = 2
 HEAL_PASSES: Final = 12  # at most: where a shard lost its forks, they are found anew tail by tail
-ONCE_SHARE: Final = 0.4  # of requests in trouble: prompts that come once
 HOLD_SHARE: Final = 0.25  # of reads: leased, and looked at later
 AGAIN_SHARE: Final = 0.2  # of lookups: asked twice
 WORKER_SHARE: Final = 0.3  # of what is stored: not by who looked it up
@@ -152,7 +151,7 @@ class Run:
     def _mixed(self, until_events: int) -> Iterator[Keys]:
         random, once = self.world.random, self.traffic.once()
         while self.world.events < until_events:
-            yield next(once) if random.random() < ONCE_SHARE else random.choice(self.traffic.steady)
+            yield next(once) if random.random() < self.setting.once else random.choice(self.traffic.steady)
 
     def _serve(self, prompts: Iterator[Keys]) -> float:
         """All these prompts, by all clients; the share of blocks that were read."""

@@ -19,6 +19,7 @@ class Setting:
     lease_s: float
     entries: int
     room: float  # a shard's memory, over what of the steady traffic belongs to it
+    once: float  # share of requests, in trouble, that come once and press on memory
     deadline_s: float = 1.0
     ramp_s: float = 20.0
     absent_s: float = 0.05
@@ -29,9 +30,10 @@ class Setting:
         return cls(
             shards=random.randint(3, 6),
             clients=random.randint(2, 5),
-            replicas=random.choice((1, 1, 2)),
+            replicas=random.choice((1, 2)),
             policy=random.choice(list(POLICIES)),
             lease_s=random.choice((4.0, 6.0)),
             entries=512,
-            room=random.choice((1.2, 1.6, 2.4)),
+            room=random.choice((1.2, 1.4, 2.0)),
+            once=random.choice((0.3, 0.6, 0.9)),
         )

@@ -40,4 +40,4 @@ class Traffic:
     def once(self) -> Iterator[Keys]:
         """Prompts that nobody has asked for before."""
         while True:
-            yield NAMESPACE.block_keys(self._tokens(self._random.randint(2, 10)))
+            yield NAMESPACE.block_keys(self._tokens(self._random.randint(2, 16)))
