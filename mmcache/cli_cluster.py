@@ -252,8 +252,7 @@ def drain(
     known = {one.id for one in seen.members} | {one.id for one in seen.left_out}
     link = RedisLink(parsed)
     with link.open() as connection:
-        known |= link.drained(connection)
-        if member not in known:
+        if member not in known and not undo:
             raise UsageError(f"{member!r} is not in {parsed.what}; there are {', '.join(sorted(known)) or 'none'}")
         if not undo and not {one.id for one in seen.members} - {member}:
             raise UsageError(f"{member} is the last one in {parsed.what}; start another first, or stop it")

@@ -8,6 +8,7 @@ import numpy as np
 
 from mmcache.client.protocol import Flow, Send, SendWithFds
 from mmcache.client.session import Session
+from mmcache.errors import TransportError
 from mmcache.pb import cache_pb2 as pb
 from mmcache.tensors import Bytes, HostTensor
 from mmcache.transport.base import LENT_MEMORIES, Op
@@ -24,7 +25,8 @@ class Lent:
         """(number, offset, size) of bytes that lie in it."""
         address, nbytes = _address(np.frombuffer(data, np.uint8)), len(data)
         memory = BUFFERS.holding(address, nbytes)
-        assert memory is not None
+        if memory is None or memory not in self._numbers:
+            raise TransportError("memory that was lent went away while it was put")
         return self._numbers[memory], address - memory.address, nbytes
 
 
@@ -33,7 +35,7 @@ def lend(session: Session, values: Sequence[Mapping[str, HostTensor]]) -> Flow[L
     if not BUFFERS or not session.joined.lends:
         return None
     memories = _memories(values)
-    if memories is None:
+    if not memories:
         return None
     for memory in memories:
         if memory not in session.lent and not (yield from _lend(session, memory)):

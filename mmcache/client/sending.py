@@ -110,7 +110,7 @@ class LentWay:
 
     def __init__(self, lent: Lent) -> None:
         self._lent = lent
-        self._short = b""
+        self._short = bytearray()
 
     def begin(self, nbytes: int) -> Flow[None]:
         """See Way."""
@@ -118,18 +118,21 @@ class LentWay:
 
     def write(self, data: bytes | memoryview, hasher: Hasher | None) -> Flow[None]:
         """See Way."""
-        if hasher is None:
-            self._short += data
-        elif len(data):
-            yield Send((LENT_PIECE.pack(len(self._short), *self._lent.place(data)), self._short))
-            self._short = b""
+        if hasher is not None and len(data):
+            yield Send((LENT_PIECE.pack(len(self._short), *self._lent.place(data)), bytes(self._short)))
+            self._short.clear()
             yield Work(partial(hasher.update, memoryview(data)), len(data))
+            return
+        for start in range(0, len(data), SLICE_NBYTES):
+            if len(self._short) >= SLICE_NBYTES:
+                yield from self.end()
+            self._short += data[start : start + SLICE_NBYTES]
 
     def end(self) -> Flow[None]:
         """See Way."""
         if self._short:
-            yield Send((LENT_PIECE.pack(len(self._short), 0, 0, 0), self._short))
-            self._short = b""
+            yield Send((LENT_PIECE.pack(len(self._short), 0, 0, 0), bytes(self._short)))
+            self._short.clear()
 
 
 class RingWay:

@@ -82,7 +82,7 @@ class KubernetesSource:
     def _list(self, api: Any) -> tuple[dict[str, dict[str, Any]], str]:
         """Slices by name, and the version of the list."""
         answer = api.list_namespaced_endpoint_slice(
-            self._url.namespace, **self._which, _preload_content=False, _request_timeout=WAIT_S
+            self._url.namespace, **self._which, _preload_content=False, _request_timeout=(WAIT_S, WAIT_S)
         )
         data = answer.read(MAX_LIST_NBYTES + 1)
         answer.release_conn()

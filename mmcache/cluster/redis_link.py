@@ -7,11 +7,10 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
-from itertools import islice
 from typing import Any, Final
 
 from mmcache.cluster.beats import MAX_BEAT_NBYTES, TTL_S, Beat, NoBeat, parse_beat, who_is_in
-from mmcache.cluster.seen import MAX_MEMBERS, MAX_TEXT, LeftOut, Seen
+from mmcache.cluster.seen import MAX_MEMBERS, MAX_TEXT, Seen
 from mmcache.cluster.urls import MembersUrl
 from mmcache.errors import ConfigError, TransportError
 from mmcache.private_file import check_private, read_private
@@ -28,6 +27,23 @@ except ImportError as error:
 
 WAIT_S: Final = 2.0  # for a connection, and for an answer
 KEEP_S: Final = 3600  # a registration that nobody refreshed is not even listed after so long
+# Heartbeats, each with the milliseconds that it still lives, and ids of who is drained. No more members than the limit,
+# of them the ones heard of last, and of each no more than a heartbeat may have; what is no string is passed over.
+_LOOK: Final = """
+local said, limit = {}, tonumber(ARGV[4])
+for _, name in ipairs(redis.call('ZREVRANGE', KEYS[1], 0, ARGV[2] - 1)) do
+    local beat = #name <= limit and redis.pcall('GETRANGE', ARGV[1] .. name, 0, ARGV[3])
+    if type(beat) == 'string' and #beat > 0 then
+        said[#said + 1] = beat
+        said[#said + 1] = redis.call('PTTL', ARGV[1] .. name)
+    end
+end
+local drained = {}
+for _, id in ipairs(redis.call('SRANDMEMBER', KEYS[2], ARGV[2])) do
+    if #id <= limit then drained[#drained + 1] = id end
+end
+return {said, drained}
+"""
 
 
 class _Password(CredentialProvider):  # type: ignore[misc]  # redis is not there for the type checker
@@ -111,35 +127,16 @@ class RedisLink:
             ) from error
 
     def seen(self, connection: Any) -> Seen:
-        """Who is there now."""
-        beats, bad = self.beats(connection)
-        return who_is_in(beats, self.drained(connection), bad)
-
-    def drained(self, connection: Any) -> frozenset[str]:
-        """Ids of the servers that are not to be used."""
-        members = islice(connection.sscan_iter(self._drained, count=MAX_MEMBERS), MAX_MEMBERS)
-        return frozenset(member.decode(errors="replace") for member in members if len(member) <= MAX_TEXT)
-
-    def beats(self, connection: Any) -> tuple[list[Beat], list[LeftOut]]:
-        """All heartbeats that are there, and what is there and is none. No more than MAX_MEMBERS are read, the ones
-        heard of last, and of each no more than a heartbeat may have."""
-        names = [name for name in connection.zrevrange(self._beats, 0, MAX_MEMBERS - 1) if len(name) <= MAX_TEXT]
-        if not names:
-            return [], []
-        with connection.pipeline(transaction=False) as pipeline:
-            for name in names:
-                pipeline.getrange(self._beat.encode() + name, 0, MAX_BEAT_NBYTES)
-                pipeline.pttl(self._beat.encode() + name)
-            answers = iter(pipeline.execute())
+        """Who is there now: one request, whatever their number, as there may be thousands of clients."""
+        limits = (MAX_MEMBERS, MAX_BEAT_NBYTES, MAX_TEXT)
+        said, drained = connection.eval(_LOOK, 2, self._beats, self._drained, self._beat, *limits)
         beats, bad = [], []
-        for data, left_ms in zip(answers, answers, strict=True):
-            if not data:
-                continue
+        for data, left_ms in zip(said[::2], said[1::2], strict=True):
             try:
                 beats.append(parse_beat(data, age_s=max(0.0, TTL_S - left_ms / 1000)))
             except NoBeat as error:
                 bad.append(error.left_out)
-        return beats, bad
+        return who_is_in(beats, frozenset(id_.decode(errors="replace") for id_ in drained), bad)
 
     def say(self, connection: Any, beat: Beat, now_s: float) -> None:
         """Write a heartbeat; list it; forget registrations that nobody has refreshed for long."""

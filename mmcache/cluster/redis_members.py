@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 import threading
 import time
 from typing import Final
@@ -12,6 +13,7 @@ from mmcache.cluster.seen import Roster, Seen
 from mmcache.cluster.urls import MembersUrl
 
 POLL_S: Final = 5.0  # beside being woken, as a wake-up can be lost
+SPREAD_S: Final = 0.1  # not all clients ask in the same moment
 WAKE_S: Final = 1.0  # how long `close` may go unnoticed
 
 
@@ -39,4 +41,5 @@ class RedisSource:
                 until_s = now_s + (POLL_S if missing_s is None else min(POLL_S, missing_s))
                 while (left_s := until_s - time.monotonic()) > 0 and not stopping.is_set():
                     if channel.get_message(timeout=min(WAKE_S, left_s)) is not None:
+                        stopping.wait(random.uniform(0, SPREAD_S))
                         break

@@ -73,6 +73,7 @@ class Connection:
         self.idle = True
         self._ring: RingView | None = None
         self._lent: dict[int, LentView] = {}
+        self._may_lend = False
         self._joined = False
 
     @property
@@ -207,7 +208,7 @@ class Connection:
         reply = self.service.join_reply(request, with_arena=with_arena)
         if request.want_arena and request.protocol > 1:
             reply.no_arena_why = why_not
-        reply.lends = self._ring is not None
+        reply.lends = self._may_lend = self._ring is not None and admitted.shared_memory
         if request.want_nixl:
             reply.nixl.CopyFrom(self.service.nixl_offer(admitted))
         reads_memory = with_arena or bool(reply.nixl.metadata)
@@ -232,7 +233,7 @@ class Connection:
     def _borrow(self, prelude: Prelude, body: bytes) -> None:
         """Map memory that the client lends: its descriptor comes after a first reply, as nothing else reads for one."""
         request = parse(pb.LendRequest(), body)
-        if self._ring is None or request.number >= LENT_MEMORIES:
+        if not self._may_lend or request.number >= LENT_MEMORIES:
             raise BadRequest(f"memory {request.number} cannot be lent over this connection; see Join's reply")
         self._reply(prelude, pb.LendReply())
         _, fds = self.channel.recv_with_fds(1, self._deadline())

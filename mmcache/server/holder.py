@@ -43,6 +43,17 @@ def how(status: int) -> str:
     return f"was killed by signal {-code}" if code < 0 else f"ended with exit {code}"
 
 
+def mapped(fd: int, nbytes: int) -> memoryview:
+    """A file, mapped for as long as the process lives. Unlike `mmap.mmap`, this keeps no descriptor of it."""
+    libc = ctypes.CDLL(None, use_errno=True)
+    libc.mmap.restype = ctypes.c_void_p
+    libc.mmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t, *[ctypes.c_int] * 3, ctypes.c_long]
+    address = libc.mmap(None, nbytes, mmap.PROT_READ | mmap.PROT_WRITE, mmap.MAP_SHARED, fd, 0)
+    if address == ctypes.c_void_p(-1).value:
+        raise OSError(ctypes.get_errno(), "mmap")
+    return memoryview((ctypes.c_char * nbytes).from_address(address)).cast("B")
+
+
 class Holder:
     """The memory, and one server after another."""
 
@@ -53,10 +64,10 @@ class Holder:
         fcntl.fcntl(arena_fd, fcntl.F_ADD_SEALS, seals)
         kept_fd = os.memfd_create("mmcache-index", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
         os.ftruncate(kept_fd, PAGE_NBYTES + kept_nbytes)
-        self.kept = mmap.mmap(kept_fd, PAGE_NBYTES + kept_nbytes)
+        self.kept = mapped(kept_fd, PAGE_NBYTES + kept_nbytes)
         fcntl.fcntl(kept_fd, fcntl.F_ADD_SEALS, fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | seals)
-        os.close(kept_fd)  # mmap kept one of its own
-        self.ready_lives = memoryview(self.kept)[:8].cast("Q")  # a server that is ready adds one
+        os.close(kept_fd)  # the last one: nobody can open it under /proc
+        self.ready_lives = self.kept[:8].cast("Q")  # a server that is ready adds one
         self.pid = self.lives = self.failures = self.deaths = 0
         self.ended = ""  # how the last one did
 
@@ -108,7 +119,7 @@ class Holder:
         given = {
             "arena_fd": self.arena_fd,
             "arena": self.arena,
-            "kept": memoryview(self.kept)[PAGE_NBYTES:],
+            "kept": self.kept[PAGE_NBYTES:],
             "ready_lives": self.ready_lives,
             "ended": self.ended,
             "give_up": self.failures >= MOST_FAILURES,

@@ -33,9 +33,11 @@ def advertised(config: ServerConfig, port: int) -> str:
     own = "mmcaches" if config.tls_cert else "mmcache"
     if config.advertise:
         parts = urlsplit(config.advertise)
+        if not parts.netloc:
+            return check_address(config.advertise)  # which says what an address is
         host, given = parse_host_port(parts.netloc)
-        given = given if urlsplit(f"//{parts.netloc}").port else port
-        return check_address(f"{parts.scheme}://{place_text(host, given)}{parts.path}")
+        own_port = given if urlsplit(f"//{parts.netloc}").port else port
+        return check_address(f"{parts.scheme}://{place_text(host, own_port)}{parts.path}")
     host, _ = parse_host_port(config.listen)
     try:
         everywhere = ipaddress.ip_address(host).is_unspecified

@@ -11,6 +11,7 @@ import contextlib
 import fcntl
 import mmap
 import os
+import secrets
 from collections.abc import Callable
 from pathlib import Path
 from typing import Final
@@ -105,9 +106,10 @@ def check_huge_pages(nbytes: int, proc: Path = Path("/proc")) -> None:
 
 
 def memory_file(*, huge_pages: bool) -> int:
-    """The descriptor of an empty file in memory. Raises OSError where there is none to be had."""
+    """The descriptor of an empty file in memory. Its name is nobody else's: clients tell by it that they have a map of
+    it already. Raises OSError where there is none to be had."""
     flags = os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING | (os.MFD_HUGETLB if huge_pages else 0)
-    return os.memfd_create("mmcache-arena", flags)
+    return os.memfd_create(f"mmcache-arena-{secrets.token_hex(8)}", flags)
 
 
 def size_for_good(fd: int, nbytes: int) -> None:

@@ -37,7 +37,8 @@ def suspend(pid: int) -> None:
 class ServerProcess:
     """Starts a server on a free loopback port and stops it on leaving; `url` reaches it. Use as a context manager.
 
-    `shards` has what each said when it was ready; `url` and the like are the first one's.
+    `shards` has what each said when it was ready; `url` and the like are the first one's. With the `command` "up" it is
+    a cluster, which `cluster_url` reaches.
 
     Extra words go to `mmcache serve` as they are; `environment` adds MMCACHE_ settings, of which none are inherited;
     `under` comes before the command, and must become it (`ip netns exec NAME`).
@@ -53,13 +54,14 @@ class ServerProcess:
         ready_s: float = 30.0,
         environment: Mapping[str, str] | None = None,
         under: Sequence[str] = (),
+        command: str = "serve",
     ) -> None:
-        command = [
+        words = [
             *under,
             sys.executable,
             "-m",
             "mmcache",
-            "serve",
+            command,
             "--listen",
             listen,
             "--memory",
@@ -67,12 +69,12 @@ class ServerProcess:
             "--json",
             *arguments,
         ]
-        self._command, self._ready_s = command, ready_s
+        self._command, self._ready_s = words, ready_s
         inherited = {name: value for name, value in os.environ.items() if not name.startswith("MMCACHE_")}
         self._environment = inherited | dict(environment or {})
         self._stderr: IO[bytes] | None = None
         self.process: subprocess.Popen[str] | None = None
-        self.url = self.unix_path = self.grpc_address = self.said = ""
+        self.url = self.cluster_url = self.unix_path = self.grpc_address = self.said = ""
         self.shards: list[dict[str, Any]] = []
 
     def start(self) -> ServerProcess:
@@ -94,6 +96,7 @@ class ServerProcess:
         ready = json.loads(line)
         self.process = process
         self.shards = ready.get("shards", [ready])
+        self.cluster_url = ready.get("url", "") if "shards" in ready else ""
         first = self.shards[0]
         self.url, self.unix_path = first["url"], first["unix_path"]
         self.grpc_address = first.get("grpc_address", "")

@@ -28,28 +28,37 @@ class Lendable:
 
     def __init__(self, fd: int, address: int, nbytes: int) -> None:
         self.fd, self.address, self.nbytes = fd, address, nbytes
+        self.gone = False
+
+    def let_go(self) -> None:
+        """Its memory is freed. Called by the garbage collector, anywhere: takes no lock."""
+        self.gone = True
+        os.close(self.fd)
 
 
 class _Buffers:
     """Those of this process, by address."""
 
     def __init__(self) -> None:
-        self._lock = threading.Lock()
         self._sorted: list[tuple[int, Lendable]] = []
+        self.renew_lock()
+
+    def renew_lock(self) -> None:
+        """Also in a forked child, where another thread may have held the old one."""
+        self._lock = threading.Lock()
 
     def add(self, one: Lendable) -> None:
+        """Know it, until it is gone."""
         with self._lock:
-            self._sorted = sorted([*self._sorted, (one.address, one)], key=lambda pair: pair[0])
-
-    def remove(self, one: Lendable) -> None:
-        with self._lock:
-            self._sorted = [pair for pair in self._sorted if pair[1] is not one]
-        os.close(one.fd)
+            known = [pair for pair in self._sorted if not pair[1].gone]
+            self._sorted = sorted([*known, (one.address, one)], key=lambda pair: pair[0])
 
     def holding(self, address: int, nbytes: int) -> Lendable | None:
         """The one that all these bytes lie in."""
         known = self._sorted
         place = bisect.bisect_right(known, address, key=lambda pair: pair[0]) - 1
+        while place >= 0 and known[place][1].gone:
+            place -= 1
         if place < 0:
             return None
         one = known[place][1]
@@ -60,11 +69,12 @@ class _Buffers:
 
 
 BUFFERS: Final = _Buffers()
+os.register_at_fork(after_in_child=BUFFERS.renew_lock)
 
 
-def shared_buffer(nbytes: int, *, prefault: bool = False) -> Bytes:
+def shared_buffer(nbytes: int) -> Bytes:
     """Zeroed memory, a writable uint8 array, whose contents a server on this host takes without a copy by the client.
-    With `prefault` every page of it exists when this returns, as where it is registered with a device.
+    All its pages exist when this returns.
 
     Cut tensors of it (views, `torch.from_numpy`) and put them: any client of this process knows them by where they lie.
     What is being put must not change before the call ends; if it does, it is not stored. The memory lives as long as
@@ -83,15 +93,15 @@ def shared_buffer(nbytes: int, *, prefault: bool = False) -> Bytes:
         os.ftruncate(fd, whole)
         fcntl.fcntl(fd, fcntl.F_ADD_SEALS, _SEALS)
         memory = mmap.mmap(fd, whole, flags=mmap.MAP_SHARED)
+        os.posix_fallocate(fd, 0, whole)
     except OSError as error:
         os.close(fd)
         raise TransportError(f"no memory to share: {error}") from error
     data: Bytes = np.frombuffer(memory, np.uint8)
-    if prefault:
-        data[:: mmap.PAGESIZE] = 0
+    data[:: mmap.PAGESIZE] = 0  # maps them here, too
     one = Lendable(fd, data.ctypes.data, whole)
     BUFFERS.add(one)
-    weakref.finalize(memory, BUFFERS.remove, one).atexit = False
+    weakref.finalize(memory, one.let_go).atexit = False
     return data[:nbytes]
 
 
@@ -103,6 +113,7 @@ class LentView:
         self.data = memoryview(self._map)
 
 
+MAX_VIEWS: Final = 64  # each takes a descriptor
 _VIEWS: weakref.WeakValueDictionary[tuple[int, int], LentView] = weakref.WeakValueDictionary()
 _VIEWING: Final = threading.Lock()
 
@@ -110,19 +121,25 @@ _VIEWING: Final = threading.Lock()
 def view_lent(fd: int, nbytes: int) -> LentView:
     """Map lent memory: once, however many connections it is lent over. Takes the descriptor over.
 
-    Raises TransportError unless it is a memfd of this size that cannot shrink, of ordinary pages, so that no access can
-    fail.
+    Raises TransportError unless it is a memfd of this size that cannot shrink, of ordinary pages which all exist, so
+    that no access can fail, and takes no memory of this process's; or if MAX_VIEWS are mapped.
     """
     try:
         check_sealed(fd, nbytes, "memory lent")
         known = os.fstat(fd)
-        if known.st_blksize != mmap.PAGESIZE:
+        if os.fstatvfs(fd).f_bsize != mmap.PAGESIZE:
             raise TransportError("the memory lent is of huge pages, which may not be there; it was not mapped")
+        if os.lseek(fd, 0, os.SEEK_HOLE) < nbytes:
+            raise TransportError("the memory lent has holes, which would be filled here; it was not mapped")
         with _VIEWING:
             view = _VIEWS.get((known.st_dev, known.st_ino))
+            if view is None and len(_VIEWS) >= MAX_VIEWS:
+                raise TransportError(f"{MAX_VIEWS} pieces of memory are lent to this server already; lend fewer")
             if view is None:
                 view = _VIEWS[known.st_dev, known.st_ino] = LentView(fd, nbytes)
             return view
+    except TransportError:
+        raise
     except (OSError, ValueError, OverflowError) as error:
         raise TransportError(f"the memory lent could not be mapped: {error}") from error
     finally:

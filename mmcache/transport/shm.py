@@ -7,6 +7,7 @@ can be hit by SIGBUS when a peer truncates its file.
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import mmap
 import os
@@ -40,11 +41,11 @@ def check_sealed(fd: int, nbytes: int, what: str) -> None:
         raise TransportError(f"the {what} is not a memfd of {nbytes} bytes sealed against resizing; it was not mapped")
 
 
-def _file(fd: int) -> tuple[int, ...]:
-    """What tells a file in memory from every other one: the kernel counts their numbers up, and might begin anew while
-    a map keeps one in use; not in the nanosecond in which it was given its size, which never changes."""
+def _file(fd: int) -> tuple[object, ...]:
+    """What tells a file in memory from every other one: its name and number. The kernel's numbers come round again
+    while a map keeps a file in use, so a server names its own at random."""
     found = os.fstat(fd)
-    return found.st_dev, found.st_ino, found.st_ctime_ns, found.st_size
+    return os.readlink(f"/proc/self/fd/{fd}"), found.st_dev, found.st_ino, found.st_size
 
 
 class ArenaMap:
@@ -55,9 +56,11 @@ class ArenaMap:
     """
 
     def __init__(self, fd: int, nbytes: int, *, populate: bool) -> None:
+        self._file: tuple[object, ...] = ()
         try:
             check_sealed(fd, nbytes, "arena")
-            self._file = _file(fd)
+            with contextlib.suppress(OSError):
+                self._file = _file(fd)
             flags = mmap.MAP_SHARED | (mmap.MAP_POPULATE if populate else 0)
             self._map = mmap.mmap(fd, nbytes, flags=flags, prot=mmap.PROT_READ)
         except OSError as error:
@@ -70,7 +73,9 @@ class ArenaMap:
 
     def is_of(self, fd: int) -> bool:
         """Whether this maps the file of that descriptor."""
-        return self._file == _file(fd)
+        with contextlib.suppress(OSError):  # no /proc: nobody knows
+            return self._file == _file(fd)
+        return False
 
 
 class Ring:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import socket
 import threading
 import time
 from collections.abc import Iterator
@@ -21,7 +22,8 @@ from mmcache.server.access import DENIED
 from mmcache.server.access_edit import find_token, with_token, without_token
 from mmcache.server.grants import digest_of, parse_grants
 from mmcache.testing.process import ServerProcess
-from mmcache.transport.base import Op
+from mmcache.transport.base import PROTOCOL, Op, pack_prelude
+from mmcache.transport.shm import Ring
 from mmcache.transport.tcp import Channel
 from tests.integration.access_bed import EXPIRED, TOKENS, ask_join, tenants_file, write_access
 from tests.integration.support import Raw, blanks, eventually, keys_of, values_of
@@ -203,6 +205,21 @@ def test_memory_holds_everybodys_entries_so_no_tenant_maps_it(server: ServerProc
         assert cache.stat()["transport"] == "tcp"
     with pytest.raises(TransportError, match="no shared memory"):
         mmcache.connect(f"mmcache+unix://{server.unix_path}?transport=shm", token=TOKENS["a"])
+
+
+def test_who_is_not_let_into_the_memory_may_not_lend_any(server: ServerProcess) -> None:
+    ring = Ring()
+    request = pb.JoinRequest(protocol=PROTOCOL, token=TOKENS["a"])
+    request.ring_slots, request.ring_slot_nbytes = ring.slots, ring.slot_nbytes
+    body = request.SerializeToString()
+    with Raw(server.unix_path) as raw:
+        socket.send_fds(raw.sock, [pack_prelude(Op.JOIN, 1, len(body)) + body], [ring.fd])
+        op, body = raw.answer()
+        assert op == Op.JOIN
+        assert not pb.JoinReply.FromString(body).lends
+        raw.ask(Op.LEND, pb.LendRequest(nbytes=4096))
+        assert "cannot be lent" in raw.refusal().message
+    ring.close_fd()
 
 
 # ------------------------------------------------------------------------------------------ rotation

@@ -8,6 +8,8 @@ import gc
 import os
 import socket
 import struct
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -25,7 +27,7 @@ from mmcache.pb import cache_pb2 as pb
 from mmcache.tensors import Bytes
 from mmcache.testing.process import ServerProcess
 from mmcache.transport.base import LENT_MEMORIES, LENT_PIECE, MAX_FOLLOWING_NBYTES, Op
-from mmcache.transport.lent import shared_buffer
+from mmcache.transport.lent import MAX_VIEWS, shared_buffer
 from tests.integration.support import eventually, frame_bytes, keys_of, reserve_request
 from tests.integration.test_bad_rings import RawRing
 
@@ -180,6 +182,31 @@ def test_a_child_lends_what_it_inherited(server: ServerProcess, client: Client) 
     assert lent(client) - before == 4096
 
 
+def test_values_without_a_byte_are_stored(client: Client) -> None:
+    kept = filled(4096, 8)
+    empty = np.empty((0, 3), np.float32)
+    assert all(client.put(keys_of(2, "empty"), [empty, {}]))
+    many: dict[str, Any] = {f"{number}": empty for number in range(1000)}
+    keys = keys_of(4, "many empty")
+    assert all(client.put(keys, [many | {"last": kept}] * 4))
+    into = {name: np.empty_like(value) for name, value in (many | {"last": kept}).items()}
+    assert all(client.get_into(keys[:1], [into]))
+    assert into["last"].tobytes() == kept.tobytes()
+
+
+def test_buffers_may_be_collected_anywhere(client: Client) -> None:
+    """In cycles, by a collector that runs all the time: also inside of what makes new ones."""
+    script = """
+import gc
+from mmcache.transport.lent import shared_buffer
+gc.set_threshold(1)
+for number in range(500):
+    cycle = {"buffer": shared_buffer(4096)}
+    cycle["self"] = cycle
+"""
+    subprocess.run([sys.executable, "-c", script], check=True, timeout=60)
+
+
 @pytest.mark.parametrize("nbytes", [0, -1])
 def test_a_buffer_of_nothing_is_refused(nbytes: int) -> None:
     with pytest.raises(UsageError, match="ask for 1 or more"):
@@ -190,6 +217,7 @@ def test_a_buffer_of_nothing_is_refused(nbytes: int) -> None:
 def memfd(nbytes: int, seals: int = SEALS) -> int:
     fd = os.memfd_create("lent", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
     os.ftruncate(fd, nbytes)
+    os.pwrite(fd, bytes(nbytes), 0)
     if seals:
         fcntl.fcntl(fd, fcntl.F_ADD_SEALS, seals)
     return fd
@@ -237,6 +265,30 @@ def test_memory_that_could_harm_the_server_is_not_mapped(
         sound = memfd(8192)
         assert raw.lend([sound], 8192) == ""  # and the connection goes on
         os.close(sound)
+
+
+def test_memory_with_holes_is_not_mapped(server: ServerProcess) -> None:
+    fd = os.memfd_create("holes", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
+    os.ftruncate(fd, 1 << 40)
+    os.pwrite(fd, b"x" * 4096, 0)
+    fcntl.fcntl(fd, fcntl.F_ADD_SEALS, SEALS)
+    with Lender(server) as raw:
+        assert "has holes" in raw.lend([fd], 1 << 40)
+    os.close(fd)
+
+
+def test_a_server_maps_only_so_many(server: ServerProcess) -> None:
+    lenders = [Lender(server) for _ in range(MAX_VIEWS // LENT_MEMORIES + 1)]
+    said = []
+    for raw in lenders:
+        for number in range(LENT_MEMORIES):
+            fd = memfd(4096)
+            said.append(raw.lend([fd], 4096, number))
+            os.close(fd)
+    assert said[:MAX_VIEWS] == [""] * MAX_VIEWS
+    assert all("lent to this server already" in why for why in said[MAX_VIEWS:])
+    for raw in lenders:
+        raw.sock.close()
 
 
 def test_what_is_no_memfd_is_not_mapped(server: ServerProcess) -> None:

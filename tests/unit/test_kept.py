@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
 from types import FrameType
 from typing import Any
 
@@ -69,14 +70,15 @@ def test_a_kill_at_any_step_leaves_the_records_before_or_after_it() -> None:
         images.add(bytes(over))
         return trace
 
-    for work in (
+    works: list[Callable[[], bool]] = [
         lambda: one.append(b"first"),
         lambda: one.append(b"second" * 8),
         lambda: one.rewrite([b"first", b"third"]),
         lambda: one.append(b"x" * 40),
         lambda: one.rewrite([b"y" * 50]),
         lambda: one.rewrite([b"z"]),
-    ):
+    ]
+    for work in works:
         before = tuple(one)
         images.clear()
         sys.settrace(trace)

@@ -15,11 +15,13 @@ import numpy as np
 import pytest
 
 import mmcache.store
+import mmcache.store.restore as restore_module
+import mmcache.store.rows as rows_module
 from mmcache.store.answers import Found, Reserved
 from mmcache.store.index import Index
 from mmcache.store.policies import POLICIES
 from mmcache.store.restore import Restored, restore
-from mmcache.store.rows import FORK_CHILDREN, FREE, LIVE, RECORD, Rows
+from mmcache.store.rows import FREE, LIVE, RECORD, Rows
 from mmcache.why import Why
 from tests.unit.index_bed import UNIT, Bed, key
 
@@ -394,12 +396,12 @@ def test_rows_that_were_never_used_stay_unused() -> None:
     assert np.all(np.frombuffer(index.rows.state, np.uint8) == FREE)
 
 
-def test_keys_that_many_name_as_parent_are_so_again() -> None:
+def test_keys_that_many_name_as_parent_are_so_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    for module in (rows_module, restore_module):
+        monkeypatch.setattr(module, "FORK_CHILDREN", 8)
     columns = Columns()
     life = Life(columns)
-    life.store(0)
-    for number in range(1, FORK_CHILDREN + 1):
-        life.store(number, parent=0)
+    assert all([life.store(1), *(life.store(number, parent=1) for number in range(2, 10))])
     index, _ = restored(columns.image())
     assert index.rows.forks == life.index.rows.forks != {}
     index.check_integrity()

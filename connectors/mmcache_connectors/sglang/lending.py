@@ -39,7 +39,7 @@ def allocate(original: Callable[..., Any], dims: tuple[int, ...], dtype: Any) ->
         return original(dims, dtype)
     count = math.prod(dims)
     try:
-        memory = shared_buffer(count * dtype.itemsize, prefault=True)
+        memory = shared_buffer(count * dtype.itemsize)
     except TransportError as error:
         log.warning("the host pool cannot be lent to a cache: %s", error)
         return original(dims, dtype)
