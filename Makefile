@@ -9,6 +9,8 @@ ENGINES ?= .engines
 # How many bytes each fuzz target is given, and the most seconds that may take.
 FUZZ_BYTES ?= 10000000
 FUZZ_SECONDS ?= 1800
+# How many seeds are simulated.
+SEEDS ?= 1000
 # Tests wait for processes and sockets more than for the CPU.
 WORKERS ?= 3
 # Errors only: the rest of what pip says is noise here.
@@ -26,7 +28,7 @@ PEERS ?= .peers
 .DEFAULT_GOAL := help
 # One environment: two installations at once would break each other, so `make -j` runs one target at a time too.
 .NOTPARALLEL:
-.PHONY: help demo native test check fuzz soak engines test-engines test-engines-full bench-peers
+.PHONY: help demo native test check fuzz simulate soak engines test-engines test-engines-full bench-peers
 
 help:
 	@echo "make demo    install, then run the main job: mmcache bench media"
@@ -34,6 +36,7 @@ help:
 	@echo "make test    install (Node too, for its client), then run check and all tests with coverage"
 	@echo "make check   install, then run ruff, mypy and the import contracts"
 	@echo "make fuzz    install, then give every fuzz target FUZZ_BYTES=10000000 bytes"
+	@echo "make simulate    install, then simulate clusters from SEEDS=1000 seeds"
 	@echo "make soak    install, then run eight clients against a server for five minutes, then 10,000 connections"
 	@echo "make bench-peers   install other caches into .peers, then measure them and mmcache (a quarter of an hour; QUICK=1: minutes)"
 	@echo "make test-engines        install the real vLLM and SGLang (CPU) into .engines, then run the engine suites"
@@ -59,6 +62,9 @@ test: check $(NATIVE)
 
 fuzz: $(TEST)
 	$(BIN)/python -m tests.fuzz --bytes $(FUZZ_BYTES) --seconds $(FUZZ_SECONDS)
+
+simulate: $(BENCH)
+	$(BIN)/python -m mmcache.testing.simulator --seeds $(SEEDS) $(ARGS)
 
 soak: $(BENCH)
 	$(BIN)/python benchmarks/soak.py --minutes 5 --connects 10000

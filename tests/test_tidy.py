@@ -84,6 +84,7 @@ PURE = {
     "mmcache.size.sheet",
     "mmcache.units",
     "mmcache.why",
+    "mmcache.client.cluster_steps",
     "mmcache.client.plan",
     "mmcache.client.protocol",
     "mmcache.client.sending",

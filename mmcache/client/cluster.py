@@ -3,22 +3,19 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
-from functools import partial
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from mmcache.client.calls import AnyKeys, AnyMedia, Get, Put
-from mmcache.client.cluster_answers import RESTING, together
-from mmcache.client.cluster_core import ClusterCore, all_of, at_once
-from mmcache.client.cluster_fill import chosen, copy
+from mmcache.client.cluster_core import ClusterCore, all_of
+from mmcache.client.cluster_fill import copy
 from mmcache.client.cluster_shard import Shard
+from mmcache.client.cluster_steps import Read
 from mmcache.client.lease import LeasedFrames
 from mmcache.client.pin import Pinned
-from mmcache.cluster.routes import by_member
-from mmcache.cluster.search import Search
 from mmcache.errors import MMCacheError, TransportError
 from mmcache.keyset import Keys
-from mmcache.transport.base import HIT, MISS, Outcome, Result
+from mmcache.transport.base import HIT, MISS, Result
 
 
 class ClusterClient(ClusterCore):
@@ -37,8 +34,8 @@ class ClusterClient(ClusterCore):
         """As `Client.pin_prefix`; one object holds what is pinned on every shard."""
         held: list[tuple[int, Pinned]] = []  # the first row, and what is pinned from there on
 
-        def pin(shard: Shard, digests: Sequence[bytes], deadline: float) -> int | None:
-            pinned = shard.pin(digests, deadline)
+        def pin(shard: Shard, digests: Sequence[bytes], until: float) -> int | None:
+            pinned = shard.pin(digests, until)
             if pinned is None:
                 return None
             if pinned.count:
@@ -54,50 +51,48 @@ class ClusterClient(ClusterCore):
         kept = [pinned for first, pinned in held if first < count]
         return Pinned(count, range(len(kept)), lambda _: all_of(kept))
 
+    def _leading(self, rows: Keys, ask: Callable[[Shard, Sequence[bytes], float], int | None]) -> int:
+        deadline = self._deadline()
+        return self._run(
+            lambda now: self._conduct.leading(rows, now, deadline),
+            lambda shard, wanted, until: ask(shard, [rows.digests[row] for row in wanted], until),
+        )
+
     def contains(self, keys: AnyKeys) -> list[bool]:
         """As `Client.contains`."""
-        rows = Keys.of(keys)
-        deadline, search = self._deadline(), self._search(rows)
-        while asks := search.asks():
-            for member, wanted, flags in self._round(rows, search, asks, deadline, Shard.flags):
-                self._mark(rows, search, member, wanted, flags)
-        return list(map(bool, search.found))
+        rows, deadline = Keys.of(keys), self._deadline()
+
+        def flags(shard: Shard, wanted: Sequence[int], until: float) -> list[Result] | None:
+            there = shard.flags([rows.digests[row] for row in wanted], until)
+            return None if there is None else [HIT if one else MISS for one in there]
+
+        read = self._run(lambda now: self._conduct.read(rows, now, deadline), flags)
+        return list(map(bool, read.search.found))
 
     def get_into(self, keys: AnyKeys, buffers: Sequence[Any], *, verify: bool | None = None) -> list[Result]:
         """As `Client.get_into`; what one shard lacks is read from the next that may have it."""
         get = Get.of(keys, buffers, self._verifies(verify), self._copier)
-        rows, results = get.rows, get.results
-        deadline, search = self._deadline(), self._search(rows)
+        deadline = self._deadline()
 
-        def fetch(shard: Shard, part: Get, until: float) -> Get:
+        def fetch(shard: Shard, wanted: Sequence[int], until: float) -> list[Result]:
+            part = get.pick(wanted)
             shard.fetch(part, until)
-            return part
+            return part.results
 
-        found_on: dict[int, str] = {}
-        asked: set[int] = set()
-        while asks := search.asks():
-            parts = {member: get.pick(wanted) for member, wanted in asks.items()}
-            for member, wanted, part in self._round(rows, search, asks, deadline, fetch, parts):
-                assert part is not None
-                asked.update(wanted)
-                for row, result in zip(wanted, part.results, strict=True):
-                    results[row] = result
-                    if result is HIT:
-                        found_on[row] = member
-                self._mark_results(rows, search, member, wanted, part.results)
-        for row, result in enumerate(results):
-            if result is MISS and search.is_troubled(row) and row not in asked:
-                results[row] = RESTING
+        read = self._run(lambda now: self._conduct.read(get.rows, now, deadline), fetch)
+        get.results[:] = read.results
         self._count(get.counts())
-        self._fill(get, search, found_on, deadline)
-        return results
+        if read.rescued:
+            self._count({"failovers": read.rescued})
+        self._fill(get, read, deadline)
+        return get.results
 
-    def _fill(self, get: Get, search: Search, found_on: Mapping[int, str], deadline: float) -> None:
+    def _fill(self, get: Get, read: Read, deadline: float) -> None:
         """Copy some of what was found elsewhere to where it was looked for first, if there is time."""
-        wanted_on = {row: first for row in found_on if (first := search.lacking(row)) is not None}
-        if not wanted_on or deadline - time.monotonic() < self.config.deadline_s / 2:
+        if not read.found_on:
             return
-        for (source, target), picked in chosen(found_on, wanted_on, get.sizes()).items():
+        left = (deadline - time.monotonic()) / self.config.deadline_s
+        for (source, target), picked in self._conduct.copies(read, get.sizes(), left).items():
             giver, taker = self._shards.get(source), self._shards.get(target)
             if giver is not None and taker is not None and taker.answering:
                 try:
@@ -105,8 +100,7 @@ class ClusterClient(ClusterCore):
                 except MMCacheError:  # the read is done: nothing depends on this
                     continue
                 self._count({"copied": copied})
-                for row in picked:
-                    self._absent.stored(target, get.rows.digests[row])
+                self._conduct.copied(get.rows, picked, target)
 
     def put(
         self, keys: AnyKeys, tensors: Sequence[Any], *, ttl_s: float | None = None, media: AnyMedia = None
@@ -114,40 +108,33 @@ class ClusterClient(ClusterCore):
         """As `Client.put`, on every owner of a key at the same time. A key counts as stored where one owner has it; the
         result then says which owners have not."""
         put = Put.of(keys, tensors, ttl_s, media, self._native.hasher)
-        deadline, rows = self._deadline(), put.rows
-        routes = self._routes(rows)
-        groups = by_member((row, route.owners) for row, route in enumerate(routes))
-        shards = [(name, shard) for name in groups if (shard := self._shards.get(name)) is not None]
-        parts = [put.pick(groups[name]) for name, _ in shards]
-        at_once([partial(shard.store, part, deadline) for (_, shard), part in zip(shards, parts, strict=True)])
-        said: list[dict[str, Result]] = [{} for _ in routes]
-        for (name, _), part in zip(shards, parts, strict=True):
-            for row, result in zip(groups[name], part.results, strict=True):
-                said[row][name] = result
-                if result:
-                    self._absent.stored(name, rows.digests[row])
-        self._hear(rows, [name for name, _ in shards])
-        self._note_failures(
-            name for answers in said for name, one in answers.items() if one.outcome is Outcome.UNAVAILABLE
-        )
-        put.results[:] = [together(route.owners, answers) for route, answers in zip(routes, said, strict=True)]
+        deadline = self._deadline()
+
+        def store(shard: Shard, wanted: Sequence[int], until: float) -> list[Result]:
+            part = put.pick(wanted)
+            shard.store(part, until)
+            return part.results
+
+        put.results[:] = self._run(lambda now: self._conduct.store(put.rows, now, deadline), store)
         self._count(put.counts())
         return put.results
 
     def acquire(self, keys: AnyKeys) -> LeasedFrames:
         """As `Client.acquire`; one object holds the leases of all shards."""
-        rows = Keys.of(keys)
-        deadline, search = self._deadline(), self._search(rows)
+        rows, deadline = Keys.of(keys), self._deadline()
         frames: list[Any] = [None] * len(rows)
         held: list[LeasedFrames] = []
-        while asks := search.asks():
-            for member, wanted, leased in self._round(rows, search, asks, deadline, Shard.take):
-                if leased is not None:
-                    held.append(leased)
-                    for row, frame in zip(wanted, leased.frames, strict=True):
-                        frames[row] = frame
-                flags = None if leased is None else [frame is not None for frame in leased.frames]
-                self._mark(rows, search, member, wanted, flags, note=False)
+
+        def take(shard: Shard, wanted: Sequence[int], until: float) -> list[Result] | None:
+            leased = shard.take([rows.digests[row] for row in wanted], until)
+            if leased is None:
+                return None
+            held.append(leased)
+            for row, frame in zip(wanted, leased.frames, strict=True):
+                frames[row] = frame
+            return [MISS if frame is None else HIT for frame in leased.frames]
+
+        self._run(lambda now: self._conduct.read(rows, now, deadline, note=False), take)
         return LeasedFrames(frames, range(len(held)), lambda _: all_of(held))
 
     def delete(self, keys: AnyKeys) -> list[bool]:

@@ -1,4 +1,4 @@
-"""What a cluster's shards answer, put together to one answer: puts, statistics, and what operators ask.
+"""What a cluster's shards answer, put together to one answer: statistics, and what operators ask.
 
 What walks over all entries of a server, step by step (remove, list, audit), is asked of each shard by its own URL.
 """
@@ -13,21 +13,11 @@ from google.protobuf.message import Message
 
 from mmcache.errors import ProtocolError, TransportError, UsageError
 from mmcache.pb import cache_pb2 as pb
-from mmcache.transport.base import Op, Outcome, Result
+from mmcache.transport.base import Op
 from mmcache.why import Why
 
 M = TypeVar("M", bound=Message)
-RESTING: Final = Result(Outcome.UNAVAILABLE, "no shard that may have it answers; they are asked again shortly")
 MOST_RECENT: Final = 1000
-_BETTER: Final = (Outcome.STORED, Outcome.PRESENT, Outcome.REFUSED)
-
-
-def together(owners: Sequence[str], answers: Mapping[str, Result]) -> Result:
-    """What a put came to, given what each owner that could be asked said: the best of it, and who has it not."""
-    results = [answers.get(owner, RESTING) for owner in owners]
-    best = next((result for kind in _BETTER for result in results if result.outcome is kind), results[0])
-    without = [f"{owner}: {result.reason}" for owner, result in zip(owners, results, strict=True) if not result]
-    return Result(best.outcome, f"not on {'; '.join(without)}") if best and without else best
 
 
 def answered(answers: Mapping[str, Any]) -> dict[str, Any]:

@@ -1,8 +1,8 @@
 """What a cluster's client knows and does between its calls: the view, the shards, and rounds of asking them.
 
-Where a call goes is decided in mmcache.cluster (routes, search); here it is carried out, on one thread a shard where
-several are asked. A view that has changed is taken at the start of a call. As with one shard, whatever happens to the
-shards comes back as outcomes, within the call's deadline.
+Where a call goes is decided in cluster_steps.py and mmcache.cluster (routes, search); here it is carried out, on one
+thread a shard where several are asked. A view that has changed is taken at the start of a call. As with one shard,
+whatever happens to the shards comes back as outcomes, within the call's deadline.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from __future__ import annotations
 import os
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, Final, TypeVar
 
@@ -20,18 +20,16 @@ from google.protobuf.message import Message
 from mmcache.client.blocking import Client
 from mmcache.client.cluster_answers import answered, merged, stat_of
 from mmcache.client.cluster_shard import Shard, Shards
+from mmcache.client.cluster_steps import Conduct, Replies, Round, Steps
 from mmcache.client.core import ClientCore
 from mmcache.client.lease import LeasedFrames
 from mmcache.client.pin import Pinned
-from mmcache.cluster.absent import Absent
 from mmcache.cluster.membership import Membership
 from mmcache.cluster.routes import Router
-from mmcache.cluster.search import Search
 from mmcache.cluster.settings import ClusterConfig
 from mmcache.errors import MMCacheError, TransportError, UsageError
-from mmcache.keyset import Keys
 from mmcache.pb import cache_pb2 as pb
-from mmcache.transport.base import Op, Outcome, Result
+from mmcache.transport.base import Op
 from mmcache.transport.beside import beside
 from mmcache.transport.shm import ArenaMap
 
@@ -46,11 +44,16 @@ class ClusterCore(Client):
     def __init__(self, config: ClusterConfig, membership: Membership) -> None:
         ClientCore.__init__(self, config.client)
         self._membership = membership
-        now = time.monotonic()
-        self._router = Router(membership.view(), config.replicas, _draw(), now, config.ramp_s)
-        self._absent = Absent(config.absent_s)
-        self._news = 0  # how often a fork was heard of that was not known
         self._shards = Shards(config.settings, self._count, self._renew_lock)
+        self._conduct = Conduct(
+            membership.view(),
+            config.replicas,
+            self._shards.open_to,
+            draw=_draw(),
+            now=time.monotonic(),
+            ramp_s=config.ramp_s,
+            absent_s=config.absent_s,
+        )
         self._shards.take(self._router.view)
         self.announces = True
 
@@ -61,6 +64,10 @@ class ClusterCore(Client):
     def _renew_lock(self) -> None:
         super()._renew_lock()
         self._deciding = threading.Lock()
+
+    @property
+    def _router(self) -> Router:
+        return self._conduct.router
 
     # ------------------------------------------------------------------ what holds for all shards together
 
@@ -148,130 +155,31 @@ class ClusterCore(Client):
         if view is not self._router.view:
             with self._deciding:
                 if view is not self._router.view:
-                    self._router.take(view, time.monotonic())
-                    self._absent.keep(self._router.ids)
+                    self._conduct.take(view, time.monotonic())
                     self._shards.take(view)
 
-    def _routes(self, rows: Keys, *, counts: bool = False) -> list[Any]:
+    def _run(self, steps: Callable[[float], Steps[T]], ask: Callable[[Shard, Sequence[int], float], Any]) -> T:
+        """Carry a call out, which begins at the time that `steps` is given: every round of it, and what it comes to.
+        `ask` asks a shard for these rows, until then."""
         self._look()
-        with self._deciding:
-            return self._router.routes(rows, time.monotonic(), counts=counts)
-
-    def _search(self, rows: Keys, found: bytes = b"") -> Search:
-        routes = self._routes(rows, counts=not found)
-        now, digests, absent = time.monotonic(), rows.digests, self._absent
-
-        def lacks(member: str, row: int, last: bool) -> bool:
-            return absent(member, digests[row], now, last=last)
-
-        search = Search(routes, self._shards.open_to, lacks)
-        if found:
-            search.found[:] = found
-        return search
-
-    def _leading(self, rows: Keys, ask: Callable[[Shard, Sequence[bytes], float], int | None]) -> int:
-        deadline, found, again = self._deadline(), b"", True
-        while True:
-            search = self._search(rows, found)
-            news = self._news
-            while asks := search.asks(prefix=True):
-                for member, wanted, count in self._round(rows, search, asks, deadline, ask):
-                    if count is None:
-                        self._fail(search, member, wanted)
-                    elif (row := search.leading(wanted, count)) is not None:
-                        self._absent.note(member, rows.digests[row], time.monotonic())
-            # A fork that was heard of just now says where the rest may lie: worth one more look.
-            if not again or self._news == news or search.prefix == len(rows):
-                return search.prefix
-            found, again = bytes(search.found), False
-
-    def _round(
-        self,
-        rows: Keys,
-        search: Search,
-        asks: Mapping[str, Sequence[int]],
-        deadline: float,
-        ask: Callable[[Shard, Any, float], T],
-        parts: Mapping[str, Any] | None = None,
-    ) -> list[tuple[str, Sequence[int], T | None]]:
-        """Ask each shard for its rows, or part, at the same time; (member, rows, answer). Each has its share of the
-        time that is left, so that a shard that hangs leaves enough for those that are asked after it."""
-        now = time.monotonic()
-        shards: list[tuple[str, Shard]] = []
-        calls: list[Callable[[], T]] = []
-        for name, wanted in asks.items():
-            shard = self._shards.get(name)
-            if shard is not None and now < deadline:
-                shards.append((name, shard))
-                until = now + (deadline - now) / search.tries(wanted)
-                part = parts[name] if parts is not None else [rows.digests[row] for row in wanted]
-                calls.append(partial(ask, shard, part, until))
-        answers: dict[str, T] = dict(zip((name for name, _ in shards), at_once(calls), strict=True))
-        for name in asks.keys() - answers.keys():
-            for row in asks[name]:
-                search.fail(row)
-        self._hear(rows, list(answers))
-        return [(name, asks[name], answer) for name, answer in answers.items()]
-
-    def _mark(
-        self,
-        rows: Keys,
-        search: Search,
-        member: str,
-        wanted: Sequence[int],
-        flags: Sequence[bool] | None,
-        *,
-        note: bool = True,
-    ) -> None:
-        if flags is None:
-            self._fail(search, member, wanted)
-            return
-        now = time.monotonic()
-        for row, there in zip(wanted, flags, strict=True):
-            if there:
-                search.hit(row)
-            else:
-                search.miss(row)
-                if note:
-                    self._absent.note(member, rows.digests[row], now)
-
-    def _mark_results(
-        self, rows: Keys, search: Search, member: str, wanted: Sequence[int], results: Sequence[Result]
-    ) -> None:
-        now, failed, rescued = time.monotonic(), False, 0
-        for row, result in zip(wanted, results, strict=True):
-            if result.outcome is Outcome.MISS:
-                search.miss(row)
-                self._absent.note(member, rows.digests[row], now)
-            elif result.outcome in (Outcome.UNAVAILABLE, Outcome.CORRUPT):
-                failed |= result.outcome is Outcome.UNAVAILABLE
-                search.fail(row)
-            else:
-                rescued += search.is_troubled(row)
-                search.hit(row)
-        if failed:
-            self._note_failures((member,))
-        if rescued:
-            self._count({"failovers": rescued})
-
-    def _fail(self, search: Search, member: str, wanted: Sequence[int]) -> None:
-        for row in wanted:
-            search.fail(row)
-        self._note_failures((member,))
-
-    def _note_failures(self, members: Any) -> None:
-        now = time.monotonic()
-        with self._deciding:
-            for member in set(members):
-                self._router.failed(member, now)
-
-    def _hear(self, rows: Keys, members: Sequence[str]) -> None:
-        """Take note of the forks that shards told of in their replies."""
-        shards = [shard for name in members if (shard := self._shards.get(name)) is not None]
-        told = set().union(*[shard.forks() for shard in shards])
-        if told:
+        call = steps(time.monotonic())
+        try:
             with self._deciding:
-                self._news += self._router.forks.hear(rows, told, time.monotonic())
+                asks = next(call)
+            while True:
+                replies = self._round(asks, ask)
+                with self._deciding:
+                    asks = call.send(replies)
+        except StopIteration as end:
+            result: T = end.value
+            return result
+
+    def _round(self, asks: Round, ask: Callable[[Shard, Sequence[int], float], Any]) -> Replies:
+        """Ask each shard at the same time."""
+        shards = {name: shard for name in asks if (shard := self._shards.get(name)) is not None}
+        answers = at_once([partial(ask, shard, asks[name].rows, asks[name].until) for name, shard in shards.items()])
+        told = set[bytes]().union(*[shard.forks() for shard in shards.values()])
+        return Replies(time.monotonic(), dict(zip(shards, answers, strict=True)), told)
 
 
 def _draw() -> int:

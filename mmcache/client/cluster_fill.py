@@ -7,8 +7,7 @@ for. What is copied was verified after it had left the memory of others; what ha
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Mapping, Sequence
-from typing import Final
+from collections.abc import Mapping
 
 import numpy as np
 
@@ -18,26 +17,6 @@ from mmcache.errors import FrameError
 from mmcache.frame_view import Frame
 from mmcache.keyset import Keys
 from mmcache.tensors import HostTensor
-
-COPY_NBYTES: Final = 4 << 20  # of one call: what a shard on the same host takes in a few milliseconds
-
-
-def chosen(
-    found_on: Mapping[int, str], wanted_on: Mapping[int, str], sizes: Sequence[int]
-) -> dict[tuple[str, str], list[int]]:
-    """Which rows to copy now, by (from, to): those that were not found where they are wanted, the first of them, up to
-    COPY_NBYTES, and one at least."""
-    groups: dict[tuple[str, str], list[int]] = {}
-    left = COPY_NBYTES
-    for row, source in found_on.items():
-        target = wanted_on.get(row, source)
-        if target == source:
-            continue
-        if groups and sizes[row] > left:
-            break
-        left -= sizes[row]
-        groups.setdefault((source, target), []).append(row)
-    return groups
 
 
 def copy(rows: Keys, source: Shard, target: Shard, deadline: float) -> int:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import pytest
 
-from mmcache.client.cluster_answers import RESTING, answered, merged, stat_of, together
+from mmcache.client.cluster_answers import answered, merged, stat_of
 from mmcache.client.cluster_shard import shard_config
+from mmcache.client.cluster_steps import RESTING, together
 from mmcache.cluster.settings import ABSENT_S, ClusterConfig, is_cluster, parse_any_url, parse_cluster_url
 from mmcache.cluster.urls import open_membership
 from mmcache.errors import ConfigError, ProtocolError, TransportError, UsageError
