@@ -79,14 +79,24 @@ def test_a_server_out_of_descriptors_serves_who_is_connected_and_later_the_other
         resource.prlimit(server.pid, resource.RLIMIT_NOFILE, usual)
 
 
-def settled_descriptors(pid: int) -> int:
-    """How many there are when those of connections that have ended are closed too: unchanged for half a second."""
-    found, since = descriptors(pid), time.monotonic()
+def numbers(pid: int) -> set[int]:
+    return set(map(int, os.listdir(f"/proc/{pid}/fd")))
+
+
+def settled_numbers(pid: int) -> set[int]:
+    """The descriptors when those of connections that have ended are closed too: unchanged for half a second."""
+    found, since = numbers(pid), time.monotonic()
     while time.monotonic() < since + 0.5:
         time.sleep(0.01)
-        if descriptors(pid) != found:
-            found, since = descriptors(pid), time.monotonic()
+        if numbers(pid) != found:
+            found, since = numbers(pid), time.monotonic()
     return found
+
+
+def limit_with_one_free(taken: set[int]) -> int:
+    """The limit is one of numbers, not of how many there are: between those in use there are free ones."""
+    _, second = sorted(set(range(max(taken) + 3)) - taken)[:2]
+    return second
 
 
 def test_a_server_with_no_descriptor_left_for_a_ring_says_so_and_goes_on(
@@ -96,7 +106,8 @@ def test_a_server_with_no_descriptor_left_for_a_ring_says_so_and_goes_on(
     assert is_served(bystander)
     eventually(lambda: bystander.stat()["counters"]["connections"] == 1, "connections of other tests ended")
     # One for the connection: the descriptor that comes beside Join, or its map's own, has no place.
-    resource.prlimit(server.pid, resource.RLIMIT_NOFILE, (settled_descriptors(server.pid) + 1, usual[1]))
+    limit = limit_with_one_free(settled_numbers(server.pid))
+    resource.prlimit(server.pid, resource.RLIMIT_NOFILE, (limit, usual[1]))
     try:
         url = f"mmcache+unix://{server.unix_path}"
         with mmcache.connect(url, deadline_s=2, lazy=True) as cache:
