@@ -152,6 +152,23 @@ def test_a_build_that_lays_out_columns_otherwise_begins_anew(monkeypatch: pytest
     assert Life(over).why_cold == f"layout was {LAYOUT} and is {LAYOUT + 1}"
 
 
+def test_a_server_that_has_too_little_memory_leaves_nothing_for_the_one_before_to_come_back_to() -> None:
+    """It serves without, and writes where the values were: an upgrade that is taken back must not trust those rows."""
+    over = memory()
+    assert Life(over).why_cold
+    assert not Life(over).why_cold
+    with pytest.raises(StoreError, match="are held for the index"):
+        Kept(over, 2 * ENTRIES, SETTINGS)
+    assert Life(over).why_cold == "what the server before left is not complete"
+
+
+def test_too_little_memory_that_was_never_used_stays_so() -> None:
+    over = memory()
+    with pytest.raises(StoreError, match="are held for the index"):
+        Kept(over, 2 * ENTRIES, SETTINGS)
+    assert Life(over).why_cold == "nothing was stored before"
+
+
 def test_a_start_that_was_killed_halfway_is_not_gone_on_with() -> None:
     over = memory()
     Life(over).column[3] = 9
