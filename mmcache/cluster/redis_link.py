@@ -31,11 +31,13 @@ _NOW: Final = """
 local time = redis.call('TIME')
 local now_ms = time[1] * 1000 + math.floor(time[2] / 1000)
 """
-# What is said now, in place of what was said before, if anything; who has not been heard of for a time is dropped.
+# What is said now, in place of what was said before, if anything; who has not been heard of for a time is dropped, and
+# what was said in a time to come: the clock was put back, or is that of another Redis since a failover.
 _SAY: Final = f"""{_NOW}
 redis.call('ZREM', KEYS[1], ARGV[2])
 redis.call('ZADD', KEYS[1], now_ms, ARGV[1])
 redis.call('ZREMRANGEBYSCORE', KEYS[1], '-inf', now_ms - ARGV[3])
+redis.call('ZREMRANGEBYSCORE', KEYS[1], now_ms + ARGV[3], '+inf')
 redis.call('EXPIRE', KEYS[1], ARGV[4])
 """
 # Heartbeats, each with the time when it was last said, and ids of who is drained. No more members than the limit, of
@@ -50,7 +52,8 @@ local function short(all, limit, step)
     end
     return found
 end
-local said = redis.call('ZREVRANGEBYSCORE', KEYS[1], '+inf', now_ms - ARGV[1], 'WITHSCORES', 'LIMIT', 0, ARGV[2])
+local first, last = now_ms - ARGV[1], now_ms + ARGV[1]
+local said = redis.call('ZREVRANGEBYSCORE', KEYS[1], last, first, 'WITHSCORES', 'LIMIT', 0, ARGV[2])
 return {{short(said, ARGV[3], 2), short(redis.call('SRANDMEMBER', KEYS[2], ARGV[2]), ARGV[4], 1)}}
 """
 

@@ -191,7 +191,7 @@ def test_nonsense_in_redis_is_left_out_said_and_no_harm(there: Redis, caplog: py
     client, prefix = there.client(), "mmcache:{test}:"
 
     def plant(said: bytes) -> None:
-        client.zadd(f"{prefix}beats", {said: time.time_ns() // 10**6 + 60000})  # it stays
+        client.zadd(f"{prefix}beats", {said: time.time_ns() // 10**6 + 5000})  # it stays for a while
 
     good = json.loads(client.zrange(f"{prefix}beats", 0, 0)[0])
     plant(b"\xff\x00")
@@ -210,6 +210,44 @@ def test_nonsense_in_redis_is_left_out_said_and_no_harm(there: Redis, caplog: py
         assert "frames v0" in why["old"]
         assert members.counters["left_out"] == 5
         assert "new (mmcache://127.0.0.1:1) is left out: its heartbeat has schema 2" in caplog.text
+    leave(servers)
+
+
+def test_who_was_heard_of_in_a_time_to_come_is_not_in_for_as_long(there: Redis) -> None:
+    """The clock was put back by an hour, or another Redis took over; a server that died was not heard of since."""
+    url = url_of(there)
+    servers = registered(url, 1)
+    client, beats = there.client(), "mmcache:{test}:beats"
+    dead = json.loads(client.zrange(beats, 0, 0)[0]) | {"id": "127.0.0.1:2", "address": "mmcache://127.0.0.1:2"}
+    client.zadd(beats, {json.dumps(dead): time.time_ns() // 10**6 + 3_600_000})
+    with watched(url) as members:
+        assert ids(members) == ["1"]
+        eventually(lambda: client.zcard(beats) == 1, "it is dropped")
+    leave(servers)
+
+
+def test_a_burst_of_changes_is_looked_at_a_few_times(there: Redis, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As when all servers of a large cluster start: each wakes every client."""
+    url, looks, seen = url_of(there), [], RedisLink.seen
+
+    def counted(self: RedisLink, connection: Any) -> Any:
+        if threading.current_thread().name == "mmcache-members":
+            looks.append(time.monotonic())
+        return seen(self, connection)
+
+    monkeypatch.setattr(RedisLink, "seen", counted)
+    servers = registered(url, 1)
+    with watched(url) as members:
+        eventually(lambda: looks, "it follows")
+        time.sleep(0.5)
+        before = len(looks)
+        client = there.client()
+        for _ in range(200):
+            client.publish("mmcache:{test}:changed", b"")
+        servers += registered(url, 2)
+        becomes(members, "1", "2", patience_s=2.0)
+        time.sleep(2.0)
+        assert len(looks) - before <= 10
     leave(servers)
 
 

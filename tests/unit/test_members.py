@@ -72,6 +72,8 @@ BAD_FIELDS: list[tuple[str, Any, str]] = [
     ("weight", True, "is no weight"),
     ("weight", math.nan, "is no weight"),
     ("weight", math.inf, "is no weight"),
+    ("weight", 10**400, "is no weight"),
+    ("weight", "\x1b[2J\nERROR all is lost", "is no weight"),
     ("registration", None, "is no id"),
     ("since_ms", -1, "not a whole number"),
     ("since_ms", 1 << 80, "not a whole number"),
@@ -88,6 +90,7 @@ def test_a_heartbeat_with_nonsense_is_left_out_with_its_name(name: str, value: A
     with pytest.raises(NoBeat) as refused:
         parse_beat(data)
     assert says in refused.value.left_out.why
+    assert refused.value.left_out.why.isprintable()  # it goes to logs
     if name != "id":
         assert refused.value.left_out.id == "a:1"
 
@@ -245,6 +248,10 @@ BAD_URLS = [
     ("mmcache+redis://:hunter2@h", "a password does not belong in a URL"),
     ("mmcache+redis://me:hunter2@h/0", "a password does not belong in a URL"),
     ("mmcache+redis://h?password=hunter2", "a password does not belong in a URL"),
+    ("mmcache+redis://:hun/hunter2@h/0", "a password does not belong in a URL"),
+    ("mmcache+redis://:hun#hunter2@h/0", "a password does not belong in a URL"),
+    ("mmcache+redis://:hun?hunter2@h/0", "a password does not belong in a URL"),
+    ("mmcache+redis://:hunter2[@h/0", "cannot be read"),
     ("mmcache+redis://a,b", "say mmcache+redis+sentinel or mmcache+redis+cluster"),
     ("mmcache+redis://h/zero", "no database number"),
     ("mmcache+redis://h/0/1", "no database number"),
