@@ -23,7 +23,7 @@ from mmcache.cluster.urls import open_membership, parse_members_url
 from mmcache.errors import ConfigError, TransportError
 from tests.integration.certificates import Authority
 from tests.integration.members_bed import watched
-from tests.integration.redis_bed import Redis, free_port, redis_cluster, redis_sentinels
+from tests.integration.redis_bed import Redis, free_port, redis_cluster, redis_sentinels, registered, url_of
 from tests.integration.support import eventually
 
 GONE_S = TTL_S + CONFIRM_S + 3.0
@@ -33,25 +33,6 @@ GONE_S = TTL_S + CONFIRM_S + 3.0
 def there() -> Iterator[Redis]:
     with Redis() as one:
         yield one
-
-
-def url_of(one: Redis, options: str = "") -> str:
-    return f"mmcache+redis://127.0.0.1:{one.port}/0?cluster=test{options}"
-
-
-def registered(url: str, *ports: int, **changed: Any) -> list[Registration]:
-    """Servers that say that they are there; nobody listens on their ports."""
-    found = []
-    for port in ports:
-        settings: dict[str, Any] = {
-            "id": f"127.0.0.1:{port}",
-            "address": f"mmcache://127.0.0.1:{port}",
-            "weight": 1.0,
-        } | changed
-        found.append(Registration(parse_members_url(url), **settings))
-        found[-1].start(3.0)
-        assert not found[-1].why_not
-    return found
 
 
 def ids(members: Watched) -> list[str]:
