@@ -12,7 +12,7 @@ from typing import Any, Final
 from mmcache.cluster.beats import MAX_BEAT_NBYTES, TTL_S, Beat, NoBeat, parse_beat, who_is_in
 from mmcache.cluster.seen import MAX_MEMBERS, MAX_TEXT, Seen
 from mmcache.cluster.urls import MembersUrl
-from mmcache.errors import ConfigError, TransportError
+from mmcache.errors import ConfigError, MMCacheError, TransportError
 from mmcache.private_file import check_private, read_private
 
 try:
@@ -20,6 +20,7 @@ try:
     from redis.backoff import NoBackoff
     from redis.cluster import ClusterNode, RedisCluster
     from redis.credentials import CredentialProvider
+    from redis.exceptions import RedisClusterException
     from redis.retry import Retry
     from redis.sentinel import Sentinel
 except ImportError as error:
@@ -27,6 +28,7 @@ except ImportError as error:
 
 WAIT_S: Final = 2.0  # for a connection, and for an answer
 KEEP_S: Final = 3600  # what nobody refreshed for so long is gone from Redis, too
+MAX_REASON: Final = 300  # characters
 _NOW: Final = """
 local time = redis.call('TIME')
 local now_ms = time[1] * 1000 + math.floor(time[2] / 1000)
@@ -130,9 +132,10 @@ class RedisLink:
             connection = self._connect()
             with contextlib.closing(connection):
                 yield connection
-        except (redis.RedisError, OSError) as error:
-            if isinstance(error, TransportError):
-                raise
+        except MMCacheError:
+            raise
+        except (redis.RedisError, RedisClusterException, OSError, ValueError, TypeError) as error:
+            # RedisClusterException is no RedisError; the last two: an answer that Redis would not give
             raise TransportError(
                 f"{self.what} does not do as asked: {_reason(error)}; start it, or correct the URL"
             ) from error
@@ -174,5 +177,5 @@ class RedisLink:
 
 
 def _reason(error: BaseException) -> str:
-    """The error in one line; libraries leave some without words."""
-    return " ".join(str(error).split()) or type(error).__name__
+    """The error in one line; libraries leave some without words, and give others pages."""
+    return " ".join(str(error).split())[:MAX_REASON] or type(error).__name__

@@ -373,7 +373,15 @@ def test_a_redis_cluster_serves_as_one_redis_does() -> None:
             assert becomes(members, "1", "2", "3") < 2.0
             servers[0].leave()
             assert becomes(members, "2", "3") < 2.0
-        leave(servers)
+            for node in nodes:
+                node.kill()
+            for one in servers[1:]:
+                assert not one.leave()  # which says so, and lets the server end
+                one.gone()
+        with pytest.raises(TransportError, match="Redis Cluster cannot be connected"):
+            open_membership(url)
+        with watched(f"{url}&fallback=127.0.0.1:7") as members:
+            assert ids(members) == ["7"]
 
 
 @pytest.mark.alone
