@@ -72,17 +72,8 @@ def serve_held(given: Mapping[str, Any]) -> int:
         config = server_config()
         log_to_stderr(config.log, logging.DEBUG if "--verbose" in words else logging.WARNING)
         held = Held.given(given)
-        try:
-            kept = held.kept(config)
-        except StoreError as error:
-            kept = None
-            log.warning("started anew, and a restart will be: %s", error)
-        config = where_it_is(config, kept.places) if kept is not None and kept.places else config
-        arena = held.arena(config)
-        if config.prefault and (kept is None or kept.why_cold):
-            with progress_bar("taking memory") as show:
-                arena.prefault(show)
-        server = Server(config, arena=arena, kept=kept)
+        with held.tries():
+            server, kept = _take_over(held, config)
         if held.ended and kept is not None:
             _tell(server, kept, held.ended, time.monotonic() - began_s)
 
@@ -97,6 +88,21 @@ def serve_held(given: Mapping[str, Any]) -> int:
         print(f"mmcache: {error}", file=sys.stderr, flush=True)
         return 2 if isinstance(error, UsageError) else 1
     return 0
+
+
+def _take_over(held: Held, config: ServerConfig) -> tuple[Server, Kept | None]:
+    """A server on the memory that is held. Raises MMCacheError."""
+    try:
+        kept = held.kept(config)
+    except StoreError as error:
+        kept = None
+        log.warning("started anew, and a restart will be: %s", error)
+    config = where_it_is(config, kept.places) if kept is not None and kept.places else config
+    arena = held.arena(config)
+    if config.prefault and (kept is None or kept.why_cold):
+        with progress_bar("taking memory") as show:
+            arena.prefault(show)
+    return Server(config, arena=arena, kept=kept), kept
 
 
 def _tell(server: Server, kept: Kept, ended: str, took_s: float) -> None:

@@ -11,7 +11,7 @@ import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from typing import Any, Final
-from urllib.parse import parse_qsl, urlsplit
+from urllib.parse import SplitResult, parse_qsl, urlsplit
 
 from mmcache.errors import ConfigError
 from mmcache.units import GiB as GiB
@@ -200,6 +200,14 @@ _URL_OPTIONS: Final = (
     "transport", "deadline_s", "connect_s", "verify", "max_connections", "copy_threads", "streams", "native",
     *_NETWORK_OPTIONS,
 )  # fmt: skip
+
+
+def split_url(url: str) -> SplitResult:
+    """The parts of a URL. Raises ConfigError, which does not show it: it may hold a secret in the wrong place."""
+    try:
+        return urlsplit(url)
+    except ValueError as error:
+        raise ConfigError(f"the URL cannot be read ({error}); an IPv6 address stands in brackets: [::1]:7600") from None
 
 
 def parse_url(url: str, **overrides: Any) -> ClientConfig:

@@ -7,12 +7,13 @@ import logging
 import os
 import random
 import threading
+import time
 import weakref
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
-from typing import Any, TypeVar
+from typing import Any, Final, TypeVar
 
 from mmcache.client import calls
 from mmcache.client.blocking import Client
@@ -27,6 +28,7 @@ from mmcache.errors import ConfigError, MMCacheError, UsageError
 
 T = TypeVar("T")
 log = logging.getLogger("mmcache.cluster")
+UNUSABLE_S: Final = 2.0
 
 
 class Shard(Client):
@@ -115,7 +117,8 @@ class Shards:
     ) -> None:
         self._settings, self._tally, self.after_fork = dict(settings), tally, after_fork
         self._members: dict[str, Member] = {}
-        self._made: dict[str, Shard | None] = {}
+        self._made: dict[str, Shard] = {}
+        self._unusable: dict[str, float] = {}  # until when it is not tried to make one again
         self.announces, self.closed = True, False
         self.renew_lock()
         _ALL.add(self)
@@ -130,32 +133,36 @@ class Shards:
             members = {member.id: member for member in view.members}
             gone = [
                 self._made.pop(name)
-                for name, made in list(self._made.items())
+                for name in list(self._made)
                 if name not in members or members[name].address != self._members[name].address
             ]
             self._members = members
+            self._unusable.clear()
         for shard in gone:
-            if shard is not None:
-                shard.close()
+            shard.close()
 
     def get(self, name: str) -> Shard | None:
-        """The shard of a member. None: it is not a member any more, or its address cannot be used."""
+        """The shard of a member. None: it is not a member any more, or cannot be used now: its address, or a file that
+        says who we are, is of no use. That is tried again after a while."""
         shard = self._made.get(name)
-        if shard is None and name not in self._made:
+        if shard is None and time.monotonic() >= self._unusable.get(name, 0.0):
             with self._lock:
                 if name not in self._made and name in self._members and not self.closed:
-                    self._made[name] = self._make(self._members[name])
+                    self._make(self._members[name])
                 shard = self._made.get(name)
         return shard
 
-    def _make(self, member: Member) -> Shard | None:
+    def _make(self, member: Member) -> None:
         try:
             shard = Shard(member, shard_config(member.address, self._settings), self._tally)
         except (MMCacheError, OSError) as error:
-            log.warning("shard %s cannot be used, its keys are misses: %s", member.id, error)
-            return None
+            if member.id not in self._unusable:
+                log.warning("shard %s cannot be used, its keys are misses until it can: %s", member.id, error)
+            self._unusable[member.id] = time.monotonic() + UNUSABLE_S
+            return
+        self._unusable.pop(member.id, None)
         shard.announces = self.announces
-        return shard
+        self._made[member.id] = shard
 
     def announce(self, value: bool) -> None:
         """Whether the log says which shards do not answer."""
@@ -165,7 +172,7 @@ class Shards:
 
     def opened(self) -> list[Shard]:
         """Those that were made."""
-        return [shard for shard in list(self._made.values()) if shard is not None]
+        return list(self._made.values())
 
     def all(self) -> list[Shard]:
         """One of every member that can be used."""

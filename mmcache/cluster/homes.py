@@ -53,15 +53,16 @@ class Forks:
 
         What is not among them is left out: nobody can fill this memory with keys of their own.
         """
-        new = False
-        for digest in stored_keys:
-            for names, chains in ((rows.digests, rows.chains), (rows.parents, rows.parent_chains)):
-                if digest in names and digest != NO_PARENT:
-                    chain = chains[names.index(digest)]
+        new, told = False, set(stored_keys) - {NO_PARENT}
+        for names, chains in ((rows.digests, rows.chains), (rows.parents, rows.parent_chains)):
+            if told.isdisjoint(names):
+                continue
+            for digest, chain in zip(names, chains, strict=True):
+                if digest in told:
+                    told.remove(digest)
                     new |= self._until.get(chain, 0.0) <= now
                     self._until.pop(chain, None)
                     self._until[chain] = now + self._keep_s
-                    break
         _bound(self._until, MAX_FORKS)
         return new
 

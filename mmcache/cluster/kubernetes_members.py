@@ -17,7 +17,7 @@ from mmcache.cluster.membership import Tell
 from mmcache.cluster.seen import Seen
 from mmcache.cluster.slices import who_is_ready
 from mmcache.cluster.urls import MembersUrl
-from mmcache.errors import ConfigError, TransportError
+from mmcache.errors import ConfigError, MMCacheError, TransportError
 
 try:
     import urllib3
@@ -51,7 +51,7 @@ class KubernetesSource:
                 config.load_incluster_config(client_configuration=found)
             else:
                 config.load_kube_config(options.get("kubeconfig"), options.get("context"), client_configuration=found)
-        except (config.ConfigException, OSError) as error:
+        except Exception as error:  # of the library, and of YAML: whatever a kubeconfig of nonsense may bring up
             raise ConfigError(
                 f"{self._url.what}: {_reason(error)}; run in a pod with a service account, or give kubeconfig=PATH"
             ) from None
@@ -70,9 +70,10 @@ class KubernetesSource:
             raise TransportError(
                 f"{self._url.what}: the API server says {error.status} {error.reason}{remedy}"
             ) from error
-        except (urllib3.exceptions.HTTPError, OSError, ValueError) as error:
-            if isinstance(error, TransportError | ConfigError):
-                raise
+        except MMCacheError:
+            raise
+        except (urllib3.exceptions.HTTPError, OSError, ValueError, TypeError, LookupError, AttributeError) as error:
+            # the last four: an answer that is no list of slices
             raise TransportError(f"{self._url.what}: the API server does not answer: {_reason(error)}") from error
 
     @property

@@ -101,22 +101,31 @@ class Watched:
         assert first is not None
         self._view = first
         self._note(self.seen)
+        self._closed = False
+        self._followers: dict[int, threading.Event] = {}  # by process: what stops its thread
         self._begin()
 
     def _begin(self) -> None:
-        self._pid = os.getpid()
-        self._stopping = threading.Event()
-        threading.Thread(target=self._run, args=(self._stopping,), name="mmcache-members", daemon=True).start()
+        """One thread a process, whoever comes first; where none can be had now, the next call tries again."""
+        pid, stopping = os.getpid(), threading.Event()
+        if self._followers.setdefault(pid, stopping) is stopping:
+            try:
+                threading.Thread(target=self._run, args=(stopping,), name="mmcache-members", daemon=True).start()
+            except RuntimeError as error:
+                log.warning("%s is not followed yet: %s", self._what, error)
+                del self._followers[pid]
 
     def view(self) -> View:
         """See Membership."""
-        if self._pid != os.getpid() and not self._stopping.is_set():
+        if os.getpid() not in self._followers and not self._closed:
             self._begin()
         return self._view
 
     def close(self) -> None:
         """See Membership."""
-        self._stopping.set()
+        self._closed = True
+        if (stopping := self._followers.get(os.getpid())) is not None:
+            stopping.set()
 
     def _take(self, seen: Seen) -> None:
         self.seen = seen

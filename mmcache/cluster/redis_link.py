@@ -12,7 +12,7 @@ from typing import Any, Final
 from mmcache.cluster.beats import MAX_BEAT_NBYTES, TTL_S, Beat, NoBeat, parse_beat, who_is_in
 from mmcache.cluster.seen import MAX_MEMBERS, MAX_TEXT, Seen
 from mmcache.cluster.urls import MembersUrl
-from mmcache.errors import ConfigError, TransportError
+from mmcache.errors import ConfigError, MMCacheError, TransportError
 from mmcache.private_file import check_private, read_private
 
 try:
@@ -20,6 +20,7 @@ try:
     from redis.backoff import NoBackoff
     from redis.cluster import ClusterNode, RedisCluster
     from redis.credentials import CredentialProvider
+    from redis.exceptions import RedisClusterException
     from redis.retry import Retry
     from redis.sentinel import Sentinel
 except ImportError as error:
@@ -27,15 +28,18 @@ except ImportError as error:
 
 WAIT_S: Final = 2.0  # for a connection, and for an answer
 KEEP_S: Final = 3600  # what nobody refreshed for so long is gone from Redis, too
+MAX_REASON: Final = 300  # characters
 _NOW: Final = """
 local time = redis.call('TIME')
 local now_ms = time[1] * 1000 + math.floor(time[2] / 1000)
 """
-# What is said now, in place of what was said before, if anything; who has not been heard of for a time is dropped.
+# What is said now, in place of what was said before, if anything; who has not been heard of for a time is dropped, and
+# what was said in a time to come: the clock was put back, or is that of another Redis since a failover.
 _SAY: Final = f"""{_NOW}
 redis.call('ZREM', KEYS[1], ARGV[2])
 redis.call('ZADD', KEYS[1], now_ms, ARGV[1])
 redis.call('ZREMRANGEBYSCORE', KEYS[1], '-inf', now_ms - ARGV[3])
+redis.call('ZREMRANGEBYSCORE', KEYS[1], now_ms + ARGV[3], '+inf')
 redis.call('EXPIRE', KEYS[1], ARGV[4])
 """
 # Heartbeats, each with the time when it was last said, and ids of who is drained. No more members than the limit, of
@@ -50,7 +54,8 @@ local function short(all, limit, step)
     end
     return found
 end
-local said = redis.call('ZREVRANGEBYSCORE', KEYS[1], '+inf', now_ms - ARGV[1], 'WITHSCORES', 'LIMIT', 0, ARGV[2])
+local first, last = now_ms - ARGV[1], now_ms + ARGV[1]
+local said = redis.call('ZREVRANGEBYSCORE', KEYS[1], last, first, 'WITHSCORES', 'LIMIT', 0, ARGV[2])
 return {{short(said, ARGV[3], 2), short(redis.call('SRANDMEMBER', KEYS[2], ARGV[2]), ARGV[4], 1)}}
 """
 
@@ -127,9 +132,10 @@ class RedisLink:
             connection = self._connect()
             with contextlib.closing(connection):
                 yield connection
-        except (redis.RedisError, OSError) as error:
-            if isinstance(error, TransportError):
-                raise
+        except MMCacheError:
+            raise
+        except (redis.RedisError, RedisClusterException, OSError, ValueError, TypeError) as error:
+            # RedisClusterException is no RedisError; the last two: an answer that Redis would not give
             raise TransportError(
                 f"{self.what} does not do as asked: {_reason(error)}; start it, or correct the URL"
             ) from error
@@ -171,5 +177,5 @@ class RedisLink:
 
 
 def _reason(error: BaseException) -> str:
-    """The error in one line; libraries leave some without words."""
-    return " ".join(str(error).split()) or type(error).__name__
+    """The error in one line; libraries leave some without words, and give others pages."""
+    return " ".join(str(error).split())[:MAX_REASON] or type(error).__name__

@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 import threading
 import time
-from typing import Final
+from typing import Any, Final
 
 from mmcache.cluster.membership import Tell
 from mmcache.cluster.redis_link import RedisLink
@@ -15,6 +15,7 @@ from mmcache.cluster.urls import MembersUrl
 POLL_S: Final = 5.0  # beside being woken, as a wake-up can be lost
 SPREAD_S: Final = 0.1  # not all clients ask in the same moment
 WAKE_S: Final = 1.0  # how long `close` may go unnoticed
+MOST_SKIPPED: Final = 4096  # wake-ups at a time
 
 
 class RedisSource:
@@ -42,4 +43,12 @@ class RedisSource:
                 while (left_s := until_s - time.monotonic()) > 0 and not stopping.is_set():
                     if channel.get_message(timeout=min(WAKE_S, left_s)) is not None:
                         stopping.wait(random.uniform(0, SPREAD_S))
+                        _skip(channel)
                         break
+
+
+def _skip(channel: Any) -> None:
+    """One look answers all wake-ups that have come by now, as when many servers start at once."""
+    for _ in range(MOST_SKIPPED):
+        if channel.get_message(timeout=0) is None:
+            return

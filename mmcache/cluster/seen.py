@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import math
+import sys
 from dataclasses import dataclass, replace
 from typing import Final
 from urllib.parse import urlsplit
@@ -60,9 +60,11 @@ def check_address(text: object) -> str:
 
 
 def check_weight(value: object) -> float:
-    """Above 0 and finite. Raises ConfigError."""
-    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < math.inf:
-        raise ConfigError(f"{str(value)[:MAX_TEXT]} is no weight; a weight is a number above 0, such as GiB of memory")
+    """Above 0, and finite as a float, which a whole number need not be. Raises ConfigError."""
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value <= sys.float_info.max:
+        raise ConfigError(
+            f"{str(value)[:MAX_TEXT]!r} is no weight; a weight is a number above 0, such as GiB of memory"
+        )
     return float(value)
 
 

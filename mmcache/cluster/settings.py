@@ -8,7 +8,7 @@ from typing import Any, Final
 from urllib.parse import parse_qsl, urlencode, urlsplit
 
 from mmcache.cluster.routes import RAMP_S, Replicas
-from mmcache.config import ClientConfig, parse_url
+from mmcache.config import ClientConfig, parse_url, split_url
 from mmcache.errors import ConfigError
 
 ABSENT_S: Final = 0.05
@@ -56,7 +56,7 @@ def parse_cluster_url(url: str, **overrides: Any) -> ClusterConfig:
 
     Raises ConfigError.
     """
-    parts = urlsplit(url)
+    parts = split_url(url)
     ours: dict[str, Any] = {}
     client: dict[str, str] = {}
     others: list[tuple[str, str]] = []

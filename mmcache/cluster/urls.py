@@ -21,7 +21,7 @@ from urllib.parse import parse_qsl, quote, urlsplit
 from mmcache.cluster.membership import Source, Static, Watched
 from mmcache.cluster.placement import Member, View
 from mmcache.cluster.seen import Seen
-from mmcache.config import parse_host_port, place_text
+from mmcache.config import parse_host_port, place_text, split_url
 from mmcache.errors import ConfigError
 
 _HELP: Final = (
@@ -80,17 +80,15 @@ class MembersUrl:
 def parse_members_url(url: str) -> MembersUrl:
     """What the URL says. Raises ConfigError, which never shows what may be a secret."""
     shown = re.sub(r"//[^/?#]*@", "//", url)
-    try:
-        parts = urlsplit(url)
-    except ValueError as error:
-        raise ConfigError(f"{shown!r} is not a URL ({error}); {_HELP}") from None
+    parts = split_url(url)
     userinfo, _, places = parts.netloc.rpartition("@")
-    if ":" in userinfo or re.search(r"[?&](redis_)?password=", url):
+    options = dict(parse_qsl(parts.query, keep_blank_values=True))
+    cut = "@" in parts.path + parts.fragment + "".join(options)  # by a mark that stands in a password
+    if cut or ":" in userinfo or {"password", "redis_password"} & options.keys():
         raise ConfigError(
             "a password does not belong in a URL: URLs end up in logs and process lists; write it to a file of mode "
             "0600 and give password_file=PATH"
         )
-    options = dict(parse_qsl(parts.query, keep_blank_values=True))
     segments = [part for part in parts.path.split("/") if part]
     if parts.fragment:
         raise ConfigError(f"{shown!r} holds a fragment, which means nothing here; {_HELP}")

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import mmap
 import threading
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Final
 
 from mmcache.config import ServerConfig
-from mmcache.errors import ConfigError
+from mmcache.errors import ConfigError, TransportError
 from mmcache.store.arena import Arena
 from mmcache.store.kept import Kept
 
@@ -18,19 +19,21 @@ GIVE_UP: Final = "the last servers did not start on what was there"
 
 @dataclass(frozen=True)
 class Held:
-    """What was inherited. `ended`: how the server before did, "" for the first; `give_up`: begin anew."""
+    """What was inherited. `on_trial`: see `tries`; `ended`: how the server before did, "" for the first; `give_up`:
+    begin anew."""
 
     arena_fd: int
     writable: mmap.mmap
     memory: memoryview
     ready_lives: memoryview[int]
+    on_trial: memoryview[int]
     ended: str
     give_up: bool
 
     @classmethod
     def given(cls, given: Mapping[str, Any]) -> Held:
         """From what holder.py hands over, which may be of an older release: names are only added there."""
-        names = ("arena_fd", "arena", "kept", "ready_lives", "ended", "give_up")
+        names = ("arena_fd", "arena", "kept", "ready_lives", "on_trial", "ended", "give_up")
         return cls(*(given[name] for name in names))
 
     def kept(self, config: ServerConfig) -> Kept:
@@ -52,6 +55,18 @@ class Held:
                 "holder, and start both anew"
             )
         return Arena.held(self.arena_fd, self.writable)
+
+    @contextlib.contextmanager
+    def tries(self) -> Iterator[None]:
+        """Around the taking over of what was kept. If the process ends in there, that may be why, unless settings are
+        wrong or an address cannot be had: after two such ends the holder has it given up."""
+        self.on_trial[0] = 1
+        try:
+            yield
+        except Exception as error:
+            self.on_trial[0] = not isinstance(error, ConfigError | TransportError)
+            raise
+        self.on_trial[0] = 0
 
     def ready(self) -> None:
         """Tell the holder that this server accepts."""

@@ -29,7 +29,7 @@ STOPS = {signal.SIGTERM, signal.SIGINT}
 SIGNALS = STOPS | {signal.SIGHUP, signal.SIGCHLD}
 STEADY_S = 5.0  # a server that ran so long has recovered
 LONGEST_PAUSE_S = 30.0
-MOST_FAILURES = 2  # starts that did not succeed on what was kept, before one begins anew
+MOST_FAILURES = 2  # starts that ended while what was kept was on trial, before one begins anew
 
 
 def pause_s(deaths: int) -> float:
@@ -68,12 +68,16 @@ class Holder:
         fcntl.fcntl(kept_fd, fcntl.F_ADD_SEALS, fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | seals)
         os.close(kept_fd)  # the last one: nobody can open it under /proc
         self.ready_lives = self.kept[:8].cast("Q")  # a server that is ready adds one
+        self.on_trial = self.kept[8:16].cast(
+            "Q"
+        )  # 1 while a server starts on what was kept: if it ends, that may be why
         self.pid = self.lives = self.failures = self.deaths = 0
         self.ended = ""  # how the last one did
 
     def start(self) -> int:
         """Fork a server: 0 in it, else its process id."""
         self.ready_before, self.began_s = self.ready_lives[0], time.monotonic()
+        self.on_trial[0] = 0
         holder = os.getpid()
         self.pid = os.fork()
         if not self.pid:
@@ -94,7 +98,7 @@ class Holder:
             self.ended = "was asked to make room for this one" if asked else how(status)
             steady = was_ready and (asked or time.monotonic() - self.began_s >= STEADY_S)
             self.deaths = 0 if asked and was_ready else 1 if steady else self.deaths + 1
-            self.failures = 0 if was_ready else self.failures + 1
+            self.failures = 0 if was_ready else self.failures + self.on_trial[0]
             if self.deaths and signal.sigtimedwait(STOPS, pause_s(self.deaths)):
                 return 0
         return -1
@@ -121,6 +125,7 @@ class Holder:
             "arena": self.arena,
             "kept": self.kept[PAGE_NBYTES:],
             "ready_lives": self.ready_lives,
+            "on_trial": self.on_trial,
             "ended": self.ended,
             "give_up": self.failures >= MOST_FAILURES,
             "words": self.words,
@@ -132,6 +137,7 @@ class Holder:
 def main(words: list[str]) -> int:
     """`holder.py ARENA_FD KEPT_NBYTES [WORD...]`: the words are for `cli_serve.serve_held`."""
     signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # whoever started this may have ignored it: then no end is told
     root = str(Path(__file__).parents[2])
     if root not in sys.path:
         sys.path.insert(0, root)

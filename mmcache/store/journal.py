@@ -1,8 +1,8 @@
 """A journal in memory that outlives its process: records that are there whole, or not at all.
 
 Two halves, one in force. A record is written behind the others, and counts once the half's length says so: that store
-is the last. When a half is full, its owner writes what still holds into the other one, and that one is in force from
-the moment that a single store says so. PURE: no clock, no randomness, no I/O.
+is the last. When a half is full, or before, its owner writes what still holds into the other one, all at once or bit by
+bit, and that one is in force from the moment that a single store says so. PURE: no clock, no randomness, no I/O.
 """
 
 from __future__ import annotations
@@ -32,14 +32,35 @@ class Journal:
         """Keep a record; False, and nothing changes, where the half is full."""
         return self._write(self._in_force[0] & 1, (record,))
 
+    @property
+    def share(self) -> float:
+        """How full the half in force is, 0 to 1."""
+        half, length = self._half(self._in_force[0] & 1)
+        return (_START + length) / len(half)
+
     def rewrite(self, records: Iterable[bytes]) -> bool:
         """Keep these in place of all; False, and nothing changes, where they are too many."""
-        other = 1 - (self._in_force[0] & 1)
-        self._lengths[other][0] = 0
-        if not self._write(other, records):
+        self.begin_other()
+        if not self._write(self._other, records):
             return False
-        self._in_force[0] = other
+        self.turn()
         return True
+
+    def begin_other(self) -> None:
+        """Empty the half that is not in force, for `append_other`."""
+        self._lengths[self._other][0] = 0
+
+    def append_other(self, record: bytes) -> bool:
+        """Write a record to the half that is not in force; False where it is full."""
+        return self._write(self._other, (record,))
+
+    def turn(self) -> None:
+        """From now on the other half is in force."""
+        self._in_force[0] = self._other
+
+    @property
+    def _other(self) -> int:
+        return 1 - (self._in_force[0] & 1)
 
     def clear(self) -> None:
         """Keep nothing."""

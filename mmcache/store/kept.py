@@ -44,7 +44,7 @@ class Kept:
     threads that `lock` keeps apart. `give_up`: why to begin anew whatever lies there.
 
     Call `begin` once all columns are taken by `memory`, and before anything is written to them. Raises StoreError where
-    there is too little memory.
+    there is too little memory; what lies there is nobody's any more then, as a server without it changes the values.
     """
 
     def __init__(
@@ -56,17 +56,19 @@ class Kept:
         give_up: str = "",
         lock: AbstractContextManager[Any] = nullcontext(),  # noqa: B008
     ) -> None:
+        self._page = memory[:PAGE_NBYTES]
+        self._written = self._page[:8].cast("Q")
+        self.first = not self._written[0]
         if len(memory) < kept_nbytes(entries):
+            if not self.first:
+                self._spoil()
             raise StoreError(
                 f"{len(memory)} bytes are held for the index, {kept_nbytes(entries)} are needed; stop the server with "
                 "its holder, and start both anew"
             )
-        self._page = memory[:PAGE_NBYTES]
         self._columns = memory[PAGE_NBYTES + JOURNAL_NBYTES :]
         self._taken, self._lock = 0, lock
-        self._written = self._page[:8].cast("Q")
         self._settings = {"layout": LAYOUT, "entries": entries, **settings}
-        self.first = not any(self._page[:8])
         self.places: dict[str, Any] = self._read(_PLACES_AT) or {}
         self.why_cold = give_up or self._difference()
         self._journal = Journal(memory[PAGE_NBYTES : PAGE_NBYTES + JOURNAL_NBYTES])

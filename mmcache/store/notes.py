@@ -7,14 +7,18 @@ tenant would read another's values; so a number is noted before anything can be 
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
-from typing import Any
+from itertools import chain, islice
+from typing import Any, Final
 
 from mmcache.errors import StoreError
 from mmcache.store.journal import Journal
 from mmcache.store.namespaces import Known, Selection, Stopped
 
+BEGIN_AT: Final = 0.5
+MOVED: Final = 8  # with each note
 Rule = tuple[Selection, Stopped]
 
 
@@ -24,6 +28,9 @@ class Notes:
 
     def __init__(self, journal: Journal, spoil: Callable[[], None], lock: AbstractContextManager[Any]) -> None:
         self._journal, self._spoil, self._lock = journal, spoil, lock
+        self._moving: Iterator[int] | None = None  # numbers whose notes are not in the journal's other half yet
+        self._begin_at = BEGIN_AT
+        self._is_spoilt = False  # nothing is noted any more
         self.tenants: list[str] = []
         self.known: dict[int, Known] = {}
         self.rules: list[Rule] = []
@@ -62,16 +69,45 @@ class Notes:
             self.known.clear()
             self.rules.clear()
             self.stopped = None
-            if not self._journal.rewrite(map(_pack, self._all())):
-                self._spoil()
+            self._rewrite()
 
     def _note(self, record: dict[str, Any]) -> None:
-        if not (self._journal.append(_pack(record)) or self._journal.rewrite(map(_pack, self._all()))):
+        packed = _pack(record)
+        if not self._is_spoilt:
+            if self._journal.append(packed):
+                self._move_on(packed)
+            else:
+                self._rewrite()
+
+    def _move_on(self, packed: bytes) -> None:
+        """Once the journal is half full, bring what still holds to its other half, a little with each note: of many
+        namespaces all at once would take a second, and calls would wait for it. What is new goes to both halves."""
+        journal = self._journal
+        if self._moving is None:
+            if journal.share < self._begin_at:
+                return
+            journal.begin_other()
+            self._moving = iter(list(self.known))
+            records = [_pack(record) for record in self._others()]
+        else:
+            records = [packed]
+        numbers = list(islice(self._moving, MOVED))
+        records += [_pack(_namespace(number, self.known[number])) for number in numbers if number in self.known]
+        if not all(map(journal.append_other, records)):
+            self._moving, self._begin_at = None, math.inf
+        elif len(numbers) < MOVED:
+            journal.turn()
+            self._moving = None
+
+    def _rewrite(self) -> None:
+        self._moving, self._begin_at = None, BEGIN_AT
+        namespaces = (_namespace(number, known) for number, known in self.known.items())
+        if not self._journal.rewrite(map(_pack, chain(self._others(), namespaces))):
+            self._is_spoilt = True
             self._spoil()
 
-    def _all(self) -> Iterator[dict[str, Any]]:
+    def _others(self) -> Iterator[dict[str, Any]]:
         yield from ({"tenant": name} for name in self.tenants)
-        yield from (_namespace(number, known) for number, known in self.known.items())
         if self.stopped is not None:
             yield _stop(self.stopped, self.rules)
 

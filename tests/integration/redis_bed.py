@@ -13,6 +13,7 @@ from typing import Any, Self
 
 import pytest
 
+from mmcache.cluster.urls import parse_members_url
 from mmcache.testing.values import eventually
 
 redis = pytest.importorskip("redis", reason="the extra cluster is not installed")
@@ -126,3 +127,24 @@ def redis_sentinels(master_name: str = "main") -> Iterator[tuple[list[Redis], Re
 
         eventually(well, "the Sentinels know of each other and of the replica", 20.0)
         yield sentinels, master, replica
+
+
+def url_of(one: Redis, options: str = "") -> str:
+    return f"mmcache+redis://127.0.0.1:{one.port}/0?cluster=test{options}"
+
+
+def registered(url: str, *ports: int, **changed: Any) -> list[Any]:
+    """Servers that say that they are there; nobody listens on their ports."""
+    from mmcache.cluster.registration import Registration  # which needs redis-py
+
+    found = []
+    for port in ports:
+        settings: dict[str, Any] = {
+            "id": f"127.0.0.1:{port}",
+            "address": f"mmcache://127.0.0.1:{port}",
+            "weight": 1.0,
+        } | changed
+        found.append(Registration(parse_members_url(url), **settings))
+        found[-1].start(3.0)
+        assert not found[-1].why_not
+    return found

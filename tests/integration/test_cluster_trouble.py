@@ -7,6 +7,7 @@ import signal
 import threading
 import time
 from collections.abc import Sequence
+from pathlib import Path
 
 import pytest
 
@@ -176,3 +177,23 @@ def test_views_that_change_during_calls_are_no_errors() -> None:
             for worker in workers:
                 worker.join()
         assert errors == []
+
+
+def test_a_token_file_that_is_just_being_written_costs_a_shard_for_a_moment_only(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A shard is reached for the first time while the file is empty."""
+    token = tmp_path / "token"
+    token.write_text("a" * 40)
+    token.chmod(0o600)
+    with cluster(2) as made:
+        told = Told(made.view(0))
+        with ClusterClient(parse_cluster_url(made.url(token_file=token)), told) as cache:
+            assert all(put(cache, prompt(1)))
+            token.write_text("")
+            told.now = made.view()
+            assert not all(put(cache, prompt(2)))
+            token.write_text("a" * 40)
+            eventually(lambda: all(put(cache, prompt(3))), "it is tried again")
+            assert entries(cache).keys() == {"s0", "s1"}
+    assert caplog.text.count("shard s1 cannot be used") == 1

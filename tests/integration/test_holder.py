@@ -13,7 +13,7 @@ import pytest
 import mmcache
 from mmcache.server.holder import LONGEST_PAUSE_S, how, pause_s
 from mmcache.testing.process import ServerProcess, children_of
-from tests.integration.held import WITHOUT_CAPABILITIES, counters_of, stores
+from tests.integration.held import COUNT, WITHOUT_CAPABILITIES, counters_of, kill, stores
 from tests.integration.support import eventually
 
 
@@ -37,6 +37,20 @@ def test_when_the_holder_is_killed_the_server_ends_and_the_next_begins_empty() -
         with ServerProcess("16MiB", "--hold", listen=address) as again:
             assert counters_of(again.url)["entries"] == 0
             eventually(lambda: stores(cache), "it stores")
+
+
+IGNORING = (
+    sys.executable,
+    "-c",
+    "import os, signal, sys\nsignal.signal(signal.SIGCHLD, signal.SIG_IGN)\nos.execvp(sys.argv[1], sys.argv[1:])",
+)
+
+
+def test_a_holder_whose_starter_ignored_the_ends_of_children_notices_them_all_the_same() -> None:
+    with ServerProcess("16MiB", "--hold", under=IGNORING) as server, mmcache.connect(server.url) as cache:
+        assert stores(cache)
+        assert kill(server)["restored_entries"] == COUNT
+        assert server.stop() == 0
 
 
 def state_of(pid: int) -> str:

@@ -156,6 +156,14 @@ def test_what_is_wrong_at_the_start_is_said(api: ApiServer, url: str, tmp_path: 
         assert [member.id for member in members.view().members] == ["127.0.0.1:1"]
 
 
+@pytest.mark.parametrize("text", ["{", "[]", "hello", "current-context: x\ncontexts: 3\n", "\x00"])
+def test_a_kubeconfig_of_nonsense_is_an_error_that_says_what_to_do(text: str, tmp_path: Path) -> None:
+    path = tmp_path / "kubeconfig"
+    path.write_text(text)
+    with pytest.raises(ConfigError, match="give kubeconfig=PATH"):
+        open_membership(f"mmcache+k8s://ns/cache?kubeconfig={path}")
+
+
 def test_a_pod_uses_its_service_account(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from kubernetes.config import incluster_config
 

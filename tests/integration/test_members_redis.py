@@ -23,7 +23,7 @@ from mmcache.cluster.urls import open_membership, parse_members_url
 from mmcache.errors import ConfigError, TransportError
 from tests.integration.certificates import Authority
 from tests.integration.members_bed import watched
-from tests.integration.redis_bed import Redis, free_port, redis_cluster, redis_sentinels
+from tests.integration.redis_bed import Redis, free_port, redis_cluster, redis_sentinels, registered, url_of
 from tests.integration.support import eventually
 
 GONE_S = TTL_S + CONFIRM_S + 3.0
@@ -33,25 +33,6 @@ GONE_S = TTL_S + CONFIRM_S + 3.0
 def there() -> Iterator[Redis]:
     with Redis() as one:
         yield one
-
-
-def url_of(one: Redis, options: str = "") -> str:
-    return f"mmcache+redis://127.0.0.1:{one.port}/0?cluster=test{options}"
-
-
-def registered(url: str, *ports: int, **changed: Any) -> list[Registration]:
-    """Servers that say that they are there; nobody listens on their ports."""
-    found = []
-    for port in ports:
-        settings: dict[str, Any] = {
-            "id": f"127.0.0.1:{port}",
-            "address": f"mmcache://127.0.0.1:{port}",
-            "weight": 1.0,
-        } | changed
-        found.append(Registration(parse_members_url(url), **settings))
-        found[-1].start(3.0)
-        assert not found[-1].why_not
-    return found
 
 
 def ids(members: Watched) -> list[str]:
@@ -191,7 +172,7 @@ def test_nonsense_in_redis_is_left_out_said_and_no_harm(there: Redis, caplog: py
     client, prefix = there.client(), "mmcache:{test}:"
 
     def plant(said: bytes) -> None:
-        client.zadd(f"{prefix}beats", {said: time.time_ns() // 10**6 + 60000})  # it stays
+        client.zadd(f"{prefix}beats", {said: time.time_ns() // 10**6 + 5000})  # it stays for a while
 
     good = json.loads(client.zrange(f"{prefix}beats", 0, 0)[0])
     plant(b"\xff\x00")
@@ -210,6 +191,44 @@ def test_nonsense_in_redis_is_left_out_said_and_no_harm(there: Redis, caplog: py
         assert "frames v0" in why["old"]
         assert members.counters["left_out"] == 5
         assert "new (mmcache://127.0.0.1:1) is left out: its heartbeat has schema 2" in caplog.text
+    leave(servers)
+
+
+def test_who_was_heard_of_in_a_time_to_come_is_not_in_for_as_long(there: Redis) -> None:
+    """The clock was put back by an hour, or another Redis took over; a server that died was not heard of since."""
+    url = url_of(there)
+    servers = registered(url, 1)
+    client, beats = there.client(), "mmcache:{test}:beats"
+    dead = json.loads(client.zrange(beats, 0, 0)[0]) | {"id": "127.0.0.1:2", "address": "mmcache://127.0.0.1:2"}
+    client.zadd(beats, {json.dumps(dead): time.time_ns() // 10**6 + 3_600_000})
+    with watched(url) as members:
+        assert ids(members) == ["1"]
+        eventually(lambda: client.zcard(beats) == 1, "it is dropped")
+    leave(servers)
+
+
+def test_a_burst_of_changes_is_looked_at_a_few_times(there: Redis, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As when all servers of a large cluster start: each wakes every client."""
+    url, looks, seen = url_of(there), [], RedisLink.seen
+
+    def counted(self: RedisLink, connection: Any) -> Any:
+        if threading.current_thread().name == "mmcache-members":
+            looks.append(time.monotonic())
+        return seen(self, connection)
+
+    monkeypatch.setattr(RedisLink, "seen", counted)
+    servers = registered(url, 1)
+    with watched(url) as members:
+        eventually(lambda: looks, "it follows")
+        time.sleep(0.5)
+        before = len(looks)
+        client = there.client()
+        for _ in range(200):
+            client.publish("mmcache:{test}:changed", b"")
+        servers += registered(url, 2)
+        becomes(members, "1", "2", patience_s=2.0)
+        time.sleep(2.0)
+        assert len(looks) - before <= 10
     leave(servers)
 
 
@@ -354,7 +373,15 @@ def test_a_redis_cluster_serves_as_one_redis_does() -> None:
             assert becomes(members, "1", "2", "3") < 2.0
             servers[0].leave()
             assert becomes(members, "2", "3") < 2.0
-        leave(servers)
+            for node in nodes:
+                node.kill()
+            for one in servers[1:]:
+                assert not one.leave()  # which says so, and lets the server end
+                one.gone()
+        with pytest.raises(TransportError, match="Redis Cluster cannot be connected"):
+            open_membership(url)
+        with watched(f"{url}&fallback=127.0.0.1:7") as members:
+            assert ids(members) == ["7"]
 
 
 @pytest.mark.alone

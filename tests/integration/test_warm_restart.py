@@ -7,6 +7,7 @@ import json
 import os
 import shutil
 import signal
+import socket
 import threading
 from collections.abc import Iterator
 from functools import partial
@@ -24,7 +25,7 @@ from mmcache.store.kept import JOURNAL_NBYTES, PAGE_NBYTES
 from mmcache.store.rows import LIVE, RECORD
 from mmcache.testing.process import ServerProcess, children_of
 from tests.integration.access_bed import TOKENS, write_access
-from tests.integration.held import COUNT, NBYTES, Memory, counters_of, kill, reads, replace, stores
+from tests.integration.held import COUNT, NBYTES, Memory, counters_of, kill, next_life, reads, replace, stores
 from tests.integration.support import ROOT, blanks, eventually, keys_of, run_cli, value_of, values_of
 
 COLUMNS_AT = holder.PAGE_NBYTES + PAGE_NBYTES + JOURNAL_NBYTES
@@ -290,6 +291,52 @@ def test_servers_that_cannot_start_on_what_is_there_do_not_keep_the_next_from_st
         assert (counters["entries"], counters["restored_entries"]) == (0, 0)
         assert server.stop() == 0
     assert "starts empty: the last servers did not start on what was there" in server.said
+
+
+def test_a_release_that_does_not_run_costs_no_entries_once_it_is_mended(tmp_path: Path) -> None:
+    with of_a_copy(tmp_path) as server, mmcache.connect(server.url) as cache:
+        assert stores(cache)
+        errors = tmp_path / "mmcache/errors.py"
+        sound = errors.read_text()
+        errors.write_text(f"{sound}\nraise ImportError('half of a release')\n")
+        before = children_of(server.pid)
+        os.kill(server.pid, signal.SIGHUP)
+        lives_end(server)
+        errors.write_text(sound)
+        assert next_life(server, before)["restored_entries"] == COUNT
+
+
+def test_a_port_that_somebody_else_has_costs_no_entries_once_it_is_free(server: ServerProcess, cache: Client) -> None:
+    assert stores(cache)
+    host, port = server.url.removeprefix("mmcache://").split(":")
+    (pid,) = before = children_of(server.pid)
+    os.kill(server.pid, signal.SIGSTOP)
+    os.kill(pid, signal.SIGKILL)
+    with socket.socket() as other:
+        eventually(lambda: took(other, host, int(port)), "the port is free")
+        os.kill(server.pid, signal.SIGCONT)
+        lives_end(server)
+    assert next_life(server, before)["restored_entries"] == COUNT
+
+
+def lives_end(server: ServerProcess) -> None:
+    """Wait until more servers were started under this holder than may fail on what was kept."""
+    pids: set[int] = set()
+
+    def more() -> bool:
+        pids.update(children_of(server.pid))
+        return len(pids) > holder.MOST_FAILURES + 1
+
+    eventually(more, "it was started again and again")
+
+
+def took(other: socket.socket, host: str, port: int) -> bool:
+    with contextlib.suppress(OSError):
+        other.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        other.bind((host, port))
+        other.listen()
+        return True
+    return False
 
 
 def test_each_held_shard_comes_back_at_its_address() -> None:

@@ -81,6 +81,26 @@ def test_what_is_not_among_the_rows_is_not_learnt_and_what_is_known_is_no_news()
     assert len(forks) == 1
 
 
+def test_many_forks_and_strangers_are_heard_in_one_pass_over_the_rows() -> None:
+    """A shard may name hundreds in a reply, and all calls of a client wait for each other meanwhile."""
+
+    class Counted(list[bytes]):
+        """Counts how often it is searched."""
+
+        searches = 0
+
+        def __contains__(self, one: object) -> bool:
+            self.searches += 1
+            return super().__contains__(one)
+
+    keys = prompt(SHARED, 4000, 1)
+    keys.digests, keys.parents = Counted(keys.digests), Counted(keys.parents)
+    forks = Forks()
+    assert forks.hear(keys, [*keys.digests[-300:], *(bytes([n]) * 32 for n in range(200))], 0.0)
+    assert len(forks) == 300
+    assert keys.digests.searches + keys.parents.searches <= 2
+
+
 def test_a_fork_not_heard_of_for_long_is_forgotten_and_learnt_anew() -> None:
     forks, keys = forked(keep_s=10.0), prompt(SHARED, 4000, 1)
     assert forks.homes(keys, 9.0)[-1] == keys.homes[-1]

@@ -227,7 +227,7 @@ def test_what_is_known_to_be_absent_is_bounded() -> None:
     absent = Absent(10.0)
     for number in range(3 * MAX_ABSENT):
         absent.note("m0", b"%d" % number, 1.0)
-    assert len(absent._until["m0"]) <= MAX_ABSENT
+    assert len(absent) <= MAX_ABSENT
     assert absent("m0", b"%d" % (3 * MAX_ABSENT - 1), 1.0, last=False)
 
 
@@ -240,3 +240,32 @@ def test_kinds_are_known_where_the_id_comes_from_a_namespace() -> None:
     keys = Keys.of([embedding_key(EMBEDDING, item)]) + prompt(16, 0, 0)
     pair, single = routes(router(4, Replicas.parse("1,embedding:2")), keys)
     assert (len(pair.owners), len(single.owners)) == (2, 1)
+
+
+def test_what_is_past_its_time_takes_no_memory_however_many_shards_there_are() -> None:
+    absent, now = Absent(0.05), 0.0
+    for number in range(10_000):
+        now = number / 100
+        absent.note(f"m{number % 256}", b"%d" % number, now)
+        assert len(absent) <= 12
+    absent.note("m0", b"k", now + 10.0)
+    assert len(absent) == 1
+
+
+@given(
+    st.lists(st.tuples(st.integers(0, 3), st.sampled_from(["note", "stored", "ask"]), st.integers(0, 9)), max_size=60)
+)
+def test_it_says_what_a_list_of_all_that_was_said_would_say(events: list[tuple[int, str, int]]) -> None:
+    absent, said, now = Absent(10.0), dict[int, tuple[float, bool]](), 0.0
+    for key, what, later in events:
+        now += later
+        before = said.get(key, (0.0, False))
+        if what == "note":
+            absent.note("m0", b"%d" % key, now)
+            said[key] = now + 10.0, before[0] > now
+        elif what == "stored":
+            absent.stored("m0", b"%d" % key)
+            said.pop(key, None)
+        for last in (False, True):
+            until, twice = said.get(key, (0.0, False))
+            assert absent("m0", b"%d" % key, now, last=last) == (until > now and (twice or not last))

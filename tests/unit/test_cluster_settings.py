@@ -62,6 +62,8 @@ def test_each_option_goes_to_whom_it_is_for() -> None:
         (f"{TWO}?transport=pigeon", "unknown"),
         (f"{TWO}?token=secret", "does not belong in a URL"),
         (f"{TWO}?ca=/x", "are for TLS"),
+        ("mmcache://[::1,b:7600", "in brackets"),
+        ("mmcache+redis://[bad/0?cluster=x", "in brackets"),
     ],
 )
 def test_a_cluster_url_of_nonsense_says_what_to_do(url: str, says: str) -> None:

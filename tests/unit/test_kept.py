@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from contextlib import nullcontext
 from types import FrameType
 from typing import Any
 
@@ -15,6 +16,7 @@ from mmcache.store.index import Index
 from mmcache.store.journal import Journal
 from mmcache.store.kept import LAYOUT, PAGE_NBYTES, ROW_NBYTES, Kept, kept_nbytes
 from mmcache.store.namespaces import MAX_NAMESPACES, Known, Namespaces, Selection, Stopped
+from mmcache.store.notes import MOVED, Notes
 from mmcache.store.policies import POLICIES
 
 ENTRIES = 256
@@ -152,6 +154,23 @@ def test_a_build_that_lays_out_columns_otherwise_begins_anew(monkeypatch: pytest
     assert Life(over).why_cold == f"layout was {LAYOUT} and is {LAYOUT + 1}"
 
 
+def test_a_server_that_has_too_little_memory_leaves_nothing_for_the_one_before_to_come_back_to() -> None:
+    """It serves without, and writes where the values were: an upgrade that is taken back must not trust those rows."""
+    over = memory()
+    assert Life(over).why_cold
+    assert not Life(over).why_cold
+    with pytest.raises(StoreError, match="are held for the index"):
+        Kept(over, 2 * ENTRIES, SETTINGS)
+    assert Life(over).why_cold == "what the server before left is not complete"
+
+
+def test_too_little_memory_that_was_never_used_stays_so() -> None:
+    over = memory()
+    with pytest.raises(StoreError, match="are held for the index"):
+        Kept(over, 2 * ENTRIES, SETTINGS)
+    assert Life(over).why_cold == "nothing was stored before"
+
+
 def test_a_start_that_was_killed_halfway_is_not_gone_on_with() -> None:
     over = memory()
     Life(over).column[3] = 9
@@ -218,6 +237,54 @@ def test_notes_are_read_as_they_were_taken_also_after_many() -> None:
     assert found.notes.known == one.known
     assert set(one.known) == {397, 398, 399}
     assert (found.notes.stopped, found.notes.rules) == (Stopped.WRITES, rules)
+
+
+class Counted(Journal):
+    """Counts what is written."""
+
+    written = 0
+
+    def _write(self, which: int, records: Iterable[bytes]) -> bool:
+        all_of_them = list(records)
+        self.written += len(all_of_them)
+        return super()._write(which, all_of_them)
+
+
+def test_no_note_brings_all_that_is_known_with_it_and_each_is_there_at_once() -> None:
+    """Of many namespaces that would be a pause of a second, in which the shard answers nobody."""
+    over = memoryview(bytearray(16 + 2 * 65_536))
+    counted, most, turns, force = Counted(over), 0, 0, over[0]
+    one = Notes(counted, pytest.fail, nullcontext())
+    one.tenant(0, "")
+    for number in range(1, 6000):
+        before = counted.written
+        one.namespace(number, Known(0, number.to_bytes(32, "big")))
+        if number % 7 == 0:
+            one.stop(Stopped(number % 4), [])
+        if number % 1000 == 0:
+            one.tenant(len(one.tenants), f"t{number}")
+        if number > 100:
+            one.namespace(number - 100, None)
+        most = max(most, counted.written - before)
+        turns, force = turns + (over[0] != force), over[0]
+        if number % 5 == 0:
+            again = Notes(Journal(memoryview(bytearray(over))), pytest.fail, nullcontext())
+            assert (again.tenants, again.known, again.stopped) == (one.tenants, one.known, one.stopped)
+    assert turns > 10
+    assert most <= 4 * (MOVED + 2) + len(one.tenants)
+
+
+def test_after_no_room_was_found_nothing_is_tried_again() -> None:
+    over = memoryview(bytearray(16 + 2 * 1024))
+    spoilt: list[int] = []
+    counted = Counted(over)
+    one = Notes(counted, lambda: spoilt.append(1), nullcontext())
+    for number in range(1, 100):
+        one.namespace(number, Known(0, bytes(32)))
+    assert spoilt == [1]
+    before = counted.written
+    one.namespace(100, Known(0, bytes(32)))
+    assert counted.written == before
 
 
 def test_what_finds_no_room_spoils_the_next_life_and_only_that() -> None:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import math
+import multiprocessing
 import sys
+import threading
 from dataclasses import replace
 from typing import Any
 
@@ -13,7 +15,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mmcache.cluster.beats import MAX_BEAT_NBYTES, Beat, NoBeat, draining, parse_beat, who_is_in
-from mmcache.cluster.membership import LONGEST_PAUSE_S, Pauses
+from mmcache.cluster.membership import LONGEST_PAUSE_S, Pauses, Tell, Watched
 from mmcache.cluster.placement import Member, View
 from mmcache.cluster.seen import CONFIRM_S, LeftOut, Roster, Seen, check_address, check_id, check_weight
 from mmcache.cluster.urls import MembersUrl, open_membership, parse_members_url, redis_url
@@ -72,6 +74,8 @@ BAD_FIELDS: list[tuple[str, Any, str]] = [
     ("weight", True, "is no weight"),
     ("weight", math.nan, "is no weight"),
     ("weight", math.inf, "is no weight"),
+    ("weight", 10**400, "is no weight"),
+    ("weight", "\x1b[2J\nERROR all is lost", "is no weight"),
     ("registration", None, "is no id"),
     ("since_ms", -1, "not a whole number"),
     ("since_ms", 1 << 80, "not a whole number"),
@@ -88,6 +92,7 @@ def test_a_heartbeat_with_nonsense_is_left_out_with_its_name(name: str, value: A
     with pytest.raises(NoBeat) as refused:
         parse_beat(data)
     assert says in refused.value.left_out.why
+    assert refused.value.left_out.why.isprintable()  # it goes to logs
     if name != "id":
         assert refused.value.left_out.id == "a:1"
 
@@ -226,6 +231,61 @@ def test_pauses_grow_to_the_longest_and_are_not_all_alike() -> None:
     assert pauses.next_s() < LONGEST_PAUSE_S / 4
 
 
+# ------------------------------------------------------------------------------------------ who follows
+class Nobody:
+    """A source where nothing changes."""
+
+    def look(self) -> Seen:
+        return Seen((Member("a:1", "mmcache://a:1"),))
+
+    def follow(self, tell: Tell, stopping: threading.Event) -> None:
+        tell(self.look())
+        stopping.wait()
+
+
+def followers() -> int:
+    return sum(one.name == "mmcache-members" for one in threading.enumerate())
+
+
+def test_in_a_forked_child_one_thread_follows_however_many_ask_first() -> None:
+    def asked_at_once(say: Any) -> None:
+        sys.setswitchinterval(1e-6)
+        ready = threading.Barrier(16)
+        threads = [threading.Thread(target=lambda: (ready.wait(), members.view())) for _ in range(16)]
+        for one in threads:
+            one.start()
+        for one in threads:
+            one.join()
+        say.send(followers())
+
+    members = Watched(Nobody(), "nobody")
+    fork = multiprocessing.get_context("fork")
+    try:
+        for _ in range(40):
+            hear, say = fork.Pipe(duplex=False)
+            child = fork.Process(target=asked_at_once, args=(say,))
+            child.start()
+            assert hear.recv() == 1
+            child.join()
+    finally:
+        members.close()
+
+
+def test_where_no_thread_can_be_had_the_view_is_answered_all_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    def none_left(self: threading.Thread) -> None:
+        raise RuntimeError("can't start new thread")
+
+    before = followers()
+    with monkeypatch.context() as patch:
+        patch.setattr(threading.Thread, "start", none_left)
+        members = Watched(Nobody(), "nobody")
+        assert [member.id for member in members.view().members] == ["a:1"]
+    assert followers() == before
+    assert members.view() is members.view()
+    assert followers() == before + 1
+    members.close()
+
+
 # ------------------------------------------------------------------------------------------ URLs
 def test_what_urls_say() -> None:
     assert parse_members_url("mmcache://a:1,b") == MembersUrl(kind="static", hosts=(("a", 1), ("b", 7600)))
@@ -245,6 +305,10 @@ BAD_URLS = [
     ("mmcache+redis://:hunter2@h", "a password does not belong in a URL"),
     ("mmcache+redis://me:hunter2@h/0", "a password does not belong in a URL"),
     ("mmcache+redis://h?password=hunter2", "a password does not belong in a URL"),
+    ("mmcache+redis://:hun/hunter2@h/0", "a password does not belong in a URL"),
+    ("mmcache+redis://:hun#hunter2@h/0", "a password does not belong in a URL"),
+    ("mmcache+redis://:hun?hunter2@h/0", "a password does not belong in a URL"),
+    ("mmcache+redis://:hunter2[@h/0", "cannot be read"),
     ("mmcache+redis://a,b", "say mmcache+redis+sentinel or mmcache+redis+cluster"),
     ("mmcache+redis://h/zero", "no database number"),
     ("mmcache+redis://h/0/1", "no database number"),
