@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import signal
+import sys
 import threading
 from collections.abc import Iterator
 from typing import Any
@@ -68,8 +69,7 @@ def test_up_is_a_cluster_on_this_host_that_ends_when_told() -> None:
         assert [row["share"] for row in found["members"]] == [pytest.approx(1 / 3)] * 3
         assert sum(row["entries"] for row in found["members"]) == 32
         assert min(row["entries"] for row in found["members"]) > 0
-        processes = children_of(cluster.pid)
-        os.kill(processes[1], signal.SIGKILL)
+        os.kill(children_of(cluster.pid)[1], signal.SIGKILL)  # a holder: what it held is gone with it
         ended = run_cli("cluster", "status", "-c", cluster.cluster_url)
         assert ended.returncode == 1
         assert "1 of 3 do not answer" in ended.stderr
@@ -78,6 +78,43 @@ def test_up_is_a_cluster_on_this_host_that_ends_when_told() -> None:
         processes = children_of(cluster.pid)
         assert cluster.stop(signal.SIGINT) == 0
         assert all(map(gone, processes))
+
+
+def test_a_shard_of_up_that_is_killed_comes_back_with_what_it_stored() -> None:
+    keys, buffers = keys_of(32, "held"), blanks(32, NBYTES)
+    with up() as cluster, mmcache.connect(cluster.cluster_url) as cache:
+        assert all(cache.put(keys, values_of(keys, NBYTES)))
+        before = sum(row["entries"] for row in status_of(cluster.cluster_url)["members"])
+        holders = children_of(cluster.pid)
+        for holder in holders:
+            (server,) = children_of(holder)
+            os.kill(server, signal.SIGKILL)
+            eventually(lambda: children_of(holder) not in ([], [server]), "another is started")  # noqa: B023
+            eventually(lambda: run_cli("cluster", "status", "-c", cluster.cluster_url).returncode == 0, "it is back")
+        assert sum(row["entries"] for row in status_of(cluster.cluster_url)["members"]) == before == 32
+        eventually(lambda: all(cache.get_into(keys, buffers)), "clients turn to it again")
+        assert children_of(cluster.pid) == holders
+        assert cluster.stop() == 0
+    assert all(map(np.array_equal, buffers, values_of(keys, NBYTES)))
+    assert cluster.said.count("go on, 0 were dropped") == 3
+
+
+@pytest.mark.parametrize(
+    ("words", "environment", "under"),
+    [
+        pytest.param(["--no-hold"], {}, (), id="told so"),
+        pytest.param([], {"MMCACHE_HOLD": "no"}, (), id="told so by the environment"),
+        pytest.param([], {}, (sys.executable, "-m", "tests.integration.without_memfd"), id="no memory to hold"),
+    ],
+)
+def test_up_without_holders(words: list[str], environment: dict[str, str], under: tuple[str, ...]) -> None:
+    with ServerProcess("48MiB", *words, command="up", environment=environment, under=under) as cluster:
+        all_come_back(cluster.cluster_url)
+        assert [children_of(server) for server in children_of(cluster.pid)] == [[]] * 3
+        os.kill(children_of(cluster.pid)[0], signal.SIGKILL)
+        eventually(lambda: run_cli("cluster", "status", "-c", cluster.cluster_url).returncode, "one is gone")
+        eventually(lambda: run_cli("cluster", "status", "-c", cluster.cluster_url).returncode == 0, "it is back")
+        assert sum(row["entries"] for row in status_of(cluster.cluster_url)["members"]) < 32
 
 
 def test_up_with_redis_joins_each_shard_and_takes_each_out_again(there: Redis) -> None:
