@@ -80,7 +80,7 @@ def up(
 ) -> None:
     """Run a whole cluster on this host until SIGTERM or Ctrl-C, and print the URL to connect to.
 
-    What dies is started again, with what it stored. Other settings are those of `serve`, by their environment variables.
+    What dies is started again, with what it stored. Other settings are those of `serve`, by environment variables.
     """
     if cluster and not redis:
         raise UsageError("--cluster is the name in Redis; give --redis too, or leave it out")
