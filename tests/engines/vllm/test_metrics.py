@@ -8,7 +8,8 @@ from typing import Any
 import pytest
 from prometheus_client import REGISTRY, Counter, Gauge, Histogram
 
-from tests.engines.vllm.harness import BLOCK, Cache, Engine, Expected, Settings, ask, words
+from tests.engines.cache import Cache
+from tests.engines.vllm.harness import BLOCK, Engine, Expected, Settings, ask, words
 
 # vLLM, imported here, warns of its own dependencies.
 pytestmark = pytest.mark.filterwarnings("default::DeprecationWarning")
