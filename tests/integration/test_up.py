@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 
 import mmcache
+from mmcache.errors import TransportError
 from mmcache.testing.process import ServerProcess, children_of
 from tests.integration.redis_bed import Redis
 from tests.integration.support import blanks, eventually, keys_of, run_cli, values_of
@@ -162,6 +163,35 @@ def test_servers_and_clients_go_on_without_redis(there: Redis) -> None:
             assert all(cache.get_into(keys, blanks(32, NBYTES)))  # also what the late one owns now
         assert "is not told of this server, it is tried again" in late.said
         assert "start it, or correct the URL" in late.said
+
+
+@pytest.mark.parametrize("options", ["", "&replicas=2"])
+def test_a_lazy_client_misses_until_redis_is_there_and_somebody_has_joined(there: Redis, options: str) -> None:
+    there.kill()
+    keys, buffers = keys_of(8, "lazy"), blanks(8, NBYTES)
+    with pytest.raises(TransportError, match="start it, or correct the URL"):
+        mmcache.connect(url_of(there) + options)
+    with mmcache.connect(url_of(there) + options, lazy=True) as cache:
+
+        def nobody() -> None:
+            assert not any(cache.put(keys, values_of(keys, NBYTES)))
+            assert (cache.match_prefix(keys), cache.contains(keys)) == (0, [False] * 8)
+            assert not any(cache.get_into(keys, buffers))
+            with cache.acquire(keys) as leased:
+                assert leased.frames == [None] * 8
+            with pytest.raises(TransportError):
+                cache.stat()
+            with pytest.raises(TransportError):
+                cache.delete(keys)
+
+        nobody()
+        there.start()
+        nobody()
+        with joined(there):
+            eventually(lambda: all(cache.put(keys, values_of(keys, NBYTES))), "it is found")
+            assert all(cache.get_into(keys, buffers))
+            assert list(cache.stat()["shards"]) == members_of(url_of(there))
+    assert all(map(np.array_equal, buffers, values_of(keys, NBYTES)))
 
 
 def test_weights_are_memory_unless_told(there: Redis) -> None:
