@@ -81,7 +81,7 @@ class Cache(ServerProcess):
         self.let_go()
         self.stop()
         if self._redis is not None and self._owner:
-            self._redis.kill()
+            self._redis.__exit__(*exc)
 
     def start(self) -> Self:
         """Start it, and wait until it accepts."""
