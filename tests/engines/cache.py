@@ -91,6 +91,11 @@ class Cache(ServerProcess):
         assert told == self.url
         return self
 
+    @property
+    def listed(self) -> bool:
+        """Whether the URL names the servers; else engines are told of them once they have joined."""
+        return self._redis is None
+
     # ------------------------------------------------------------------ its processes
     @property
     def holders(self) -> list[int]:
@@ -133,8 +138,10 @@ class Cache(ServerProcess):
 
     def counters(self) -> dict[str, int]:
         """The servers', added up."""
-        each = self.each(lambda client: client.stat()["counters"])
-        return {name: sum(one[name] for one in each) for name in each[0]}
+        counters: Counter[str] = Counter()
+        for each in self.each(lambda client: client.stat()["counters"]):
+            counters.update(each)
+        return counters
 
     def entries(self) -> list[pb.EntryRow]:
         """Every stored entry."""
