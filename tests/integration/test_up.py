@@ -125,6 +125,8 @@ def test_up_with_redis_joins_each_shard_and_takes_each_out_again(there: Redis) -
         assert all(shard["joined"] for shard in cluster.shards)
         all_come_back(cluster.cluster_url)
         assert sorted(members_of(url_of(there))) == sorted(shard["member"] for shard in cluster.shards)
+        bench = run_cli("bench", "media", "--scale", "quick", "-c", url_of(there))
+        assert (bench.returncode, "wrong=0 verify_failures=0" in bench.stdout) == (0, True), bench
         assert cluster.stop() == 0
     assert status_of(url_of(there)) == {"view": None, "members": [], "left_out": [], "problems": []}
     assert "no server is in cluster 'test'" in run_cli("cluster", "status", "-c", url_of(there)).stderr
