@@ -21,6 +21,7 @@ from typing import Any, Final, Self, TypeVar
 import mmcache
 from mmcache.client.blocking import Client
 from mmcache.client.operations import Operations
+from mmcache.errors import FrameError
 from mmcache.frame import Kind, parse_header
 from mmcache.keyset import Key, Keys, NamespaceId
 from mmcache.pb import cache_pb2 as pb
@@ -218,11 +219,11 @@ def most_said(log: str, what: str) -> int:
 
 
 def stored_keys(client: Client, digests: Sequence[bytes]) -> Keys:
-    """The keys of these entries, with their homes and namespaces, as far as they are still there."""
+    """The keys of these entries, with their homes and namespaces, as far as they are still there and whole."""
     found = []
     for digest in digests:
         known = client.inspect(digest)
-        if known.found:
+        with contextlib.suppress(FrameError):  # damaged, or not there
             meta = parse_header(known.header, limit_nbytes=1 << 30).meta
             namespace = NamespaceId(meta.namespace, known.kind, dict(known.facts))
             found.append(Key(digest, digest, meta.home, namespace, meta.parent))

@@ -189,7 +189,9 @@ def test_a_lazy_client_misses_until_redis_is_there_and_somebody_has_joined(there
         nobody()
         there.start()
         nobody()
+        assert not cache.answering
         with joined(there):
+            eventually(lambda: cache.answering, "who asks only those that answer asks again")
             eventually(lambda: all(cache.put(keys, values_of(keys, NBYTES))), "it is found")
             assert all(cache.get_into(keys, buffers))
             assert list(cache.stat()["shards"]) == members_of(url_of(there))
