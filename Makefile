@@ -28,7 +28,7 @@ PEERS ?= .peers
 .DEFAULT_GOAL := help
 # One environment: two installations at once would break each other, so `make -j` runs one target at a time too.
 .NOTPARALLEL:
-.PHONY: help demo native test check fuzz simulate soak engines test-engines test-engines-full bench-peers
+.PHONY: help demo native test check fuzz simulate soak engines test-engines test-engines-full test-engines-cluster bench-peers
 
 help:
 	@echo "make demo    install, then run the main job: mmcache bench media"
@@ -41,6 +41,7 @@ help:
 	@echo "make bench-peers   install other caches into .peers, then measure them and mmcache (a quarter of an hour; QUICK=1: minutes)"
 	@echo "make test-engines        install the real vLLM and SGLang (CPU) into .engines, then run the engine suites"
 	@echo "make test-engines-full   the same, with every case (half an hour)"
+	@echo "make test-engines-cluster   the quick ones before three servers and a real Redis (QUICK=1: a part of them, minutes)"
 	@echo "PYTHON=...   the Python to build .venv with (default: python3; 3.11 or newer)"
 
 demo: $(BENCH)
@@ -113,6 +114,16 @@ test-engines: engines
 	$(ENGINES)/vllm/bin/python -m pytest tests/engines/vllm -m "not full"
 	$(ENGINES)/sglang/bin/python -m pytest tests/engines/sglang -m "not full"
 	SGLANG_PYTHON=$(ENGINES)/sglang/bin/python $(ENGINES)/vllm/bin/python -m pytest tests/engines/cross -m "not full"
+
+# Before a cluster of three servers that join a Redis (tests/engines/cache.py).
+VLLM_CASES := $(addprefix tests/engines/vllm,$(if $(QUICK),/test_hits.py /test_encoder_cache.py,/))
+SGLANG_CASES := $(addprefix tests/engines/sglang,$(if $(QUICK),/test_text.py /test_encoder.py,/))
+test-engines-cluster: export MMCACHE_TEST_SHARDS = 3
+test-engines-cluster: engines
+	bash tests/install-redis.sh
+	$(ENGINES)/vllm/bin/python -m pytest $(VLLM_CASES) -m "not full"
+	$(ENGINES)/sglang/bin/python -m pytest $(SGLANG_CASES) -m "not full"
+	$(if $(QUICK),,SGLANG_PYTHON=$(ENGINES)/sglang/bin/python $(ENGINES)/vllm/bin/python -m pytest tests/engines/cross -m "not full")
 
 test-engines-full: engines
 	bash tests/engines/install-sglang.sh $(ENGINES)/sglang-diffusion tests/data/sglang-diffusion-cpu-0.5.23.txt

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
@@ -23,11 +24,12 @@ from mmcache.cluster.placement import Member, View
 from mmcache.cluster.seen import Seen
 from mmcache.cluster.settings import parse_cluster_url
 from mmcache.cluster.urls import MembersUrl, look, parse_members_url, redis_url
-from mmcache.config import parse_nbytes, server_config
+from mmcache.config import ENV_PREFIX, parse_nbytes, server_config
 from mmcache.errors import MMCacheError, TransportError, UsageError
 from mmcache.frame import parse_header
 from mmcache.logs import log_to_stderr
 from mmcache.server.joining import joined_url
+from mmcache.store.arena import can_be_held
 
 DEADLINE_S: Final = 2.0  # for each server that is asked
 ASKED_AT_ONCE: Final = 16
@@ -65,18 +67,28 @@ def up(
     cluster: Annotated[
         str | None, typer.Option(metavar="NAME", help="What the cluster is called in Redis; default: mmcache.")
     ] = None,
+    hold: Annotated[
+        bool | None,
+        typer.Option(
+            "--hold/--no-hold",
+            help="Have what dies come back with what it stored (docs/warm-restart.md). Default: hold, where memory can "
+            "be shared.",
+        ),
+    ] = None,
     verbose: Verbose = False,
     as_json: Json = False,
 ) -> None:
     """Run a whole cluster on this host until SIGTERM or Ctrl-C, and print the URL to connect to.
 
-    What dies is started again. Other settings are those of `serve`, by their environment variables.
+    What dies is started again, with what it stored. Other settings are those of `serve`, by environment variables.
     """
     if cluster and not redis:
         raise UsageError("--cluster is the name in Redis; give --redis too, or leave it out")
     join = redis_url(redis, cluster or "") if redis else None
     nbytes = None if memory is None else parse_nbytes(memory)
-    config = server_config(listen=listen, shards=shards, memory_nbytes=nbytes, join=join)
+    if hold is None and f"{ENV_PREFIX}HOLD" not in os.environ:
+        hold = can_be_held()
+    config = server_config(listen=listen, shards=shards, memory_nbytes=nbytes, join=join, hold=hold)
     log_to_stderr(config.log, logging.DEBUG if verbose else logging.WARNING)
     if join:
         look(joined_url(join))  # raises now, with what to do, what each shard would only log and try again

@@ -34,12 +34,12 @@ def connect(
     the port is that of `serve --grpc`. `deadline_s` bounds every call; `verify=False` turns off checksums of reads;
     `token` says who asks, where the server has an access file.
     The server is asked once, and TransportError raised if it does not answer; with `lazy` it is not asked, and calls
-    answer misses until it is there. Raises ConfigError.
+    answer misses until it is there, as they do until a cluster has members. Raises ConfigError.
     """
     config = parse_any_url(url, verify=verify, deadline_s=deadline_s, token=token)
     client: Client
     if isinstance(config, ClusterConfig):
-        membership = open_membership(config.members)
+        membership = open_membership(config.members, lazy=lazy)
         try:
             client = ClusterClient(config, membership)
         except BaseException:

@@ -87,8 +87,8 @@ class ClusterCore(Client):
 
     @property
     def answering(self) -> bool:
-        """False while no shard answers."""
-        return any(map(self._shards.open_to, self._router.ids))
+        """False while no shard answers; a view that no call has seen yet may have some that do."""
+        return self._membership.view() is not self._router.view or any(map(self._shards.open_to, self._router.ids))
 
     @property
     def _arena(self) -> ArenaMap | None:

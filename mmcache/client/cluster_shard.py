@@ -153,6 +153,8 @@ class Shards:
         return shard
 
     def _make(self, member: Member) -> None:
+        if not member.address:  # nobody is in
+            return
         try:
             shard = Shard(member, shard_config(member.address, self._settings), self._tally)
         except (MMCacheError, OSError) as error:

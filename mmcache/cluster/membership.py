@@ -14,13 +14,16 @@ import threading
 from collections.abc import Callable
 from typing import Final, Protocol
 
-from mmcache.cluster.placement import View
+from mmcache.cluster.placement import Member, View
+from mmcache.cluster.routes import MAX_REPLICAS
 from mmcache.cluster.seen import Seen
 from mmcache.errors import ConfigError, TransportError
 
 log = logging.getLogger("mmcache.cluster")
 FIRST_PAUSE_S: Final = 0.1
 LONGEST_PAUSE_S: Final = 2.0  # well below a heartbeat's life: a server is back before anybody thinks that it left
+# Nobody is in: as many members as may be asked for, of whom none can be reached.
+NOBODY: Final = View(tuple(Member(f"nobody {number}", "") for number in range(MAX_REPLICAS)))
 
 
 class Membership(Protocol):
@@ -96,7 +99,8 @@ class Watched:
         except TransportError as error:
             if fallback is None:
                 raise
-            log.warning("%s; going on with the fallback until that changes", error)
+            until = "everything is a miss" if fallback is NOBODY else "going on with the fallback"
+            log.warning("%s; %s until that changes", error, until)
         first = view if view is not None else fallback
         assert first is not None
         self._view = first

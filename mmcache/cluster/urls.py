@@ -18,7 +18,7 @@ from dataclasses import dataclass, field
 from typing import Any, Final
 from urllib.parse import parse_qsl, quote, urlsplit
 
-from mmcache.cluster.membership import Source, Static, Watched
+from mmcache.cluster.membership import NOBODY, Source, Static, Watched
 from mmcache.cluster.placement import Member, View
 from mmcache.cluster.seen import Seen
 from mmcache.config import parse_host_port, place_text, split_url
@@ -162,17 +162,17 @@ def _static_view(places: tuple[tuple[str, int], ...], scheme: str) -> View:
     return View(tuple(Member(text, f"{scheme}://{text}") for text in texts))
 
 
-def open_membership(url: str) -> Watched | Static:
+def open_membership(url: str, *, lazy: bool = False) -> Watched | Static:
     """Who is in the cluster that the URL names, followed from now on.
 
     Raises ConfigError for the URL, a file it names or an extra that is not installed; TransportError if who knows the
-    cluster does not answer, or nobody has joined, unless the URL names a `fallback`.
+    cluster does not answer, or nobody has joined, unless the URL names a `fallback`. With `lazy` nobody is in then.
     """
     parsed = parse_members_url(url)
     source = source_of(parsed)
     if source is None:
         return Static(_static_view(parsed.hosts, parsed.scheme))
-    fallback = _static_view(parsed.fallback, parsed.scheme) if parsed.fallback else None
+    fallback = _static_view(parsed.fallback, parsed.scheme) if parsed.fallback else NOBODY if lazy else None
     return Watched(source, parsed.what, fallback)
 
 

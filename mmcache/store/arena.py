@@ -118,6 +118,22 @@ def size_for_good(fd: int, nbytes: int) -> None:
     fcntl.fcntl(fd, fcntl.F_ADD_SEALS, fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW)
 
 
+def can_be_held() -> bool:
+    """Whether there is memory here that a holder can keep and seal (server/holder.py): memfd, of Linux 5.1 or newer."""
+    try:
+        fd = memory_file(huge_pages=False)
+    except OSError:
+        return False
+    try:
+        size_for_good(fd, mmap.PAGESIZE)
+        fcntl.fcntl(fd, fcntl.F_ADD_SEALS, F_SEAL_FUTURE_WRITE)
+    except OSError:
+        return False
+    finally:
+        os.close(fd)
+    return True
+
+
 class Arena:
     """`nbytes` of shared memory, writable here and read-only for everybody else. Close it when no view is in use.
 

@@ -25,7 +25,7 @@ echo "installing SGLang into $venv: minutes, 3 GB"
 pip=("$venv/bin/python" -m pip --disable-pip-version-check -qq)
 "${pip[@]}" install torch==2.13.0
 "${pip[@]}" install --no-deps "${requirements[@]/#/--requirement=}"  # frozen: complete as it is
-"${pip[@]}" install --editable '.[bench]' pytest pytest-timeout
+"${pip[@]}" install --editable '.[bench,cluster]' pytest pytest-timeout
 PYTHONPATH=tests/engines/sglang/shim SGLANG_USE_CPU_ENGINE=1 \
     "$venv/bin/python" -W ignore -c 'import mmcache, sglang; print("sglang", sglang.__version__, "mmcache", mmcache.__version__)'
 rm -f "$venv"/.stamp-*

@@ -19,7 +19,7 @@ pip=("$venv/bin/python" -m pip --disable-pip-version-check -qq)
 # torchvision's wheel is linked against CUDA: without its operators, these two registrations break `import vllm`.
 site=$("$venv/bin/python" -c 'import sysconfig; print(sysconfig.get_path("purelib"))')
 sed -i 's/^@torch.library.register_fake("torchvision::q\?nms")/# &/' "$site/torchvision/_meta_registrations.py"
-"${pip[@]}" install --editable '.[bench]' pytest pytest-timeout
+"${pip[@]}" install --editable '.[bench,cluster]' pytest pytest-timeout
 "$venv/bin/python" -c 'import mmcache, vllm; print("vllm", vllm.__version__, "mmcache", mmcache.__version__)'
 rm -f "$venv"/.stamp-*
 touch "$stamp"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import signal
+import sys
 import threading
 from collections.abc import Iterator
 from typing import Any
@@ -13,6 +14,7 @@ import numpy as np
 import pytest
 
 import mmcache
+from mmcache.errors import TransportError
 from mmcache.testing.process import ServerProcess, children_of
 from tests.integration.redis_bed import Redis
 from tests.integration.support import blanks, eventually, keys_of, run_cli, values_of
@@ -68,8 +70,7 @@ def test_up_is_a_cluster_on_this_host_that_ends_when_told() -> None:
         assert [row["share"] for row in found["members"]] == [pytest.approx(1 / 3)] * 3
         assert sum(row["entries"] for row in found["members"]) == 32
         assert min(row["entries"] for row in found["members"]) > 0
-        processes = children_of(cluster.pid)
-        os.kill(processes[1], signal.SIGKILL)
+        os.kill(children_of(cluster.pid)[1], signal.SIGKILL)  # a holder: what it held is gone with it
         ended = run_cli("cluster", "status", "-c", cluster.cluster_url)
         assert ended.returncode == 1
         assert "1 of 3 do not answer" in ended.stderr
@@ -80,6 +81,43 @@ def test_up_is_a_cluster_on_this_host_that_ends_when_told() -> None:
         assert all(map(gone, processes))
 
 
+def test_a_shard_of_up_that_is_killed_comes_back_with_what_it_stored() -> None:
+    keys, buffers = keys_of(32, "held"), blanks(32, NBYTES)
+    with up() as cluster, mmcache.connect(cluster.cluster_url) as cache:
+        assert all(cache.put(keys, values_of(keys, NBYTES)))
+        before = sum(row["entries"] for row in status_of(cluster.cluster_url)["members"])
+        holders = children_of(cluster.pid)
+        for holder in holders:
+            (server,) = children_of(holder)
+            os.kill(server, signal.SIGKILL)
+            eventually(lambda: children_of(holder) not in ([], [server]), "another is started")  # noqa: B023
+            eventually(lambda: run_cli("cluster", "status", "-c", cluster.cluster_url).returncode == 0, "it is back")
+        assert sum(row["entries"] for row in status_of(cluster.cluster_url)["members"]) == before == 32
+        eventually(lambda: all(cache.get_into(keys, buffers)), "clients turn to it again")
+        assert children_of(cluster.pid) == holders
+        assert cluster.stop() == 0
+    assert all(map(np.array_equal, buffers, values_of(keys, NBYTES)))
+    assert cluster.said.count("go on, 0 were dropped") == 3
+
+
+@pytest.mark.parametrize(
+    ("words", "environment", "under"),
+    [
+        pytest.param(["--no-hold"], {}, (), id="told so"),
+        pytest.param([], {"MMCACHE_HOLD": "no"}, (), id="told so by the environment"),
+        pytest.param([], {}, (sys.executable, "-m", "tests.integration.without_memfd"), id="no memory to hold"),
+    ],
+)
+def test_up_without_holders(words: list[str], environment: dict[str, str], under: tuple[str, ...]) -> None:
+    with ServerProcess("48MiB", *words, command="up", environment=environment, under=under) as cluster:
+        all_come_back(cluster.cluster_url)
+        assert [children_of(server) for server in children_of(cluster.pid)] == [[]] * 3
+        os.kill(children_of(cluster.pid)[0], signal.SIGKILL)
+        eventually(lambda: run_cli("cluster", "status", "-c", cluster.cluster_url).returncode, "one is gone")
+        eventually(lambda: run_cli("cluster", "status", "-c", cluster.cluster_url).returncode == 0, "it is back")
+        assert sum(row["entries"] for row in status_of(cluster.cluster_url)["members"]) < 32
+
+
 def test_up_with_redis_joins_each_shard_and_takes_each_out_again(there: Redis) -> None:
     redis = f"redis://127.0.0.1:{there.port}/0"
     with up("--redis", redis, "--cluster", "test") as cluster:
@@ -87,6 +125,8 @@ def test_up_with_redis_joins_each_shard_and_takes_each_out_again(there: Redis) -
         assert all(shard["joined"] for shard in cluster.shards)
         all_come_back(cluster.cluster_url)
         assert sorted(members_of(url_of(there))) == sorted(shard["member"] for shard in cluster.shards)
+        bench = run_cli("bench", "media", "--scale", "quick", "-c", url_of(there))
+        assert (bench.returncode, "wrong=0 verify_failures=0" in bench.stdout) == (0, True), bench
         assert cluster.stop() == 0
     assert status_of(url_of(there)) == {"view": None, "members": [], "left_out": [], "problems": []}
     assert "no server is in cluster 'test'" in run_cli("cluster", "status", "-c", url_of(there)).stderr
@@ -125,6 +165,37 @@ def test_servers_and_clients_go_on_without_redis(there: Redis) -> None:
             assert all(cache.get_into(keys, blanks(32, NBYTES)))  # also what the late one owns now
         assert "is not told of this server, it is tried again" in late.said
         assert "start it, or correct the URL" in late.said
+
+
+@pytest.mark.parametrize("options", ["", "&replicas=2"])
+def test_a_lazy_client_misses_until_redis_is_there_and_somebody_has_joined(there: Redis, options: str) -> None:
+    there.kill()
+    keys, buffers = keys_of(8, "lazy"), blanks(8, NBYTES)
+    with pytest.raises(TransportError, match="start it, or correct the URL"):
+        mmcache.connect(url_of(there) + options)
+    with mmcache.connect(url_of(there) + options, lazy=True) as cache:
+
+        def nobody() -> None:
+            assert not any(cache.put(keys, values_of(keys, NBYTES)))
+            assert (cache.match_prefix(keys), cache.contains(keys)) == (0, [False] * 8)
+            assert not any(cache.get_into(keys, buffers))
+            with cache.acquire(keys) as leased:
+                assert leased.frames == [None] * 8
+            with pytest.raises(TransportError):
+                cache.stat()
+            with pytest.raises(TransportError):
+                cache.delete(keys)
+
+        nobody()
+        there.start()
+        nobody()
+        assert not cache.answering
+        with joined(there):
+            eventually(lambda: cache.answering, "who asks only those that answer asks again")
+            eventually(lambda: all(cache.put(keys, values_of(keys, NBYTES))), "it is found")
+            assert all(cache.get_into(keys, buffers))
+            assert list(cache.stat()["shards"]) == members_of(url_of(there))
+    assert all(map(np.array_equal, buffers, values_of(keys, NBYTES)))
 
 
 def test_weights_are_memory_unless_told(there: Redis) -> None:

@@ -27,6 +27,7 @@ from mmcache.testing.process import ServerProcess, children_of
 from tests.integration.access_bed import TOKENS, write_access
 from tests.integration.held import COUNT, NBYTES, Memory, counters_of, kill, next_life, reads, replace, stores
 from tests.integration.support import ROOT, blanks, eventually, keys_of, run_cli, value_of, values_of
+from tests.unit.test_arena import huge_pages
 
 COLUMNS_AT = holder.PAGE_NBYTES + PAGE_NBYTES + JOURNAL_NBYTES
 ENTRIES = 1024  # a server of 16 MiB has as many
@@ -352,6 +353,20 @@ def test_each_held_shard_comes_back_at_its_address() -> None:
         assert children_of(server.pid) == holders
         assert server.stop() == 0
     assert f"shard 1 is back at {urls[1]}, with {COUNT} entries" in server.said
+
+
+@pytest.mark.parametrize(
+    "words", [pytest.param(["--huge-pages"], marks=pytest.mark.alone), ["--grpc", "127.0.0.1:0"]], ids=["huge", "grpc"]
+)
+def test_huge_pages_are_held_and_grpc_comes_back_at_its_port(words: list[str]) -> None:
+    with huge_pages() if "--huge-pages" in words else contextlib.nullcontext():  # noqa: SIM117
+        with ServerProcess("4MiB", "--hold", *words) as server:
+            url = f"mmcache://{server.grpc_address}?transport=grpc" if server.grpc_address else server.url
+            with mmcache.connect(url) as cache:
+                assert cache.stat()["transport"] == ("grpc" if server.grpc_address else "shm")
+                assert stores(cache)
+                assert kill(server)["restored_entries"] == COUNT
+                eventually(lambda: reads(cache) == COUNT, "it serves, with its entries")
 
 
 def came_back(holder_pid: int, before: int, url: str) -> bool:

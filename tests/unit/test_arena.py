@@ -39,7 +39,7 @@ def arena(request: pytest.FixtureRequest) -> Iterator[Arena]:
 
 @contextlib.contextmanager
 def huge_pages() -> Iterator[None]:
-    """Two huge pages at least; if they are not set aside, and this may, they are for as long as the block runs."""
+    """Four MiB of huge pages; if they are not set aside, and this may, they are for as long as the block runs."""
     setting = Path("/proc/sys/vm/nr_hugepages")
     before = setting.read_text()
     try:

@@ -11,11 +11,12 @@ import pytest
 import torch
 
 from mmcache_connectors.audit import bound
+from tests.engines.cache import Cache
 from tests.engines.cross.conftest import Made
 from tests.engines.cross.harness import SGLangEncoder, vllm_encode
 from tests.engines.cross.kept import Kept
 from tests.engines.vllm.encoder import ALONE, sharing
-from tests.engines.vllm.harness import Cache, Engine, Settings, ask, words
+from tests.engines.vllm.harness import Engine, Settings, ask, words
 
 DTYPE = "bfloat16"
 DEADLINE_S = 4.0  # of the cache, on a busy machine

@@ -15,8 +15,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import mmcache
-from mmcache.testing.process import ServerProcess
+from tests.engines import cache
 from tests.engines.sglang.prompts import PAGE
 
 HERE = Path(__file__).resolve().parent
@@ -226,30 +225,15 @@ class Engine(Driven):
         return self.read(ANSWER_S)
 
 
-class Cache(ServerProcess):
-    """A cache server, and what an engine that filled it answered meanwhile."""
+class Cache(cache.Cache):
+    """The cache of tests.engines.cache, and what an engine that filled it answered meanwhile."""
 
-    def __init__(self, memory: str = "64MiB") -> None:
-        super().__init__(memory)
+    quiet_s = 1.0  # SGLang writes after it has answered
+
+    def __init__(self, memory: str = "64MiB", **settings: Any) -> None:
+        super().__init__(memory, **settings)
         self.answers: dict[str, Answer] = {}
         self.many: list[Answer] = []
-
-    def __enter__(self) -> Cache:
-        self.start()
-        return self
-
-    def counters(self) -> dict[str, int]:
-        """The server's counters."""
-        with mmcache.connect(self.url) as client:
-            counters: dict[str, int] = client.stat()["counters"]
-            return counters
-
-    def settle(self) -> None:
-        """Wait until nothing more is stored: SGLang writes after it has answered."""
-        before = -1
-        while before != (now := self.counters()["stored"]):
-            before = now
-            time.sleep(1.0)
 
 
 @contextlib.contextmanager

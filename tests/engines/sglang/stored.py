@@ -62,10 +62,14 @@ def flip_found(cache: Cache, wanted: bytes, offset: Callable[[memoryview], int |
 
     `offset` is told what lies from there on, and says how far on the byte is; None leaves it.
     """
-    with Path(f"/proc/{cache.pid}/maps").open() as maps:
+    return sum(_flip_found(holder, wanted, offset) for holder in cache.holders)
+
+
+def _flip_found(pid: int, wanted: bytes, offset: Callable[[memoryview], int | None]) -> int:
+    with Path(f"/proc/{pid}/maps").open() as maps:
         places = [line.split()[0] for line in maps if "mmcache-arena" in line]
     flips = 0
-    with Path(f"/proc/{cache.pid}/mem").open("r+b", buffering=0) as memory:
+    with Path(f"/proc/{pid}/mem").open("r+b", buffering=0) as memory:
         for place in places:
             start, stop = (int(number, 16) for number in place.split("-"))
             memory.seek(start)

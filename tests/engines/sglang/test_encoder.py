@@ -7,13 +7,10 @@ again and again and its free memory lies in pieces. Truth is what a server answe
 from __future__ import annotations
 
 import random
-import signal
 import time
 from collections.abc import Callable, Iterator
-from os import kill
 from pathlib import Path
 from typing import Any
-from urllib.parse import urlsplit
 
 import numpy as np
 import pytest
@@ -21,10 +18,10 @@ from PIL import Image
 
 import mmcache
 from mmcache.keys import Key, Namespace, embedding_key
-from mmcache.testing.process import ServerProcess, suspend
 from mmcache.testing.values import eventually
 from mmcache.transport.base import Outcome
 from mmcache_connectors.sglang.encoder_items import digest_of
+from tests.engines.cache import SHARDS, most_said
 from tests.engines.sglang.encoders import GLOBAL_CACHE, ROW_NBYTES, Encoder, encoding
 from tests.engines.sglang.harness import Cache
 from tests.engines.sglang.stored import flip, forget
@@ -211,7 +208,7 @@ def test_what_is_not_what_was_stored_is_encoded(
 def test_nothing_changes_when_the_cache_stops_dies_and_comes_back_full(
     encoder: Encoder, cache: Cache, shown: dict[str, Path], truth: Truth
 ) -> None:
-    """Last here: what was stored is gone. At most one request waits for a cache that has stopped."""
+    """Last here: what was stored is gone. At most one request waits for each server that has stopped."""
 
     def ask_in_turn() -> list[float]:
         took_s = []
@@ -222,17 +219,16 @@ def test_nothing_changes_when_the_cache_stops_dies_and_comes_back_full(
         return took_s
 
     slowest_s = max(ask_in_turn())
-    suspend(cache.pid)
+    cache.suspend()
     stopped_s = ask_in_turn() + ask_in_turn()
     assert max(stopped_s) < DEADLINE_S + 0.5 + 2 * slowest_s
-    assert sum(took_s > DEADLINE_S for took_s in stopped_s) <= 1
-    kill(cache.pid, signal.SIGCONT)
-    cache.stop(signal.SIGKILL)
+    assert sum(took_s > DEADLINE_S for took_s in stopped_s) <= SHARDS
+    cache.resume()
+    cache.kill()
     time.sleep(2.5)  # the longest pause before a server that failed is asked again
     assert max(ask_in_turn()) < DEADLINE_S + 2 * slowest_s
-    assert len(encoder.lines("mmcache", "does not answer")) == 1
-    everything = {"MMCACHE_PINNED_SHARE": "1.0"}
-    with ServerProcess("64KiB", listen=urlsplit(cache.url).netloc, environment=everything) as small:
+    assert most_said(encoder.log(), "does not answer") == 1
+    with Cache(f"{64 * SHARDS}KiB", pinned_share=1.0, at=cache) as small:
 
         def found_again() -> bool:
             assert encoder.encode([shown[FILLS_POOL]]).data == truth[FILLS_POOL]
@@ -244,7 +240,7 @@ def test_nothing_changes_when_the_cache_stops_dies_and_comes_back_full(
         assert encoder.lines("mmcache", "answers again")
         with mmcache.connect(small.url) as client:
             other = Namespace(kind="embedding", model="other", dtype="uint8")
-            keys = [embedding_key(other, bytes([number]) * 32) for number in range(64)]
+            keys = [embedding_key(other, bytes([number]) * 32) for number in range(64 * SHARDS)]
             client.put(keys, [np.zeros(900, np.uint8)] * len(keys))
             failed = len(encoder.lines("PUT failed for"))
             with client.acquire(keys):

@@ -4,11 +4,9 @@
 from __future__ import annotations
 
 import shutil
-import signal
 import subprocess
 import sys
 from collections.abc import Iterator
-from os import kill
 from pathlib import Path
 
 import pytest
@@ -71,9 +69,9 @@ def test_a_restarted_engine_encodes_nothing_again(model: Path, plugins: Path, fi
         assert later.passes == 3  # the negative prompt is the same one
         assert later.picture != made.picture
         assert engine.ask(PROMPT + " ").passes == 3
-        kill(cache.pid, signal.SIGSTOP)
+        cache.suspend()
         assert engine.ask("nobody answers").passes == 3
-        kill(cache.pid, signal.SIGCONT)
+        cache.resume()
     with diffusing(model, plugins, None) as plain:
         assert plain.ask(PROMPT) == (made.picture, 6)
         assert plain.ask(LATER).picture == later.picture
@@ -107,7 +105,7 @@ def test_damaged_entries_are_encoded_again_and_a_dead_cache_costs_time_alone(
         assert len(engine.lines("a damaged entry is not used")) == 6
         assert cache.counters()["stored"] == before + 6  # in place of the damaged ones
         assert engine.ask(LATER).passes == 3
-        cache.stop(signal.SIGKILL)
+        cache.kill()
         assert engine.ask("nobody there").passes == 3
         assert engine.ask(PROMPT) == (made.picture, 0)
 

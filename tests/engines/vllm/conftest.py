@@ -12,7 +12,8 @@ from typing import Any
 
 import pytest
 
-from tests.engines.vllm.harness import VISION, WRITTEN, Cache, Engine, Expected, FirstRun, Settings
+from tests.engines.cache import Cache
+from tests.engines.vllm.harness import VISION, WRITTEN, Engine, Expected, FirstRun, Settings
 
 DEADLINE_S = 4.0  # of the cache, on a busy machine
 TIMEOUT_S = 900  # an engine start, and every case it serves, may be one test's fixture

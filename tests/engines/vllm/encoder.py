@@ -14,9 +14,8 @@ from numpy.typing import NDArray
 
 import mmcache
 from mmcache.frame import parse_header
-from mmcache.keyset import Key, Keys, NamespaceId
-from mmcache.testing import faults
-from tests.engines.vllm.harness import Answer, Ask, Cache, Engine, Expected, Settings
+from tests.engines.cache import Cache, stored_keys
+from tests.engines.vllm.harness import Answer, Ask, Engine, Expected, Settings
 
 ALONE = {
     "enable_prefix_caching": False,
@@ -83,21 +82,15 @@ def value(cache: Cache, digest: bytes) -> NDArray[np.float32]:
     with mmcache.connect(cache.url) as client:
         (stored,) = parse_header(client.inspect(digest).header, limit_nbytes=1 << 30).tensors
         found: NDArray[np.float32] = np.empty(stored.spec.shape, np.float32)
-        assert client.get_into(_keys(client, digest), [found])[0]
+        assert client.get_into(stored_keys(client, [digest]), [found])[0]
         return found
-
-
-def _keys(client: Any, digest: bytes) -> Keys:
-    known = client.inspect(digest)
-    namespace = parse_header(known.header, limit_nbytes=1 << 30).meta.namespace
-    return Keys.of(Key(digest, digest, digest, NamespaceId(namespace, known.kind, dict(known.facts))))
 
 
 def replace(cache: Cache, digests: Sequence[bytes], change: Callable[[NDArray[np.float32]], NDArray[Any]]) -> None:
     """Under these keys, put what `change` makes of the value."""
     with mmcache.connect(cache.url) as client:
         for digest in digests:
-            keys, changed = _keys(client, digest), change(value(cache, digest))
+            keys, changed = stored_keys(client, [digest]), change(value(cache, digest))
             client.delete(keys)
             assert client.put(keys, [changed])[0].outcome == "stored"
 
@@ -119,5 +112,4 @@ def revalue(cache: Cache, digests: Sequence[bytes]) -> None:
 
 def flip(cache: Cache, digests: Sequence[bytes]) -> None:
     """A bit of each payload."""
-    for digest in digests:
-        faults.flip_bit(cache.server.shard, digest, 8 * 4200)
+    assert cache.flip(digests, 8 * 4200) == len(digests)

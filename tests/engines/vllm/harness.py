@@ -15,24 +15,15 @@ import selectors
 import subprocess
 import sys
 import tempfile
-import time
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
 from typing import IO, Any, Self
 
-from mmcache.config import ServerConfig
-from mmcache.server.serve import Server
-from mmcache.store.rows import LIVE
-from mmcache.store.steward import EVERYTHING, Steward
-from mmcache.store.table import tenant_prefix
-from mmcache.testing import faults
+from tests.engines.cache import Cache
 from tests.engines.vllm.models import FOLDER, IMAGE, MODELS, ROOT
 
 BLOCK = 32  # tokens
-QUIET_S = 0.3  # nothing stored for so long: the engine has stored everything it will
-TENANT_NBYTES = len(tenant_prefix(0))
 CLOSE = 3e-4  # logprobs of one token in float32, computed in batches of other sizes
 START_S = 300.0
 ANSWER_S = 180.0
@@ -329,65 +320,6 @@ def made(name: str) -> Path:
     assert name in MODELS
     subprocess.run([sys.executable, "-m", "tests.engines.vllm.models", name], cwd=ROOT, check=True, capture_output=True)
     return FOLDER / name
-
-
-class Cache:
-    """A cache server in this process, so that its store can be looked at and damaged. Use as a context manager."""
-
-    def __init__(self, memory_nbytes: int = 256 << 20, pinned_share: float = 0.5, listen: str = "127.0.0.1:0") -> None:
-        config = ServerConfig(listen=listen, memory_nbytes=memory_nbytes, pinned_share=pinned_share)
-        self.server = Server(config)
-
-    def __enter__(self) -> Self:
-        self.server.start()
-        assert self.server.address is not None
-        self.url = "mmcache://{}:{}".format(*self.server.address)
-        return self
-
-    def __exit__(self, *exc: object) -> None:
-        self.server.stop()
-
-    def digests(self) -> list[bytes]:
-        """Every stored key."""
-        with self.server.shard.lock:
-            rows = self.server.shard.index.rows
-            used = sorted(rows.table.check_integrity())
-            return [rows.table.name(row)[TENANT_NBYTES:] for row in used if rows.state[row] == LIVE]
-
-    def counters(self) -> dict[str, int]:
-        """The server's."""
-        return self.server.shard.stat()
-
-    def varying_facts(self) -> set[str]:
-        """The facts that are not the same in all namespaces that clients declared."""
-        namespaces = Steward(self.server.shard).namespaces(EVERYTHING)
-        declared = [set(use.known.facts.items()) for use in namespaces if use.known.kind]
-        shared = declared[0].intersection(*declared[1:])
-        return {name for facts in declared for name, _ in facts - shared}
-
-    def settle(self, patience_s: float = 20.0) -> int:
-        """Wait until nothing more is stored for a while; how many frames were, since the start."""
-        deadline = time.monotonic() + patience_s
-        last, since = -1, time.monotonic()
-        while time.monotonic() < deadline:
-            now = self.counters()["stored"]
-            if now != last:
-                last, since = now, time.monotonic()
-            elif time.monotonic() - since > QUIET_S:
-                break
-            time.sleep(0.02)
-        return last
-
-    def forget(self, digests: Sequence[bytes]) -> None:
-        """Remove these entries."""
-        self.server.shard.delete(0, digests)
-
-    def flip_every_frame(self, bit: int) -> int:
-        """Flip one bit in each stored frame; how many there were."""
-        digests = self.digests()
-        for digest in digests:
-            faults.flip_bit(self.server.shard, digest, bit)
-        return len(digests)
 
 
 @dataclass(frozen=True)

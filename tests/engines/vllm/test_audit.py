@@ -10,10 +10,10 @@ import pytest
 import torch
 
 import mmcache
-from mmcache.keyset import NamespaceId
 from mmcache_connectors.audit import Likeness, bound, compare
+from tests.engines.cache import Cache, stored_keys
 from tests.engines.vllm import models
-from tests.engines.vllm.harness import BLOCK, Cache, Engine, Expected, Settings, ask, words
+from tests.engines.vllm.harness import BLOCK, Engine, Expected, Settings, ask, words
 
 LAYERS, TOKENS, CHUNK = 16, 640, 160
 DTYPES = ["float32", "bfloat16"]
@@ -84,18 +84,15 @@ def filled(request: pytest.FixtureRequest) -> Iterator[tuple[str, Cache]]:
 def plant(cache: Cache, digest: bytes) -> None:
     """Another value of the same form under a stored key, by a client: header and checksums are right."""
     with mmcache.connect(cache.url) as client:
-        with client.acquire(mmcache.Key(digest, digest, digest, digest)) as lease:
+        keys = stored_keys(client, [digest])
+        with client.acquire(keys) as lease:
             (frame,) = lease.frames
             assert frame is not None
             (tensor,) = frame.header.tensors
-            meta = frame.header.meta
             value = torch.frombuffer(bytearray(frame.payload(tensor)), dtype=getattr(torch, tensor.spec.dtype))
             wrong = value.view(tensor.spec.shape).flip(2)  # its tokens in another order
-        known = client.inspect(digest)
-        namespace = NamespaceId(meta.namespace, known.kind, dict(known.facts))
-        key = mmcache.Key(digest, digest, meta.home, namespace, meta.parent)
-        assert client.delete(key) == [True]
-        assert client.put(key, [wrong])[0]
+        assert client.delete(keys) == [True]
+        assert client.put(keys, [wrong])[0]
 
 
 def test_a_planted_value_is_found_and_stored_anew(filled: tuple[str, Cache]) -> None:
@@ -124,7 +121,7 @@ def test_a_planted_value_is_found_and_stored_anew(filled: tuple[str, Cache]) -> 
 
 
 def payload(client: mmcache.Client, digest: bytes) -> bytes:
-    with client.acquire(mmcache.Key(digest, digest, digest, digest)) as lease:
+    with client.acquire(stored_keys(client, [digest])) as lease:
         (frame,) = lease.frames
         assert frame is not None
         return bytes(frame.payload(frame.header.tensors[0]))

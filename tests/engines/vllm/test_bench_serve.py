@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from mmcache.testing.process import ServerProcess
+from tests.engines.cache import Cache
 from tests.engines.vllm.api_server import ApiServer
 from tests.engines.vllm.models import ROOT
 
@@ -34,7 +34,7 @@ def serve(*words: str) -> dict[str, Any]:
 
 def test_after_a_restart_the_prompts_are_cached_and_the_answers_the_same(tmp_path: Path) -> None:
     cold, found = {}, {}
-    with ServerProcess("512MiB") as cache, ApiServer("", *FLAGS) as plain:
+    with Cache("512MiB") as cache, ApiServer("", *FLAGS) as plain:
         with ApiServer(cache.url, *FLAGS, PYTHONHASHSEED="1") as first:
             for workload in WORKLOADS:
                 cold[workload] = serve("--url", first.url, "--workload", workload)

@@ -9,9 +9,10 @@ from typing import Any
 
 import pytest
 
-from tests.engines.vllm.harness import BLOCK, VISION, Answer, Ask, Cache, Engine, Expected, Settings, ask, made, words
+from tests.engines.cache import Cache
+from tests.engines.vllm.harness import BLOCK, VISION, Answer, Ask, Engine, Expected, Settings, ask, made, words
 from tests.engines.vllm.models import FOLDER
-from tests.engines.vllm.sizes import kv_frames_said, kv_frames_stored
+from tests.engines.vllm.sizes import kv_frames_said
 
 HYBRID = Settings("hybrid", {"max_num_batched_tokens": 512})
 TEXT = Settings("text")
@@ -61,7 +62,7 @@ def test_a_restarted_engine_computes_nothing_again(settings: Settings, asks: lis
         with _engine(settings, cache, load_mode) as engine:
             _same(engine.generate(*asks), settings, *asks)
             cache.settle()
-        assert kv_frames_stored(cache) == kv_frames_said(settings)
+        assert cache.kv_frames() == kv_frames_said(settings)
         with _engine(settings, cache, load_mode, PYTHONHASHSEED="99") as engine:
             for answer in _same(engine.fresh(*asks), settings, *asks):
                 assert answer.hit, (answer.cached, answer.reusable)

@@ -12,7 +12,8 @@ from typing import Any
 
 import pytest
 
-from tests.engines.vllm.harness import BLOCK, VISION, Ask, Cache, Engine, Expected, ask, words, written
+from tests.engines.cache import Cache
+from tests.engines.vllm.harness import BLOCK, VISION, Ask, Engine, Expected, ask, words, written
 from tests.engines.vllm.models import FOLDER, IMAGE, VIDEO
 
 pytestmark = pytest.mark.usefixtures("unchanged")

@@ -6,8 +6,9 @@ from collections.abc import Iterator
 
 import pytest
 
+from tests.engines.cache import Cache
 from tests.engines.vllm.encoder import ALONE, SIGHT, Encoding, flip, reshape, retype, revalue, sharing, value
-from tests.engines.vllm.harness import Ask, Cache, Expected, Settings, ask, words
+from tests.engines.vllm.harness import Ask, Expected, Settings, ask, words
 from tests.engines.vllm.models import IMAGE, SOUND, VIDEO
 
 CLIP = {"kind": "frames", "seed": 1}

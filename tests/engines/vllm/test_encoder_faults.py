@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-import signal
 import time
 from typing import Any
 
 import pytest
 
-from mmcache.testing.process import ServerProcess
+from tests.engines.cache import Cache
 from tests.engines.vllm.encoder import SIGHT, Encoding, sharing
-from tests.engines.vllm.harness import Cache, Expected, Settings, ask, words
+from tests.engines.vllm.harness import Expected, Settings, ask, words
 from tests.engines.vllm.models import IMAGE, VIDEO
-from tests.engines.vllm.test_faults import _free_port
-from tests.integration.support import suspend
 
 pytestmark = pytest.mark.full
 DEADLINE_S = 1.0
@@ -49,36 +46,29 @@ def _until_known(engine: Encoding) -> None:
 
 def test_a_server_that_comes_stops_dies_and_comes_back() -> None:
     EXPECTED.prepare()
-    address = f"127.0.0.1:{_free_port()}"
-    with Encoding(SIGHT, sharing(SIGHT, f"mmcache://{address}", deadline_s=DEADLINE_S, load_buffer_mib=1)) as engine:
+    with (
+        Cache("64MiB", serving=False) as cache,
+        Encoding(SIGHT, sharing(SIGHT, cache.url, deadline_s=DEADLINE_S, load_buffer_mib=1)) as engine,
+    ):
         assert engine.right(*FEW) == 3, "nobody is there"
         _soon(engine)
-        server = ServerProcess("64MiB", listen=address).start()
-        try:
+        cache.start()
+        _until_known(engine)
+        for end, again in ((cache.suspend, cache.resume), (cache.kill, cache.start)):
+            engine.engine.begin("generate", asks=MANY, together=True)
+            time.sleep(0.15)
+            end()
+            tokens = [answer["tokens"] for answer in engine.engine.finish()]
+            assert tokens == [truth.tokens for truth in EXPECTED.of(*MANY)]
+            _soon(engine)
+            engine.right(*MANY, *FEW, together=True)
+            again()
             _until_known(engine)
-            for end in ("stop", "kill"):
-                engine.engine.begin("generate", asks=MANY, together=True)
-                time.sleep(0.15)
-                if end == "stop":
-                    suspend(server.pid)
-                else:
-                    server.stop(signal.SIGKILL)
-                tokens = [answer["tokens"] for answer in engine.engine.finish()]
-                assert tokens == [truth.tokens for truth in EXPECTED.of(*MANY)]
-                _soon(engine)
-                engine.right(*MANY, *FEW, together=True)
-                if end == "stop":
-                    server.process.send_signal(signal.SIGCONT)  # type: ignore[union-attr]
-                else:
-                    server = ServerProcess("64MiB", listen=address).start()
-                _until_known(engine)
-        finally:
-            server.stop(signal.SIGKILL)
 
 
 def test_a_cache_too_small_for_the_work_only_forgets() -> None:
     EXPECTED.prepare()
-    with Cache(1 << 20, pinned_share=1.0) as cache:
+    with Cache("1MiB", pinned_share=1.0) as cache:
         shared = sharing(SIGHT, cache.url, load_buffer_mib=1, save_buffer_mib=1)
         with Encoding(SIGHT, shared) as engine:
             for seed in range(1000, 1090, 3):  # 3 MiB in all

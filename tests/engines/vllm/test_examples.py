@@ -19,8 +19,9 @@ import pytest
 
 import mmcache_connectors.vllm as connectors
 from mmcache_connectors.vllm.settings import CacheSettings, EncoderSettings, Settings, parse_settings
+from tests.engines.cache import Cache
 from tests.engines.examples import commands, complaints, compose_complaints
-from tests.engines.vllm.harness import ENVIRONMENT, Cache, made
+from tests.engines.vllm.harness import ENVIRONMENT, made
 from tests.engines.vllm.models import ROOT
 
 # vLLM, imported here, warns of its own dependencies.

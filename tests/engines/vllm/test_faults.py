@@ -2,19 +2,15 @@
 
 from __future__ import annotations
 
-import re
-import signal
-import socket
 import time
 from collections.abc import Callable, Iterator
 
 import pytest
 
-from mmcache.testing.process import ServerProcess
+from tests.engines.cache import Cache, most_said
 from tests.engines.vllm import damage
-from tests.engines.vllm.harness import VISION, Answer, Ask, Cache, Engine, Expected, ask, words
+from tests.engines.vllm.harness import VISION, Answer, Ask, Engine, Expected, ask, words
 from tests.engines.vllm.models import IMAGE
-from tests.integration.support import suspend
 
 DEADLINE_S = 1.0
 SLACK_S = 1.0  # what a busy machine adds to a request
@@ -31,7 +27,7 @@ Damage = Callable[[Cache], object]
 def small(request: pytest.FixtureRequest) -> Iterator[tuple[Engine, Cache]]:
     """An engine before a cache of 4 MiB, about a hundred blocks, all of which may be pinned."""
     EXPECTED.prepare()
-    with Cache(4 << 20, pinned_share=1.0) as cache, Engine(VISION, _settings(cache.url, request.param)) as engine:
+    with Cache("4MiB", pinned_share=1.0) as cache, Engine(VISION, _settings(cache.url, request.param)) as engine:
         yield engine, cache
 
 
@@ -55,12 +51,12 @@ def _hit(engine: Engine, *asks: Ask) -> bool:
 
 def flip_payloads(cache: Cache) -> None:
     """A bit well inside every payload."""
-    cache.flip_every_frame(8 * 4096)
+    assert cache.flip(cache.digests(), 8 * 4096)
 
 
 def flip_headers(cache: Cache) -> None:
     """A bit of the key in every header."""
-    cache.flip_every_frame(8 * 100)
+    assert cache.flip(cache.digests(), 8 * 100)
 
 
 def reshape(cache: Cache) -> None:
@@ -122,7 +118,7 @@ def test_blocks_damaged_while_many_requests_run(small: tuple[Engine, Cache]) -> 
     cache.forget(cache.digests())
     _right(engine, *MANY, together=True)
     cache.settle()
-    cache.flip_every_frame(8 * 5000)
+    assert cache.flip(cache.digests(), 8 * 5000)
     _right(engine, *MANY, together=True)
     assert engine.counters()["worker"]["verify_failures"] > 0
 
@@ -140,23 +136,15 @@ def test_refused_puts_are_counted_and_harm_nobody(small: tuple[Engine, Cache]) -
     cache.forget(cache.digests())
     _right(engine, *MANY)
     cache.settle()
-    shard = cache.server.shard
-    lease_id, _ = shard.acquire(0, cache.digests())  # now nothing can be evicted
+    assert cache.hold()  # now nothing can be evicted
     before = engine.counters()["worker"].get("saves_refused", 0)
     assert _right(engine, *OTHERS, together=True) == [0] * len(OTHERS)
     cache.settle()
     assert engine.counters()["worker"]["saves_refused"] > before
-    shard.release(0, lease_id)
+    cache.let_go()
     _right(engine, *OTHERS)
     cache.settle()
     assert _hit(engine, OTHERS[-1])
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-        return port
 
 
 def _eventually_hits(engine: Engine, *asks: Ask) -> None:
@@ -164,10 +152,6 @@ def _eventually_hits(engine: Engine, *asks: Ask) -> None:
     while not _hit(engine, *asks):
         assert time.monotonic() < deadline, f"never hit again\n{engine.log()[-4000:]}"
         time.sleep(0.2)
-
-
-def _lines(engine: Engine, what: str) -> int:
-    return len(re.findall(rf"(?m)^.*Client.*{what}", engine.log()))
 
 
 def _bounded(engine: Engine, wanted: Ask) -> None:
@@ -182,40 +166,38 @@ def _bounded(engine: Engine, wanted: Ask) -> None:
 
 @pytest.mark.parametrize("load_mode", ["async", pytest.param("sync", marks=pytest.mark.full)])
 def test_a_server_that_comes_stops_dies_and_comes_back(load_mode: str) -> None:
-    """One engine through all of it; each change of state is one line in its log."""
+    """One engine through all of it; each change of a server is one line in its log."""
     EXPECTED.prepare()
-    address = f"127.0.0.1:{_free_port()}"
-    with Engine(VISION, _settings(f"mmcache://{address}", load_mode)) as engine:
+    with Cache("64MiB", serving=False) as cache, Engine(VISION, _settings(cache.url, load_mode)) as engine:
         assert _right(engine, *SOME) == [0] * len(SOME), "nobody is there"
         _bounded(engine, SOME[0])
-        assert _lines(engine, "does not answer") == 1
-        server = ServerProcess("64MiB", listen=address).start()
-        try:
-            _eventually_hits(engine, *SOME)
-            assert _lines(engine, "answers again") == 1
+        absent = int(cache.listed)
+        assert most_said(engine.log(), "does not answer") == absent
+        cache.start()
+        _eventually_hits(engine, *SOME)
+        assert most_said(engine.log(), "answers again") == absent
 
-            engine.reset()
-            engine.begin("generate", asks=MANY, together=True)
-            time.sleep(0.15)
-            suspend(server.pid)
-            _check(engine, MANY)
-            _bounded(engine, SOME[2])
-            assert _right(engine, *SOME) == [0] * len(SOME)
-            server.process.send_signal(signal.SIGCONT)  # type: ignore[union-attr]
-            _eventually_hits(engine, *SOME)
-            assert _lines(engine, "does not answer") == 2
+        engine.reset()
+        engine.begin("generate", asks=MANY, together=True)
+        time.sleep(0.15)
+        cache.suspend()
+        _check(engine, MANY)
+        _bounded(engine, SOME[2])
+        assert _right(engine, *SOME) == [0] * len(SOME)
+        cache.resume()
+        _eventually_hits(engine, *SOME)
+        assert most_said(engine.log(), "does not answer") == absent + 1
 
-            engine.reset()
-            engine.begin("generate", asks=MANY, together=True)
-            time.sleep(0.15)
-            server.stop(signal.SIGKILL)
-            _check(engine, MANY)
-            _bounded(engine, SOME[1])
-            server = ServerProcess("64MiB", listen=address).start()
-            _eventually_hits(engine, *SOME)
-            assert _lines(engine, "does not answer") == _lines(engine, "answers again") == 3
-        finally:
-            server.stop(signal.SIGKILL)
+        engine.reset()
+        engine.begin("generate", asks=MANY, together=True)
+        time.sleep(0.15)
+        cache.kill()
+        _check(engine, MANY)
+        _bounded(engine, SOME[1])
+        cache.start()
+        _eventually_hits(engine, *SOME)
+        assert most_said(engine.log(), "does not answer") == absent + 2
+        assert most_said(engine.log(), "answers again") == absent + 2
 
 
 def _check(engine: Engine, asks: list[Ask]) -> None:

@@ -8,12 +8,12 @@ from __future__ import annotations
 
 import pytest
 
+from tests.engines.cache import Cache
 from tests.engines.vllm.harness import (
     BLOCK,
     VISION,
     WRITTEN,
     Ask,
-    Cache,
     Engine,
     Expected,
     FirstRun,

@@ -6,7 +6,6 @@ from __future__ import annotations
 import base64
 import io
 import re
-import signal
 import subprocess
 import sys
 import time
@@ -18,7 +17,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from mmcache.testing.process import ServerProcess
+from tests.engines.cache import Cache
 from tests.engines.vllm.api_server import ANSWER_S, ApiServer
 from tests.engines.vllm.harness import BLOCK, words
 from tests.engines.vllm.images import picture
@@ -150,7 +149,7 @@ def test_the_server_over_http(tmp_path: Path) -> None:
         truths["forged"] = server.chat(*[{k: v for k, v in part.items() if k != "uuid"} for part in FORGED])[:3]
         crowd = [server.chat(*parts)[:3] for parts in CROWD]
         refusals = [_refused(server, parts) for parts in (BROKEN, LONG)]
-    with ServerProcess("256MiB") as cache:
+    with Cache() as cache:
         with ApiServer(cache.url, *EMBEDS, PYTHONHASHSEED="1") as server:
             for name in (*CHATS, "named"):
                 assert server.chat(*known[name])[:3] == truths[name], name
@@ -173,6 +172,6 @@ def test_the_server_over_http(tmp_path: Path) -> None:
             _ask(server.port, tmp_path)
             with ThreadPoolExecutor(len(CROWD)) as pool:
                 running = [pool.submit(server.chat, *parts) for parts in CROWD]
-                cache.stop(signal.SIGKILL)
+                cache.kill()
                 assert [one.result()[:3] for one in running] == crowd
             assert server.chat(*CHATS["text"])[:3] == truths["text"]

@@ -8,7 +8,8 @@ from typing import Any
 import pytest
 from prometheus_client import REGISTRY, Counter, Gauge, Histogram
 
-from tests.engines.vllm.harness import BLOCK, Cache, Engine, Expected, Settings, ask, words
+from tests.engines.cache import Cache
+from tests.engines.vllm.harness import BLOCK, Engine, Expected, Settings, ask, words
 
 # vLLM, imported here, warns of its own dependencies.
 pytestmark = pytest.mark.filterwarnings("default::DeprecationWarning")
@@ -93,8 +94,10 @@ def test_an_engine_shows_what_it_did(mode: str) -> None:
         cache.settle()
         engine.fresh(WARM, NEW)
         cache.settle()
-        (again,) = engine.fresh(ask(words(752, 40)))  # a step in which what ended since the last one is told
+        (again,) = engine.fresh(ask(words(752, 40)))
         assert again.cached == 0
+        cache.settle()
+        engine.generate(ask(words(754, 8), max_tokens=2))  # a step in which what ended since the last one is told
         shown = engine.call("metrics", prefix="vllm:mmcache_")
         told = engine.call("transfer_params", asks=[WARM, ask(words(751, 200) + words(753, 100), max_tokens=64)])
     assert shown["vllm:mmcache_lookups"] == 4

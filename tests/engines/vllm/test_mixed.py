@@ -7,7 +7,6 @@ engine's, none is an error, every block comes back. And the comparison that says
 from __future__ import annotations
 
 import random
-import socket
 import textwrap
 import time
 from collections import Counter
@@ -17,13 +16,14 @@ from typing import Any, NamedTuple, Self
 
 import pytest
 
-from tests.engines.vllm.damage import CacheProcess
+from tests.engines.cache import Cache
+from tests.engines.vllm.damage import harm
 from tests.engines.vllm.encoder import sharing
 from tests.engines.vllm.harness import CLOSE, VISION, Answer, Ask, Engine, Expected, Settings
 from tests.engines.vllm.mix import FAULTS, LORAS, STATES, Beat, Case, beats, working_set
 
 DEADLINE_S = 0.4
-MEMORY_NBYTES = 6 << 20  # some 180 blocks, of a working set of over a thousand
+MEMORY = "6MiB"  # some 180 blocks, of a working set of over a thousand
 ENGINE_BLOCKS = 44  # for five requests or so, of the 16 that may run
 PATIENCE_S = 30.0
 SURE = 2 * CLOSE  # two logprobs so far apart do not change places by rounding
@@ -67,29 +67,27 @@ EXPECTED = Expected.plan(VISION, *(case.ask for case in working_set(QUICK.seed))
 
 
 class Bed:
-    """One engine before one cache, which is replaced when it is killed. Use as a context manager."""
+    """One engine before one cache, which comes back empty when it is killed. Use as a context manager."""
 
     def __init__(self, run: Run) -> None:
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            self.address = f"127.0.0.1:{probe.getsockname()[1]}"
-        url, settings = f"mmcache://{self.address}", Settings(VISION.model, MIXED)
+        self.cache = Cache(MEMORY, pinned_share=1.0)
+        url, settings = self.cache.url, Settings(VISION.model, MIXED)
         if run.encoder:  # vLLM's own encoder cache is for five pictures, then: as many embeddings as a step has tokens
             settings = sharing(settings, url, llm={"max_num_batched_tokens": 128}, deadline_s=DEADLINE_S)
         self.engine = Engine(settings, {"url": url, "load_mode": run.load_mode, "deadline_s": DEADLINE_S})
 
     def __enter__(self) -> Self:
-        self.cache = CacheProcess(self.address, MEMORY_NBYTES)
+        self.cache.__enter__()
         try:
             self.engine.__enter__()
         except BaseException:
-            self.cache.kill()
+            self.cache.__exit__()
             raise
         return self
 
     def __exit__(self, *exc: object) -> None:
         self.engine.close()
-        self.cache.kill()
+        self.cache.__exit__()
 
 
 class Mix:
@@ -195,7 +193,7 @@ class Mix:
         time.sleep(self.chance.uniform(0, RACE_S))
         self.bed.cache.kill()
         self._finish()
-        self.bed.cache = CacheProcess(self.bed.address, MEMORY_NBYTES)
+        self.bed.cache.start()
         self._answers_again()
 
     def _stopped(self, beat: Beat) -> None:
@@ -225,18 +223,18 @@ class Mix:
         """While requests look for what is harmed, or just before."""
         self._begin(beat)
         time.sleep(self.chance.choice([0.0, self.chance.uniform(0, RACE_S)]))
-        self.counts["entries harmed"] += self.bed.cache.call("harm", how=how, share=share, seed=self.chance.random())
+        self.counts["entries harmed"] += harm(self.bed.cache, how, share, self.chance.random())
         self._finish()
 
     def _refusing(self, beat: Beat) -> None:
-        self.bed.cache.call("hold")
+        self.bed.cache.hold()
         self._advance(beat)
         self._advance(replace(beat, arrivals=self._some(6)))
-        self.bed.cache.call("let_go")
+        self.bed.cache.let_go()
 
     def _stored(self) -> None:
         """Note what the cache did, before it is gone."""
-        self.counts["evictions"] += self.bed.cache.call("counters")["evictions"]
+        self.counts["evictions"] += self.bed.cache.counters()["evictions"]
 
     def _answers_again(self) -> None:
         """More requests until the engine stores, or finds, blocks again."""
@@ -315,13 +313,14 @@ def test_the_comparison_sees_blocks_that_changed_places(started: tuple[Bed, Run]
     """Their checksums are right, so nothing else can."""
     bed, run = started
     mix = Mix(bed, run.seed)
-    bed.cache.call("harm", how="forget", share=1.0, seed=0)
+    harm(bed.cache, "forget", 1.0, 0)
     bed.engine.reset()
     mix.ask(tuple(range(PLANTED)))
     assert not mix.wrong
     bed.engine.reset()
-    assert bed.cache.call("settle") > PLANTED
-    assert bed.cache.call("harm", how="exchange", share=share, seed=0) >= 2
+    bed.cache.settle()
+    assert len(bed.cache.digests()) > PLANTED
+    assert harm(bed.cache, "exchange", share, 0) >= 2
     before = mix.counts["hits: text"]
     mix.ask(tuple(range(PLANTED)))
     hits = mix.counts["hits: text"] - before

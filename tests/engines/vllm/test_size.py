@@ -12,7 +12,7 @@ from mmcache.size.kv import DEFAULTS, FULL, MLA, kv_of
 from mmcache.size.media import Picture, items_of
 from tests.engines.vllm.harness import VISION, WRITTEN, FirstRun, ask, made, words, written
 from tests.engines.vllm.models import IMAGE, VIDEO
-from tests.engines.vllm.sizes import fields_of, kv_frames_said, kv_frames_stored
+from tests.engines.vllm.sizes import fields_of, kv_frames_said
 from tests.unit.size_configs import CONFIGS
 
 # vLLM, imported here, warns of its own dependencies.
@@ -85,7 +85,7 @@ def test_vllm_makes_the_same_groups(full: int, sliding: int) -> None:
 # --------------------------------------------------------------------------------------------- what an engine stored
 def test_blocks_are_as_large_as_is_said(first_run: FirstRun) -> None:
     """Of other models: tests/engines/vllm/test_configurations.py."""
-    assert kv_frames_stored(first_run.cache) == kv_frames_said(VISION) == {32_768 + 448}
+    assert first_run.cache.kv_frames() == kv_frames_said(VISION) == {32_768 + 448}
 
 
 def test_embeddings_have_as_many_tokens_as_is_said(first_run: FirstRun) -> None:
