@@ -1,1 +1,1 @@
-"""A real cluster and a simulated one under the same requests, while a shard dies or joins: `benchmarks.bench_cluster`."""
+"""Real clusters and simulated ones under the same requests, while a shard dies or joins: benchmarks.bench_cluster."""

@@ -10,7 +10,8 @@ import tempfile
 import threading
 import time
 from collections.abc import Iterator
-from typing import Any, Final
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
 import mmcache
 from mmcache.client.blocking import Client
@@ -18,8 +19,6 @@ from mmcache.errors import ConfigError
 from mmcache.keyset import Keys
 from mmcache.testing.process import ServerProcess
 from mmcache.testing.values import eventually
-
-LONGEST_START_S: Final = 30.0
 
 
 class Servers:
@@ -82,8 +81,8 @@ class Servers:
         return self
 
     def __exit__(self, *error: object) -> None:
-        for server in self._running.values():
-            server.stop()
+        with ThreadPoolExecutor() as pool:
+            list(pool.map(ServerProcess.stop, self._running.values()))
 
 
 @contextlib.contextmanager

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -14,7 +14,7 @@ WINDOW_SHARE = 6  # a window is so small a part of all requests
 
 @dataclass(frozen=True)
 class Windows:
-    """Requests by number: those just before something happens at `at`, those that follow, the rest, and the last ones."""
+    """Requests by number: those just before something happens at `at`, those that follow, others, the last ones."""
 
     at: int
     count: int
@@ -49,14 +49,19 @@ class Windows:
         return {"before": self.before, "during": self.during, "after": self.after, "end": self.end}
 
 
-def share(found: Sequence[int], blocks: Sequence[int], window: range) -> float:
+def share(found: Sequence[float], blocks: Sequence[int], window: range) -> float:
     """Of the blocks that these requests ask for, those found."""
     return sum(found[number] for number in window) / max(1, sum(blocks[number] for number in window))
 
 
-def kept(found: Sequence[int], without: Sequence[int], window: range) -> float:
+def kept(found: Sequence[float], without: Sequence[float], window: range) -> float:
     """Blocks found, over those found where nothing had happened."""
     return sum(found[number] for number in window) / max(1, sum(without[number] for number in window))
+
+
+def mean(columns: Iterable[Sequence[float]]) -> list[float]:
+    """Of several predictions, by number."""
+    return [sum(row) / len(row) for row in zip(*columns, strict=True)]
 
 
 def latencies(served: Sequence[Served]) -> dict[str, dict[str, float]]:

@@ -1,8 +1,8 @@
 """Clients, each a process, that ask for prompts as engines do: how much is stored, read that, store the rest.
 
 Requests have numbers, and each is taken by whichever process is free. What each came to, and when its steps began, is
-written down, so that the simulator can be asked the same in the same order (replay.py). One number may be that of a kill:
-who takes it kills the shard, and goes on.
+written down, so that the simulator can be asked the same in the same order (replay.py). One number may be that of a
+kill: who takes it kills the shard, and goes on.
 """
 
 from __future__ import annotations
@@ -80,6 +80,17 @@ class Came:
     killed_s: float
     counters: Counter[str] = field(default_factory=Counter)
 
+    def summary(self) -> dict[str, Any]:
+        """What callers noticed."""
+        return {
+            "wrong": sum(one.wrong for one in self.served),
+            "errors": sum(bool(one.error) for one in self.served),
+            "error": next((one.error for one in self.served if one.error), ""),
+            "compared": sum(one.found for one in self.served),
+            "counters": dict(self.counters),
+            "seconds": round(max(one.times[4] for one in self.served) - self.served[0].times[0], 2),
+        }
+
 
 class Asking(ClusterClient):
     """A client that writes down whom it asks."""
@@ -123,7 +134,10 @@ class Shared:
 
 
 class Load:
-    """The processes. `run` waits for them; meanwhile it tells `watch` the number of the next request, again and again."""
+    """The processes. `run` waits for them; meanwhile it tells `watch` the next request's number, again and again.
+
+    `kill`: the number of the request that kills, and the process that is killed.
+    """
 
     def __init__(self, plan: Plan, workers: int, kill: tuple[int, int] | None = None) -> None:
         self.plan, self.workers = plan, workers
@@ -196,7 +210,9 @@ def serve(client: Asking, keys: Keys, values: Values, buffers: Sequence[Bytes], 
     view = len(client._membership.view().members)
     times = [time.monotonic()]
     matched = found = wrong = 0
-    error, lookups, puts = "", (), ()
+    error = ""
+    lookups: tuple[str, ...] = ()
+    puts: tuple[str, ...] = ()
     try:
         matched = client.match_prefix(keys)
         times.append(time.monotonic())

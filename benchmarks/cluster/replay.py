@@ -6,6 +6,7 @@ evict. Steps come in the order, and at the times, in which the real ones began. 
 
 from __future__ import annotations
 
+import random
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -50,20 +51,25 @@ class Predicted:
 class Caller:
     """One client."""
 
-    def __init__(self, view: View, config: ClusterConfig, now: float) -> None:
-        self.breakers = {member.id: Breaker() for member in view.members}
-        self.now = now
+    def __init__(self, view: View, config: ClusterConfig, now: float, draw: Callable[[], float]) -> None:
+        self._breakers: dict[str, Breaker] = {}
+        self.now, self._draw = now, draw
         self.conduct = Conduct(
             view, config.replicas, self.open_to, draw=0, now=now, ramp_s=config.ramp_s, absent_s=config.absent_s
         )
 
     def open_to(self, name: str) -> bool:
         """Whether it may be asked now."""
-        return self.breakers.setdefault(name, Breaker()).allows(self.now)
+        return self.breaker(name).allows(self.now)
+
+    def breaker(self, name: str) -> Breaker:
+        """Of one shard."""
+        return self._breakers.setdefault(name, Breaker(draw=self._draw))
 
 
 class Replay:
-    """See the module's text. `views`: by how many members they have; a client takes the one it had then."""
+    """See the module's text. `views`: by how many members they have; a client takes the one it had then. `seed`: for
+    what is chance, when a client asks a shard again that did not answer."""
 
     def __init__(
         self,
@@ -73,6 +79,7 @@ class Replay:
         config: ClusterConfig,
         nbytes: int,
         outage: Outage | None = None,
+        seed: int = 0,
     ) -> None:
         self._asked, self._served, self._views, self._outage = asked, served, views, outage
         self._nbytes = nbytes
@@ -81,7 +88,8 @@ class Replay:
         self.shards = {member.id: Shard() for view in views.values() for member in view.members}
         began_s = served[0].times[0]
         first = views[served[0].view]
-        self.callers = {one.worker: Caller(first, config, began_s) for one in served}
+        draw = random.Random(seed).random
+        self.callers = {worker: Caller(first, config, began_s, draw) for worker in {one.worker for one in served}}
         count = len(asked)
         self.out = Predicted([0] * count, [()] * count, [()] * count, [0] * count)
         self._is_down = ""
@@ -174,7 +182,7 @@ class Replay:
         answers, told = {}, set[bytes]()
         self._asking += asks
         for name, one in asks.items():
-            breaker = caller.breakers.setdefault(name, Breaker())
+            breaker = caller.breaker(name)
             if not breaker.allows(caller.now):
                 answers[name] = silence(one.rows)
             elif name == self._is_down:

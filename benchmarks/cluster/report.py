@@ -12,29 +12,26 @@ WIDTH = 150
 
 
 def kill_tables(cases: Sequence[dict[str, Any]]) -> list[Table]:
-    """Of `kill`: a row a case, and what the simulator says of each other shard."""
-    table = Table(
-        "traffic", "placed", "R", "the shard", "hits before", "during", "after", "end", "kept", "by block", "lost",
-        "get p50 / p99 / max", "lookup p99", "put p99", "back", "wrong, errors",
-        title="a shard of four killed under load: hit share and kept prefix hits, (predicted)",
+    """Of `kill`: a row a case, what calls took, and what the simulator says of each shard."""
+    hits = Table(
+        "traffic", "placed", "R", "the shard", "hits before", "during", "after", "end", "lost, points", "kept",
+        "by block", title="a shard of four is killed: hit share and kept prefix hits, as measured (predicted)",
+    )  # fmt: skip
+    calls = Table(
+        "traffic", "placed", "R", "the shard", "lookup p50 / p99 / max, ms", "get", "put", "back after",
+        "values compared", "wrong", "errors", title="from the kill on",
     )  # fmt: skip
     for row in cases:
-        get, since = row["latency_since"]["get"], row["latency_since"]
-        table.add_row(
-            row["workload"],
-            row["placed"],
-            str(row["replicas"]),
-            row["what"],
+        names = row["workload"], row["placed"], str(row["replicas"]), row["what"]
+        hits.add_row(
+            *names,
             *[f"{row['share'][name]:.1%} ({row['predicted'][name]:.1%})" for name in row["share"]],
+            f"{row['points_lost']:.1f}",
             f"{row['kept']:.1%} ({row['kept_predicted']:.1%})",
             f"({row['kept_by_block_predicted']:.1%})",
-            f"{row['points_lost']:.1f} points",
-            " / ".join(f"{1000 * get[name]:.1f}" for name in ("p50_s", "p99_s", "max_s")) + " ms",
-            f"{1000 * since['lookup']['p99_s']:.1f} ms",
-            f"{1000 * since['put']['p99_s']:.1f} ms",
-            "" if row["back_s"] is None else f"{row['back_s']:.1f} s",
-            f"{row['wrong']}, {row['errors']}",
         )
+        back = "" if row["back_s"] is None else f"{row['back_s']:.1f} s"
+        calls.add_row(*names, *_calls(row), back, f"{row['compared']:,}", f"{row['wrong']}", f"{row['errors']}")
     each = Table("traffic", "placed", "mean", title="kept, predicted, had it been this shard that died for good")
     with_each = [row for row in cases if row["kept_each"]]
     for name in with_each[0]["kept_each"]["runs"] if with_each else ():
@@ -43,7 +40,7 @@ def kill_tables(cases: Sequence[dict[str, Any]]) -> list[Table]:
         for placed, found in row["kept_each"].items():
             mean = sum(found.values()) / len(found)
             each.add_row(row["workload"], placed, f"{mean:.1%}", *[f"{one:.1%}" for one in found.values()])
-    return [table, each] if with_each else [table]
+    return [hits, calls, each] if with_each else [hits, calls]
 
 
 def join_tables(cases: Sequence[dict[str, Any]]) -> list[Table]:
@@ -51,10 +48,10 @@ def join_tables(cases: Sequence[dict[str, Any]]) -> list[Table]:
     tables = [_windows(row) for row in cases]
     table = Table(
         "traffic", "former owners asked for", "owner changed", "least", "over it", "copied to the newcomer",
-        "to others", "it holds at the end", "get p50 / p99 / max", "wrong, errors", title="what moved",
+        "to others", "it holds at the end", "lookup p50 / p99 / max, ms", "get", "put", "wrong, errors",
+        title="what moved",
     )  # fmt: skip
     for row in cases:
-        get = row["latency"]["get"]
         table.add_row(
             row["workload"],
             f"{row['ramp_s']:g} s",
@@ -64,10 +61,18 @@ def join_tables(cases: Sequence[dict[str, Any]]) -> list[Table]:
             f"{row['copied_to_newcomer_mib']:.1f} MiB",
             f"{row['copied_elsewhere_mib']:.1f} MiB",
             f"{row['held_at_end_mib']:.1f} MiB",
-            " / ".join(f"{1000 * get[name]:.1f}" for name in ("p50_s", "p99_s", "max_s")) + " ms",
+            *_calls(row),
             f"{row['wrong']}, {row['errors']}",
         )
     return [*tables, table]
+
+
+def _calls(row: dict[str, Any]) -> list[str]:
+    taken = row["latency"]
+    return [
+        " / ".join(f"{1000 * taken[call][name]:.0f}" for name in ("p50_s", "p99_s", "max_s"))
+        for call in ("lookup", "get", "put")
+    ]
 
 
 def _windows(row: dict[str, Any]) -> Table:
