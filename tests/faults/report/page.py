@@ -1,0 +1,7 @@
+"""placeholder"""
+
+from typing import Any
+
+
+def page(found: dict[str, Any]) -> str:
+    return ""
