@@ -26,7 +26,7 @@ DEADLINE_S: Final = 1.0
 LEASE_S: Final = 4 * DEADLINE_S
 IO_TIMEOUT_S: Final = 2.0
 BACK_S: Final = 30.0  # until a healed shard must answer
-MEMORY: Final = "128MiB"
+MEMORY: Final = "64MiB"
 TINY: Final = "4MiB"
 CLUSTER: Final = "faults"
 

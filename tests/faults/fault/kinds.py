@@ -171,6 +171,7 @@ def _hog(url: str, done: threading.Event) -> None:
     space = Namespace(kind="kv", model="faults/hog", dtype="uint8", layout="flat", block_size=16)
     values = [np.full(HOG_NBYTES, 7, np.uint8)] * HOG_BATCH
     with mmcache.connect(url, deadline_s=1.0, lazy=True) as cache:
+        cache.announces = False
         held: list[LeasedFrames] = []
         number = 0
         while not done.wait(0.05):

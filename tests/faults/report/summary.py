@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections import Counter
+from collections import Counter, defaultdict
 from typing import Any, Final
 
 import numpy as np
@@ -67,15 +67,17 @@ def totals(run: Run, bad: Counter[str]) -> dict[str, int]:
 
 
 def ops(run: Run) -> dict[str, dict[str, float]]:
-    """By kind of call: how many, and how long they took by the clock."""
+    """By kind of call: how many, and how long they took by the clock, without stops of the caller."""
+    lengths: defaultdict[str, list[Any]] = defaultdict(list)
+    for stem, calls in run.calls.items():
+        by_clock, _ = lateness(calls, run.deadline_s, stops_of(run, lane_of(stem)))
+        for number, name in enumerate(OPS):
+            lengths[name].append(1e3 * (by_clock + run.deadline_s)[calls["op"] == number])
     told = {}
-    every = np.concatenate(list(run.calls.values()))
-    for number, name in enumerate(OPS):
-        took_ms = 1e3 * every["took_s"][every["op"] == number]
-        if len(took_ms):
-            marks = np.percentile(took_ms, [50, 99, 100])
-            told[name] = dict(zip(("p50_ms", "p99_ms", "worst_ms"), map(float, np.round(marks, 2)), strict=True))
-            told[name]["calls"] = len(took_ms)
+    for name, parts in lengths.items():
+        if len(took_ms := np.concatenate(parts)):
+            marks = map(float, np.round(np.percentile(took_ms, [50, 99, 100]), 2))
+            told[name] = {"calls": len(took_ms), **dict(zip(("p50_ms", "p99_ms", "worst_ms"), marks, strict=True))}
     return told
 
 

@@ -33,7 +33,7 @@ from tests.faults.traffic.values import BLOCK_NBYTES, PICTURE_NBYTES, TURNS, Val
 T = TypeVar("T")
 PICTURES = 48
 PACE_S = 0.02
-HOLD_S = 0.03  # the longest that a lease is used, but for the process being stopped
+HOLD_S = 0.2  # the longest that a lease is used, but for the process being stopped
 BACK_S = 8.0  # until what a closed client had open must be given back
 
 
@@ -196,19 +196,19 @@ def main(words: list[str]) -> int:
         over = True
 
     signal.signal(signal.SIGTERM, end)
-    recorder = Recorder(Path(settings.folder), f"{settings.name}-{settings.life}")
-    mmcache.connect(settings.url, lazy=True).close()
-    before = taken()
-    with mmcache.connect(settings.url, lazy=True) as cache:
-        cache.announces = False
-        engine = Engine(settings, cache, recorder)
-        while not over:
-            engine.step()
-            time.sleep(PACE_S * engine.random.random() * 2)
-        counters = dict(cache.counters)
-    give_up_s = time.monotonic() + BACK_S
-    while (now := taken())[:2] > before[:2] and time.monotonic() < give_up_s:
-        time.sleep(0.1)
+    with Recorder(Path(settings.folder), f"{settings.name}-{settings.life}") as recorder:
+        mmcache.connect(settings.url, lazy=True).close()
+        before = taken()
+        with mmcache.connect(settings.url, lazy=True) as cache:
+            cache.announces = False
+            engine = Engine(settings, cache, recorder)
+            while not over:
+                engine.step()
+                time.sleep(PACE_S * engine.random.random() * 2)
+            counters = dict(cache.counters)
+        give_up_s = time.monotonic() + BACK_S
+        while (now := taken())[:2] > before[:2] and time.monotonic() < give_up_s:
+            time.sleep(0.1)
     print(json.dumps({"before": before._asdict(), "after": now._asdict(), "counters": counters}), flush=True)
     return 0
 

@@ -9,7 +9,7 @@ import json
 import threading
 import time
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, Self
 
 import numpy as np
 from numpy.typing import NDArray
@@ -39,7 +39,7 @@ def cpu_wait_s() -> float:
 
 
 class Recorder:
-    """Writes the records of one process into FOLDER/NAME.calls and FOLDER/NAME.troubles."""
+    """Writes the records of one process into FOLDER/NAME.calls and FOLDER/NAME.troubles. Use as a context manager."""
 
     def __init__(self, folder: Path, name: str) -> None:
         self._calls = (folder / f"{name}.calls").open("ab", buffering=0)
@@ -55,6 +55,13 @@ class Recorder:
         """What may not happen, now."""
         self._troubles.write(json.dumps({"at_s": time.monotonic(), "what": what, "detail": detail}) + "\n")
         self._troubles.flush()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._calls.close()
+        self._troubles.close()
 
 
 def read_calls(path: Path) -> Calls:
