@@ -8,12 +8,12 @@ import sys
 import tempfile
 import threading
 import time
+from collections import defaultdict
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Final
 
-from mmcache.errors import MMCacheError
 from tests.faults.check.found import Happened, Run
 from tests.faults.check.held import open_of, what_is_held
 from tests.faults.fault.bed import DEADLINE_S, LEASE_S, Bed, until
@@ -33,12 +33,13 @@ Say = Callable[[str], None]
 
 @dataclass
 class _Trouble:
-    """The faults of a run, each on a thread of its own."""
+    """The faults of a run, each on a thread of its own. One whose target is not well again yet waits for that."""
 
     scene: Scene
     known: dict[str, Kind]
     began_s: float
     happened: list[Happened] = field(default_factory=list)
+    befallen: defaultdict[str, threading.Lock] = field(default_factory=lambda: defaultdict(threading.Lock))
 
     def run(self, planned: list[Planned], say: Say) -> None:
         """Until the last one is healed."""
@@ -52,16 +53,20 @@ class _Trouble:
         over = self.scene.bed.over
         if not until(self.began_s + planned.begin_s, over):
             return
-        happened = Happened(planned.kind, planned.target, time.monotonic())
-        self.happened.append(happened)
-        say(f"{planned.kind} {planned.target}")
-        try:
-            with self.known[planned.kind].befall(self.scene, planned.target):
-                over.wait(planned.length_s)
-                happened.heal_s = time.monotonic()
-        except (AssertionError, MMCacheError, OSError) as error:
-            happened.error = f"{type(error).__name__}: {error}"
-        happened.end_s = time.monotonic()
+        kind = self.known[planned.kind]
+        with contextlib.ExitStack() as stack:
+            for one in sorted({planned.target, *kind.also}):
+                stack.enter_context(self.befallen[one])
+            happened = Happened(planned.kind, planned.target, time.monotonic())
+            self.happened.append(happened)
+            say(f"{planned.kind} {planned.target}")
+            try:
+                with kind.befall(self.scene, planned.target):
+                    over.wait(planned.length_s)
+                    happened.heal_s = time.monotonic()
+            except Exception as error:  # whatever it was, the fault is not healed
+                happened.error = repr(error)
+            happened.end_s = time.monotonic()
 
 
 def run(seed: int, seconds: float, say: Say = lambda what: None) -> Run:

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import itertools
+import signal
 import socket
+import subprocess
+import sys
 import time
 from collections import defaultdict
 from collections.abc import Iterator
@@ -11,6 +14,7 @@ from collections.abc import Iterator
 import pytest
 
 from tests.faults.fault.kinds import kinds
+from tests.faults.fault.memory import NoLimit, check, limited
 from tests.faults.fault.relay import Relay
 from tests.faults.fault.schedule import plan
 from tests.integration.redis_bed import free_port
@@ -38,6 +42,20 @@ def test_every_kind_comes_in_two_minutes_and_no_target_has_two_faults_at_once(se
         for (_, end_s), (begin_s, _) in itertools.pairwise(sorted(spans)):
             assert begin_s > end_s
     assert max(one.begin_s + one.length_s for one in planned) <= 90.0
+
+
+def test_the_kernel_kills_what_is_limited_once_it_takes_memory() -> None:
+    try:
+        check()
+    except NoLimit as error:
+        pytest.skip(str(error))
+    words = [sys.executable, "-c", "input(); print(bytearray(b'x' * (64 << 20))[5], flush=True); input()"]
+    with subprocess.Popen(words, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
+        assert process.stdin is not None
+        with limited(process.pid, "test"):
+            process.stdin.write(b"\n")
+            process.stdin.flush()
+            assert process.wait(10) == -signal.SIGKILL
 
 
 @pytest.fixture

@@ -18,6 +18,7 @@ import mmcache
 from mmcache.errors import MMCacheError
 from mmcache.testing.process import ServerProcess, children_of
 from mmcache.testing.values import eventually
+from tests.faults.fault.memory import NoLimit, check
 from tests.faults.fault.network import HERE, THERE, Network, NoNetwork
 from tests.faults.fault.relay import Relay
 from tests.integration.redis_bed import Redis, free_port
@@ -105,6 +106,10 @@ class Bed:
                 self.network = stack.enter_context(Network())
             except NoNetwork as error:
                 self.left_out["partition"] = str(error)
+            try:
+                check()
+            except NoLimit as error:
+                self.left_out["out of memory"] = str(error)
             words = ("--bind", "127.0.0.1", HERE, "--protected-mode", "no") if self.network else ()
             self.redis = stack.enter_context(Redis(*words))
             self._make()

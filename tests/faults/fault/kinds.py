@@ -24,6 +24,7 @@ from mmcache.keyset import Keys
 from mmcache.testing.process import suspend
 from mmcache.testing.values import eventually
 from tests.faults.fault.bed import LEASE_S, Bed
+from tests.faults.fault.memory import limited
 
 PAST_LEASES_S: Final = LEASE_S + 1.0
 HOG_NBYTES: Final = 1 << 20
@@ -184,6 +185,15 @@ def _hog(url: str, done: threading.Event) -> None:
 
 
 @contextlib.contextmanager
+def out_of_memory(scene: Scene, name: str) -> Iterator[None]:
+    """A server under its holder may take hardly any more memory: the kernel kills it wherever it needs some."""
+    shard = scene.bed.shards[name]
+    with limited(shard.pid, name):
+        yield
+    shard.answers()
+
+
+@contextlib.contextmanager
 def kill_redis(scene: Scene, name: str) -> Iterator[None]:
     """SIGKILL Redis; it comes back knowing nothing."""
     scene.bed.redis.kill()
@@ -248,6 +258,7 @@ def kinds(clients: tuple[str, ...]) -> dict[str, Kind]:
         "cut": Kind(relayed("cut"), relays, 3.0, 6.0),
         "lose": Kind(relayed("lose"), relays, 3.0, 6.0),
         "full": Kind(full, always, 3.0, 6.0),
+        "out of memory": Kind(out_of_memory, ("s1", "s3"), 2.0, 5.0),
         "kill redis": Kind(kill_redis, ("redis",), 1.0, 9.0),
         "stop redis": Kind(stop_redis, ("redis",), 2.0, 8.0),
         "join": Kind(join, ("s4",), 5.0, 10.0),

@@ -24,7 +24,7 @@ FAMILIES: Final = {
     "a process killed or replaced": (1, ("kill", "kill held", "replace", "kill client", "kill redis")),
     "a process stopped": (2, ("stop", "stop client", "stop redis")),
     "the network": (4, ("partition", "delay", "stall", "cut", "lose")),
-    "memory full, members that come and go": (3, ("full", "join", "drain")),
+    "memory full, members that come and go": (3, ("full", "out of memory", "join", "drain")),
 }
 _SERIES: Final = {kind: series for series, kinds in FAMILIES.values() for kind in kinds}
 
@@ -121,7 +121,7 @@ def _grid(window: Window, height: float) -> list[str]:
 
 
 def _phases(phases: Mapping[str, float], window: Window, bottom: float) -> list[str]:
-    named = {"trouble begins": phases["trouble"], "all healed": phases["healed"], "quiet again": phases["quiet"]}
+    named = {"trouble begins": phases["trouble"], "all healed": phases["healed"], "quiet": phases["quiet"]}
     parts = []
     for name, at_s in named.items():
         if window.has(at_s):
@@ -137,7 +137,7 @@ def _bars(faults: Sequence[Mapping[str, Any]], window: Window, y: float) -> list
     parts = []
     seen = [one for one in faults if window.has(one["begin_s"]) or window.has(one["end_s"])]
     edge = float(WIDTH - RIGHT)
-    for one, following in zip(seen, [*seen[1:], None], strict=True):
+    for one, following in zip(seen, [*seen[1:], None], strict=False):
         begin, heal, end = (window.x(one[name]) for name in ("begin_s", "heal_s", "end_s"))
         told = f"{one['kind']} {one['target']}: {one['begin_s']:.1f} to {one['end_s']:.1f} s"
         kind = f'class="fill s{_SERIES[one["kind"]]}"'

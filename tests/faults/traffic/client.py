@@ -27,7 +27,7 @@ from mmcache.frame_view import Frame
 from mmcache.keyset import Keys
 from mmcache.testing.leaks import taken
 from mmcache.testing.values import Bytes, blanks
-from tests.faults.traffic.records import Recorder, cpu_wait_s
+from tests.faults.traffic.records import Recorder, cpu_wait_s, go_first
 from tests.faults.traffic.values import BLOCK_NBYTES, PICTURE_NBYTES, TURNS, Values, is_right, value_of
 
 T = TypeVar("T")
@@ -196,6 +196,7 @@ def main(words: list[str]) -> int:
         over = True
 
     signal.signal(signal.SIGTERM, end)
+    go_first()
     with Recorder(Path(settings.folder), f"{settings.name}-{settings.life}") as recorder:
         mmcache.connect(settings.url, lazy=True).close()
         before = taken()
