@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import signal
 import subprocess
 import sys
 import tempfile
@@ -27,7 +28,7 @@ WARM_S: Final = 6.0  # until everything that is asked for is stored
 QUIET_S: Final = 6.0  # before the trouble, and at the end: what hit rates are compared between
 SETTLE_S: Final = 12.0  # after the last fault is healed: breakers, views, values to be stored again
 SWEEP_S: Final = LEASE_S + 4.0  # until what nobody released must be free
-CLIENTS: Final = {"c0": (1, ""), "c1": (1, "tcp"), "c2": (2, ""), "c3": (2, "tcp")}  # replicas, transport
+CLIENTS: Final = {"c0": (1, "auto"), "c1": (1, "tcp"), "c2": (2, "auto"), "c3": (2, "tcp")}  # replicas, transport
 Say = Callable[[str], None]
 
 
@@ -99,7 +100,7 @@ def run(seed: int, seconds: float, say: Say = lambda what: None) -> Run:
         }
         for shard in bed.shards.values():
             if shard.server.process is not None:
-                shard.end(15)
+                shard.end(signal.SIGTERM)
         return Run(
             seed=seed,
             deadline_s=DEADLINE_S,

@@ -8,6 +8,7 @@ s4  joins and leaves, with hardly any memory
 from __future__ import annotations
 
 import contextlib
+import random
 import socket
 import threading
 import time
@@ -21,7 +22,7 @@ from mmcache.testing.values import eventually
 from tests.faults.fault.memory import NoLimit, check
 from tests.faults.fault.network import HERE, THERE, Network, NoNetwork
 from tests.faults.fault.relay import Relay
-from tests.integration.redis_bed import Redis, free_port
+from tests.integration.redis_bed import Redis
 
 DEADLINE_S: Final = 1.0
 LEASE_S: Final = 4 * DEADLINE_S
@@ -33,14 +34,26 @@ CLUSTER: Final = "faults"
 
 
 class Shard:
-    """One server, started and killed as often as need be, always at the same address, which is its id, too."""
+    """One server, started and killed as often as need be, always at the same address, which is its id, too.
 
-    def __init__(self, name: str, join: str, *words: str, memory: str = MEMORY, host: str = "", **places: Any) -> None:
-        relayed, hold, under = places.get("relayed", False), places.get("hold", False), places.get("under", ())
+    `said`: what each of its processes wrote; `codes`: with what those ended that were asked to.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        join: str,
+        *words: str,
+        memory: str = MEMORY,
+        host: str = "127.0.0.1",
+        under: Sequence[str] = (),
+        relayed: bool = False,
+        hold: bool = False,
+    ) -> None:
         self.name, self.hold = name, hold
-        self.port = free_port()
-        self.direct = f"mmcache://{host or '127.0.0.1'}:{self.port}"
-        self.relay = Relay(free_port(), self.port) if relayed else None
+        self.port = own_port()
+        self.direct = f"mmcache://{host}:{self.port}"
+        self.relay = Relay(own_port(), self.port) if relayed else None
         self.id = f"127.0.0.1:{self.relay.port}" if self.relay else self.direct.partition("://")[2]
         # Without a unix socket there is no shared memory, and so no way around the relay.
         arguments = ["--join", join, "--weight", "1", *words, *(["--unix", ""] if relayed else [])]
@@ -57,7 +70,7 @@ class Shard:
             under=under,
         )
         self.said: list[str] = []
-        self.codes: list[int] = []  # of those that were asked to end
+        self.codes: list[int] = []
 
     @property
     def pid(self) -> int:
@@ -89,8 +102,7 @@ class Shard:
 class Bed:
     """Redis, the servers, the relays and the namespace. Use as a context manager.
 
-    `left_out` says which faults cannot be tried here, and why. `changing` is held by who starts and stops processes
-    of the same name, so that a sample is not taken in between.
+    `left_out` says which faults cannot be tried here, and why; `over` is set once the run is over, or given up.
     """
 
     def __init__(self) -> None:
@@ -111,7 +123,7 @@ class Bed:
             except NoLimit as error:
                 self.left_out["out of memory"] = str(error)
             words = ("--bind", "127.0.0.1", HERE, "--protected-mode", "no") if self.network else ()
-            self.redis = stack.enter_context(Redis(*words))
+            self.redis = stack.enter_context(Redis(*words, port=own_port()))
             self._make()
             for shard in self.shards.values():
                 if shard.relay is not None:
@@ -139,11 +151,7 @@ class Bed:
     def url(self, replicas: int, transport: str) -> str:
         """Of the cluster. A client that starts while Redis is away goes on with those who are always there."""
         fallback = ",".join(shard.id for shard in self.shards.values() if shard.name != "s4")
-        return (
-            f"{self.join}&fallback={fallback}&replicas={replicas}&deadline_s={DEADLINE_S}&transport={transport}"
-            if transport
-            else f"{self.join}&fallback={fallback}&replicas={replicas}&deadline_s={DEADLINE_S}"
-        )
+        return f"{self.join}&fallback={fallback}&replicas={replicas}&deadline_s={DEADLINE_S}&transport={transport}"
 
     def wait(self, seconds: float) -> None:
         """That long, or until the run is given up."""
@@ -159,7 +167,11 @@ def until(moment_s: float, over: threading.Event) -> bool:
     return not over.wait(max(0.0, moment_s - time.monotonic()))
 
 
-def is_free(port: int) -> bool:
-    """Whether nobody listens there."""
-    with socket.socket() as sock:
-        return sock.connect_ex(("127.0.0.1", port)) != 0
+def own_port() -> int:
+    """One that nobody has now, and that no outgoing connection is given while its server is away: those have 32768 and
+    more (ip(7))."""
+    while True:
+        with socket.socket() as sock, contextlib.suppress(OSError):
+            sock.bind(("127.0.0.1", random.randrange(20_000, 30_000)))
+            port: int = sock.getsockname()[1]
+            return port
