@@ -9,6 +9,9 @@ ENGINES ?= .engines
 # How many bytes each fuzz target is given, and the most seconds that may take.
 FUZZ_BYTES ?= 10000000
 FUZZ_SECONDS ?= 1800
+# How long the cluster of real processes is in trouble, and from which seed (none: another one each time).
+MINUTES ?= 10
+SEED ?=
 # How many seeds are simulated.
 SEEDS ?= 1000
 # Tests wait for processes and sockets more than for the CPU.
@@ -28,7 +31,8 @@ PEERS ?= .peers
 .DEFAULT_GOAL := help
 # One environment: two installations at once would break each other, so `make -j` runs one target at a time too.
 .NOTPARALLEL:
-.PHONY: help demo native test check fuzz simulate soak engines test-engines test-engines-full test-engines-cluster bench-peers
+.PHONY: help demo native test check fuzz simulate faults soak engines test-engines test-engines-full \
+	test-engines-cluster bench-peers
 
 help:
 	@echo "make demo    install, then run the main job: mmcache bench media"
@@ -37,6 +41,7 @@ help:
 	@echo "make check   install, then run ruff, mypy and the import contracts"
 	@echo "make fuzz    install, then give every fuzz target FUZZ_BYTES=10000000 bytes"
 	@echo "make simulate    install, then simulate clusters from SEEDS=1000 seeds"
+	@echo "make faults  install, then break a cluster of real processes in every way for MINUTES=10 (SEED=N: the same way again)"
 	@echo "make soak    install, then run eight clients against a server for five minutes, then 10,000 connections"
 	@echo "make bench-peers   install other caches into .peers, then measure them and mmcache (a quarter of an hour; QUICK=1: minutes)"
 	@echo "make test-engines        install the real vLLM and SGLang (CPU) into .engines, then run the engine suites"
@@ -66,6 +71,12 @@ fuzz: $(TEST)
 
 simulate: $(BENCH)
 	$(BIN)/python -m mmcache.testing.simulator --seeds $(SEEDS) $(ARGS)
+
+# Tests' own servers and checks need what tests need.
+faults: $(TEST)
+	bash tests/install-redis.sh
+	bash tests/install-iproute2.sh
+	$(BIN)/python -m tests.faults --minutes $(MINUTES) $(if $(SEED),--seed $(SEED)) $(ARGS)
 
 soak: $(BENCH)
 	$(BIN)/python benchmarks/soak.py --minutes 5 --connects 10000

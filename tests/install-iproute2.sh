@@ -1,0 +1,11 @@
+#!/usr/bin/env bash
+# Installs what the tests of partitions take a network apart with: with apt-get, where it is missing and may be used.
+set -euo pipefail
+if ! command -v ip >/dev/null; then
+    if ! command -v apt-get >/dev/null || [ "$(id -u)" != 0 ]; then
+        echo "partitions are not tested: install iproute2, and run as root" >&2
+        exit 0
+    fi
+    apt-get update -qq
+    DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends iproute2 >/dev/null
+fi
