@@ -169,6 +169,11 @@ def _a_prefix_goes_on_behind_a_gap(patch: Patch) -> None:
     patch.setattr(Search, "leading", all_or_nothing)
 
 
+def _a_prefix_ends_with_the_first_wave(patch: Patch) -> None:
+    new_wave = Search._new_wave
+    patch.setattr(Search, "_new_wave", lambda self, first: new_wave(self, first) if not first else {})
+
+
 def _a_restarted_shard_forgets_its_forks(patch: Patch) -> None:
     def forgetful(index: Index, tenants: int, namespaces: Set[int]) -> Restored:
         index.rows.parts_ways[:] = bytes(len(index.rows.parts_ways))
@@ -193,6 +198,7 @@ MUTANTS: Final = {
         (_a_restarted_shard_honours_leases_of_its_last_life, {WRONG}, 100),
         (_one_owner_that_stored_counts_for_all, {ACKNOWLEDGED}, 10),
         (_a_prefix_goes_on_behind_a_gap, {PROMISED}, 5),
+        (_a_prefix_ends_with_the_first_wave, {FOUND}, 20),
         (_a_restarted_shard_forgets_its_forks, {KEPT}, 20),
     )
 }
