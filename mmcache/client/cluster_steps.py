@@ -164,7 +164,7 @@ class Conduct:
         def lacks(member: str, row: int, last: bool) -> bool:
             return absent(member, digests[row], now, last=last)
 
-        search = Search(routes, self._open_to, lacks)
+        search = Search(routes, self._open_to, lacks, self.router.forks.splits(rows, now))
         if found:
             search.found[:] = found
         return search

@@ -11,7 +11,8 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from itertools import islice
-from typing import Final, Protocol
+from math import inf
+from typing import Any, Final, Protocol
 
 from mmcache.keyset import NO_PARENT
 
@@ -42,11 +43,27 @@ class Forks:
 
     def __init__(self, keep_s: float = FORK_S) -> None:
         self._keep_s = keep_s
-        self._until: dict[bytes, float] = {}
+        self._heard: dict[bytes, tuple[float, float]] = {}  # first, and until when it is remembered
         self._trails: dict[bytes, bytes] = {}  # chain key of a block behind a fork -> its finer home
+        self._since: dict[bytes, float] = {}  # finer home -> when its fork was first heard of
 
     def __len__(self) -> int:
-        return len(self._until)
+        return len(self._heard)
+
+    def knows(self, chain: bytes, now: float) -> bool:
+        """Whether the block with this chain key is a fork."""
+        heard = self._heard.get(chain)
+        return heard is not None and heard[1] > now
+
+    def since(self, home: bytes) -> float:
+        """When the fork before a finer home was first heard of; long ago, if that is not known."""
+        return self._since.get(home, -inf)
+
+    def splits(self, rows: Columns, now: float) -> frozenset[int]:
+        """The rows that follow a fork."""
+        if not self._heard:
+            return frozenset()
+        return frozenset(row for row, parent in enumerate(rows.parent_chains) if self.knows(parent, now))
 
     def hear(self, rows: Columns, stored_keys: Iterable[bytes], now: float) -> bool:
         """Note that these stored keys are forks, as far as they are among `rows` or their parents; True if one is new.
@@ -60,32 +77,38 @@ class Forks:
             for digest, chain in zip(names, chains, strict=True):
                 if digest in told:
                     told.remove(digest)
-                    new |= self._until.get(chain, 0.0) <= now
-                    self._until.pop(chain, None)
-                    self._until[chain] = now + self._keep_s
-        _bound(self._until, MAX_FORKS)
+                    is_known = self.knows(chain, now)
+                    first, _ = self._heard.pop(chain, (now, now))
+                    self._heard[chain] = first if is_known else now, now + self._keep_s
+                    new |= not is_known
+        _bound(self._heard, MAX_FORKS)
         return new
 
     def homes(self, rows: Columns, now: float) -> Sequence[bytes]:
         """Where each row is placed: its home, or, behind a fork inside its run, the finer one. Rows in order of the
         chain; those that begin in the middle of a run are placed by what earlier calls showed of it."""
-        if not self._until:
+        if not self._heard:
             return rows.homes
         finer: list[bytes] = []
-        until, trails = self._until, self._trails
+        trails = self._trails
         for chain, parent, home in zip(rows.chains, rows.parent_chains, rows.homes, strict=True):
             trail: bytes | None = None
             if chain != home:  # it does not begin its run
-                trail = chain if until.get(parent, 0.0) > now else trails.get(parent)
+                if self.knows(parent, now):
+                    trail = chain
+                    self._since[chain] = self._heard[parent][0]
+                else:
+                    trail = trails.get(parent)
             trails.pop(chain, None)
             if trail is not None:
                 trails[chain] = trail
             finer.append(trail or home)
         _bound(trails, MAX_TRAILS)
+        _bound(self._since, MAX_TRAILS)
         return finer
 
 
-def _bound(held: dict[bytes, float] | dict[bytes, bytes], most: int) -> None:
+def _bound(held: dict[bytes, Any], most: int) -> None:
     """Forget the oldest half of what is more than `most`."""
     if len(held) > most:
         for key in list(islice(held, len(held) - most // 2)):

@@ -151,7 +151,7 @@ class Router:
         spares = list(others)
         if self._unsettled.get(owners[0], 0.0) > now:
             reads += others
-        if home != run:  # stored, perhaps, before its writer heard of the fork
+        if home != run and self.forks.since(home) + self._ramp_s > now:  # stored before its writer heard of the fork
             before, *replicas = self.owners(run, count)
             reads.append(before)
             spares += replicas

@@ -2,29 +2,40 @@
 
 Each row goes along its route until a shard has it. Rows are asked for in rounds: in one round every shard is asked
 once, all at the same time. A prefix ends at the first row that nobody has; what lies behind it is not asked for again.
+
+A prefix is looked for in waves, each begun when all rows of the one before are found: the first few shards of a long
+prompt, then twice as many, and so on. Behind a place where prompts part ways a wave asks half as many, as most prompts
+that are new end there. So one of which little is stored asks few shards, and one that is stored whole takes a round or
+two more.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Sequence, Set
 from typing import Final
 
 from mmcache.cluster.routes import Route
 
-MAX_ROUNDS: Final = 6
+MAX_ROUNDS: Final = 6  # of one wave
+FIRST_WAVE: Final = 4  # shards that the first wave asks at most; half as many where prompts part ways
 
 
 class Search:
     """Rows by number, each at some place of its route. `found[row]` is 1 once a shard has answered that it has it.
 
     `open_to(member)`: whether it may be asked now. `lacks(member, row, last)`: whether it is known not to have that
-    row; `last`: nobody else is left to ask.
+    row; `last`: nobody else is left to ask. `splits`: the rows before which prompts part ways.
     """
 
     def __init__(
-        self, routes: Sequence[Route], open_to: Callable[[str], bool], lacks: Callable[[str, int, bool], bool]
+        self,
+        routes: Sequence[Route],
+        open_to: Callable[[str], bool],
+        lacks: Callable[[str, int, bool], bool],
+        splits: Set[int] = frozenset(),
     ) -> None:
-        self._routes, self._open_to, self._lacks = routes, open_to, lacks
+        self._routes, self._open_to, self._lacks, self._splits = routes, open_to, lacks, splits
+        self._wave, self._end = FIRST_WAVE, len(routes)  # how many shards the next one asks; where this one ends
         self._places = [0] * len(routes)
         self._troubled = bytearray(len(routes))
         self.found = bytearray(len(routes))
@@ -41,14 +52,17 @@ class Search:
     def asks(self, *, prefix: bool = False) -> dict[str, list[int]]:
         """Whom to ask in this round for which rows, in order; empty when the search is over.
 
-        With `prefix`: only rows that can still be part of it.
+        With `prefix`: only rows that can still be part of it, in waves.
         """
         groups: dict[str, list[int]] = {}
+        first = self.prefix if prefix else 0
+        if prefix and (first >= self._end or not self.rounds):
+            return self._new_wave(first)
         if self.rounds >= MAX_ROUNDS:
             return groups
         self.rounds += 1
         open_now: dict[str, bool] = {}
-        for row in range(self.prefix if prefix else 0, len(self._routes)):
+        for row in range(first, self._end):
             if self.found[row]:
                 continue
             member = self._next(row, open_now)
@@ -56,6 +70,29 @@ class Search:
                 groups.setdefault(member, []).append(row)
             elif prefix:
                 break
+        return groups
+
+    def _new_wave(self, first: int) -> dict[str, list[int]]:
+        """The first round of one that begins with this row. Who is asked is asked for all rows behind it, too."""
+        groups: dict[str, list[int]] = {}
+        open_now: dict[str, bool] = {}
+        self.rounds, self._end, most = 1, len(self._routes), self._wave
+        self._wave *= 2
+        parted = False
+        for row in range(first, len(self._routes)):
+            if self.found[row]:
+                continue
+            member = self._next(row, open_now)
+            if member is None:
+                break
+            splits = row in self._splits
+            if member in groups:
+                groups[member].append(row)
+            elif len(groups) < (most // 2 if parted and not splits else most):
+                groups[member] = [row]
+            else:
+                self._end, most = min(self._end, row), 0
+            parted |= splits
         return groups
 
     def _next(self, row: int, open_now: dict[str, bool]) -> str | None:
@@ -78,14 +115,16 @@ class Search:
             place += 1
 
     def tries(self, rows: Sequence[int]) -> int:
-        """Among how many tries the time that is left should be shared out, this round's one of them."""
+        """Among how many tries the time that is left should be shared out: this round's, those after it, and a wave."""
         left, last = 1, None
         for row in rows:
+            if row >= self._end:
+                break
             route, place = self._routes[row], self._places[row]
             if route is not last and len(route.reads) + len(route.spares) - place > left:
                 left = max(left, sum(map(self._open_to, (route.reads + route.spares)[place:])))
             last = route
-        return left
+        return left + (self._end < len(self._routes))
 
     def lacking(self, row: int) -> str | None:
         """Who was to have a row first, and did not, where another shard had it, and all that were asked answered."""

@@ -21,7 +21,7 @@ from mmcache.store.journal import Journal
 from mmcache.store.namespaces import MAX_FACTS_NBYTES
 from mmcache.store.notes import Notes
 
-LAYOUT: Final = 1  # of columns, journal and page: another one for whatever an older or newer build would misread
+LAYOUT: Final = 2  # of columns, journal and page: another one for whatever an older or newer build would misread
 ROW_NBYTES: Final = 112  # of columns, at most
 PAGE_NBYTES: Final = 4096
 JOURNAL_NBYTES: Final = 16 + 2 * (MAX_FACTS_NBYTES + (32 << 20))  # no page of it is there before it is written to

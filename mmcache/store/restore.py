@@ -61,7 +61,8 @@ def restore(index: Index, tenants: int, namespaces: Set[int]) -> Restored:
     rows.live, rows.ghosts = len(live), len(ghosts)
     children = np.bincount(parents[parents >= 0], minlength=len(state))
     np.frombuffer(rows.children, np.uint32)[:] = children
-    for row in np.flatnonzero(children >= FORK_CHILDREN).tolist():
+    part_ways = np.frombuffer(rows.parts_ways, np.uint8)[used] != 0  # also those whose tails lie elsewhere by now
+    for row in used[part_ways | (children[used] >= FORK_CHILDREN)].tolist():
         rows.note_fork(row)
     offsets = _records(rows)["offset"][live].astype(np.int64)
     np.frombuffer(rows.node, np.uint32)[live] = extents.restore(offsets, sizes)

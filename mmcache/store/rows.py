@@ -27,12 +27,12 @@ FORK_CHILDREN = 16  # a row that so many name as parent is where prompts part wa
 
 
 class Rows:
-    """The columns of at most `max_rows` rows: 106 bytes each with the name, and the policy's, and 16 in the hash table.
+    """The columns of at most `max_rows` rows: 107 bytes each with the name, and the policy's, and 16 in the hash table.
 
     Readable by anyone, written by the index: `records`, `expires_at`, `node` (the extent), `kind`, `namespace` (its
     number), `media` (see answers.Media) and `stored_at_s` (whole monotonic seconds), while a row is RESERVED or LIVE.
-    Written here only: `state`, `parent` (a row or NIL), `children` (how many name it as parent), `forks` (by tenant's
-    prefix, the keys that FORK_CHILDREN named as parent at one time, while they have a row).
+    Written here only: `state`, `parent` (a row or NIL), `children` (how many name it as parent), `parts_ways` (1:
+    FORK_CHILDREN named it as parent at one time), `forks` (by tenant's prefix, the keys of those).
 
     In `kept` lies what says which values are stored, and where. It may outlive the process, which may be killed between
     any two stores: so a row becomes LIVE last of all, and ceases to be LIVE before anything else of it, or of its
@@ -50,6 +50,7 @@ class Rows:
         self.media = column32(kept, max_rows)
         self.stored_at_s = column32(kept, max_rows)
         self.kind = column8(kept, max_rows)
+        self.parts_ways = column8(kept, max_rows)
         self.table = Table(max_rows, seed, memory, kept)
         self.policy = Uses(policy(max_rows, memory, seed, kept))
         self.node = column32(memory, max_rows)
@@ -71,8 +72,7 @@ class Rows:
         """
         row = self.table.find(prefix, key)
         if row < 0:
-            row = self.table.add(prefix, key)
-            self.children[row] = 0
+            row = self._add(prefix, key)
         else:
             self.ghosts -= 1
         self.state[row] = RESERVED
@@ -80,8 +80,7 @@ class Rows:
         if parent:
             above = self.table.find(prefix, parent)
             if above < 0:
-                above = self.table.add(prefix, parent)
-                self.children[above] = 0
+                above = self._add(prefix, parent)
                 self.parent[above] = NIL
                 self.ghosts += 1
                 self.state[above] = GHOST
@@ -96,8 +95,14 @@ class Rows:
                 self.policy.shelve(above)
         return row
 
+    def _add(self, prefix: bytes, key: bytes) -> int:
+        row = self.table.add(prefix, key)
+        self.children[row] = self.parts_ways[row] = 0
+        return row
+
     def note_fork(self, row: int) -> None:
-        """Many rows name this one as parent."""
+        """Many rows name this one as parent, or did."""
+        self.parts_ways[row] = 1
         name = self.table.name(row)
         self.forks.setdefault(name[:4], set()).add(name[4:])
 
@@ -169,7 +174,8 @@ class Rows:
                 children[above] += 1
         names_of_forks = {prefix + key for prefix, keys in self.forks.items() for key in keys}
         many = {self.table.name(row) for row, count in children.items() if count >= FORK_CHILDREN}
-        assert many <= names_of_forks <= {self.table.name(row) for row in rows}, "forks are not what rows say"
+        part_ways = {self.table.name(row) for row in rows if self.parts_ways[row]}
+        assert many <= names_of_forks == part_ways, "forks are not what rows say"
         for row, count in children.items():
             assert self.children[row] == count, f"row {row} counts {self.children[row]} children of {count}"
             steps, above = 0, row

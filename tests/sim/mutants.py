@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from array import array
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence, Set
 from dataclasses import dataclass
 from typing import Any, Final
 
@@ -20,10 +20,13 @@ from mmcache.keyset import Keys
 from mmcache.store.extents import Extents
 from mmcache.store.index import Index
 from mmcache.store.leases import Lease, Leases
+from mmcache.store.restore import Restored, restore
+from mmcache.testing.simulator import node
 from mmcache.testing.simulator.world import (
     ACKNOWLEDGED,
     FOUND,
     INTEGRITY,
+    KEPT,
     LATE,
     PLACED,
     PROMISED,
@@ -166,6 +169,19 @@ def _a_prefix_goes_on_behind_a_gap(patch: Patch) -> None:
     patch.setattr(Search, "leading", all_or_nothing)
 
 
+def _a_prefix_ends_with_the_first_wave(patch: Patch) -> None:
+    new_wave = Search._new_wave
+    patch.setattr(Search, "_new_wave", lambda self, first: new_wave(self, first) if not first else {})
+
+
+def _a_restarted_shard_forgets_its_forks(patch: Patch) -> None:
+    def forgetful(index: Index, tenants: int, namespaces: Set[int]) -> Restored:
+        index.rows.parts_ways[:] = bytes(len(index.rows.parts_ways))
+        return restore(index, tenants, namespaces)
+
+    patch.setattr(node, "restore", forgetful)
+
+
 MUTANTS: Final = {
     plant.__name__.strip("_"): Mutant(plant, frozenset(noticed), seeds)
     for plant, noticed, seeds in (
@@ -182,5 +198,7 @@ MUTANTS: Final = {
         (_a_restarted_shard_honours_leases_of_its_last_life, {WRONG}, 100),
         (_one_owner_that_stored_counts_for_all, {ACKNOWLEDGED}, 10),
         (_a_prefix_goes_on_behind_a_gap, {PROMISED}, 5),
+        (_a_prefix_ends_with_the_first_wave, {FOUND}, 20),
+        (_a_restarted_shard_forgets_its_forks, {KEPT}, 20),
     )
 }

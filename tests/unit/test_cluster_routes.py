@@ -142,6 +142,10 @@ def test_behind_a_fork_the_run_s_own_home_is_asked_after_the_tail_s() -> None:
     finer, before = routes(one, keys, 1.0)[fork + 1], routes(plain, keys, 1.0)[fork + 1]
     assert finer.owners == one.owners(keys.chains[fork + 1], 1) != before.owners
     assert finer.reads == finer.owners + before.owners
+    one.forks.hear(keys, [keys.digests[fork]], RAMP_S - 1.0)
+    assert routes(one, keys, RAMP_S)[fork + 1].reads == finer.owners, (
+        "what was stored before has been moved, or is gone"
+    )
 
 
 def test_who_left_is_not_asked() -> None:

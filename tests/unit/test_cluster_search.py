@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import mmcache.cluster.search as search_module
 from mmcache.cluster.routes import Route
-from mmcache.cluster.search import MAX_ROUNDS, Search
+from mmcache.cluster.search import FIRST_WAVE, MAX_ROUNDS, Search
 
 MEMBERS = ("a", "b", "c", "d")
 
@@ -23,6 +25,7 @@ class World:
     has: dict[tuple[int, str], int]
     dead: set[str]
     shunned: set[str]
+    splits: frozenset[int] = frozenset()
 
     @property
     def routes(self) -> list[Route]:
@@ -32,7 +35,9 @@ class World:
         return [place < self.has[run, member] for run, (_, count) in enumerate(self.runs) for place in range(count)]
 
     def search(self) -> Search:
-        return Search(self.routes, lambda member: member not in self.shunned, lambda member, row, last: False)
+        return Search(
+            self.routes, lambda member: member not in self.shunned, lambda member, row, last: False, self.splits
+        )
 
     def best(self, run: int) -> int:
         """How many leading rows of a run a search can find."""
@@ -57,7 +62,8 @@ def worlds(draw: st.DrawFn) -> World:
         for member in MEMBERS:
             has[run, member] = draw(st.integers(0, count))
     some = st.sets(st.sampled_from(MEMBERS), max_size=2)
-    return World(runs, has, draw(some), draw(some))
+    rows = sum(count for _, count in runs)
+    return World(runs, has, draw(some), draw(some), draw(st.frozensets(st.integers(0, rows - 1))))
 
 
 def look(world: World, *, prefix: bool) -> tuple[Search, int]:
@@ -72,7 +78,7 @@ def look(world: World, *, prefix: bool) -> tuple[Search, int]:
             assert rows == sorted(rows)
             assert not prefix or rows[0] >= known
             assert not asked & {(member, row) for row in rows}
-            assert 1 <= search.tries(rows) <= 4
+            assert 1 <= search.tries(rows) <= 5
             there = world.there(member)
             if member in world.dead:
                 asked |= {(member, row) for row in rows}
@@ -91,6 +97,15 @@ def look(world: World, *, prefix: bool) -> tuple[Search, int]:
     return search, requests
 
 
+@pytest.fixture(params=[1, 2, FIRST_WAVE])
+def first_wave(request: pytest.FixtureRequest) -> Iterator[int]:
+    """Waves as they are, and so narrow that few shards make many."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(search_module, "FIRST_WAVE", request.param)
+        yield request.param
+
+
+@pytest.mark.usefixtures("first_wave")
 @given(worlds())
 @settings(max_examples=300, deadline=None)
 def test_a_prefix_is_found_as_far_as_the_routes_lead(world: World) -> None:
@@ -120,7 +135,7 @@ def test_a_prefix_costs_one_request_an_owner() -> None:
     runs = [(Route((member,), (member,), ()), 8) for member in "abcabcab"]
     world = World(runs, {(run, member): 8 for run in range(8) for member in MEMBERS}, set(), set())
     search, requests = look(world, prefix=True)
-    assert (search.prefix, requests, search.rounds) == (64, 3, 2)
+    assert (search.prefix, requests, search.rounds) == (64, 3, 1)
 
 
 def test_what_lies_behind_a_row_that_nobody_has_is_not_asked_for_again() -> None:
@@ -133,6 +148,49 @@ def test_what_lies_behind_a_row_that_nobody_has_is_not_asked_for_again() -> None
     )
     search, requests = look(world, prefix=True)
     assert (search.prefix, requests) == (2, 2)
+
+
+def waves_of(owners: Sequence[str], there: int, splits: frozenset[int] = frozenset()) -> list[list[str]]:
+    """Who is asked in each round, of a prompt with one row for each owner, of which so many rows are stored."""
+    search = Search([Route((one,), (one,), ()) for one in owners], lambda member: True, lambda *_: False, splits)
+    rounds = []
+    while asks := search.asks(prefix=True):
+        rounds.append(list(asks))
+        more = search._end < len(owners)
+        for rows in asks.values():
+            assert search.tries(rows) == 1 + more
+            search.leading(rows, sum(row < there for row in rows))
+    assert search.prefix == there
+    return rounds
+
+
+LONG = [f"s{number}" for number in range(40)]
+
+
+def test_a_prefix_is_looked_for_in_waves_that_double() -> None:
+    assert waves_of(LONG, 40) == [LONG[:4], LONG[4:12], LONG[12:28], LONG[28:]]
+    assert waves_of(LONG, 4) == [LONG[:4], LONG[4:12]]
+    assert waves_of(LONG, 3) == [LONG[:4]]
+    assert waves_of(LONG[:4], 4) == [LONG[:4]]
+
+
+def test_a_wave_is_half_as_wide_where_prompts_part_ways_and_goes_as_far_as_the_first_row_behind() -> None:
+    assert waves_of(LONG, 0, frozenset({1})) == [LONG[:2]]
+    assert waves_of(LONG, 0, frozenset({2})) == [LONG[:3]]
+    assert waves_of(LONG, 0, frozenset({4})) == [LONG[:4]]
+    assert waves_of(LONG, 40, frozenset({2})) == [LONG[:3], LONG[3:11], LONG[11:27], LONG[27:]]
+    assert waves_of(LONG, 40, frozenset({2, 5})) == [LONG[:3], LONG[3:7], LONG[7:23], LONG[23:]]
+
+
+def test_a_shard_that_is_asked_is_asked_for_all_that_lies_behind() -> None:
+    few = [f"s{number % 6}" for number in range(40)]
+    assert waves_of(few, 40) == [few[:4], few[4:6]]
+    assert waves_of(["a", "b"] * 20, 40, frozenset(range(1, 40))) == [["a", "b"]]
+
+
+def test_many_waves_take_no_rounds_from_each_other() -> None:
+    owners = [f"s{number}" for number in range(2 * FIRST_WAVE << MAX_ROUNDS)]
+    assert len(waves_of(owners, len(owners))) > MAX_ROUNDS
 
 
 def test_time_is_shared_out_among_those_that_may_still_be_asked() -> None:

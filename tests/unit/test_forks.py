@@ -68,3 +68,29 @@ def test_keys_that_many_name_as_parent_are_so_again(monkeypatch: pytest.MonkeyPa
     index, _ = restored(columns.image())
     assert index.rows.forks == life.index.rows.forks != {}
     index.check_integrity()
+
+
+@pytest.mark.parametrize("parent_is_stored", [True, False])
+def test_a_fork_whose_tails_lie_elsewhere_is_one_after_a_restart_too(parent_is_stored: bool) -> None:
+    columns = Columns()
+    life = Life(columns)
+    children = range(2, 2 + FORK_CHILDREN)
+    assert all([not parent_is_stored or life.store(1), *(life.store(number, parent=1) for number in children)])
+    life.index.delete(0, [key(number) for number in children[not parent_is_stored :]], life.now)
+    index, _ = restored(columns.image())
+    assert index.rows.forks == life.index.rows.forks != {}
+    again, _ = restored(columns.image())
+    again.delete(0, [key(1), *map(key, children)], 0.0)
+    again.check_integrity()
+    assert again.rows.forks == {}
+
+
+def test_a_row_that_was_a_fork_is_none_under_its_next_name() -> None:
+    columns = Columns()
+    life = Life(columns)
+    for number in range(2, 2 + FORK_CHILDREN):
+        life.store(number, parent=1)
+    life.index.delete(0, [key(number) for number in range(2, 2 + FORK_CHILDREN)], life.now)
+    assert all(life.store(number) for number in range(100, 120))
+    index, said = restored(columns.image())
+    assert (said.entries, index.rows.forks) == (20, {})

@@ -340,5 +340,5 @@ def test_columns_that_are_laid_out_otherwise_need_another_layout_number(policy: 
 
     Index(capacity_bytes=1 << 20, max_entries=ENTRIES, seed=1, policy=POLICIES[policy], kept=counted)
     own = {"value": [1, 4], "lru": [], "s3-fifo": [1]}[policy]
-    assert (LAYOUT, [nbytes / ENTRIES for nbytes in sizes]) == (1, [1, 36, 8, 4, 4, 4, 4, 1, 36, *own])
+    assert (LAYOUT, [nbytes / ENTRIES for nbytes in sizes]) == (2, [1, 36, 8, 4, 4, 4, 4, 1, 1, 36, *own])
     assert sum(sizes) <= ROW_NBYTES * ENTRIES

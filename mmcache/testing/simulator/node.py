@@ -18,8 +18,10 @@ from mmcache.store.answers import Found, Refusal, Reserved
 from mmcache.store.index import Index
 from mmcache.store.policies import POLICIES
 from mmcache.store.restore import restore
+from mmcache.store.rows import LIVE
+from mmcache.store.table import tenant_prefix
 from mmcache.testing.simulator.values import CELL_NBYTES, HEADER_NBYTES, Values, checksum
-from mmcache.testing.simulator.world import CAPACITY, INTEGRITY, REUSED, WRONG, Violation, World
+from mmcache.testing.simulator.world import CAPACITY, INTEGRITY, KEPT, REUSED, WRONG, Violation, World
 
 TENANT: Final = 0
 ROOM_TRIES: Final = 64  # as Shard's
@@ -91,6 +93,7 @@ class Node:
 
     def start(self, *, warm: bool) -> None:
         """Begin a life: with what the last one left in memory that outlives it, or with nothing."""
+        before = self._known() if warm else (set(), set())
         if not warm:
             self.cells = array("q", [0]) * self.capacity
             self._columns: list[bytearray] = []
@@ -105,6 +108,7 @@ class Node:
         )
         if warm:
             restore(self.index, TENANT + 1, frozenset())
+            self._check_kept(*before)
         self.record = Record([0] * self.capacity)
         self.life += 1
         self.up = True
@@ -115,6 +119,21 @@ class Node:
         """The process ends, between two events."""
         self.up = False
         self.world.say(self.name, "is killed")
+
+    def _known(self) -> tuple[set[bytes], set[bytes]]:
+        """The keys that are stored, and those that are forks."""
+        rows = self.index.rows
+        stored = {rows.table.name(row)[4:] for row in range(self.entries) if rows.state[row] == LIVE}
+        return stored, set(rows.forks.get(tenant_prefix(TENANT), ()))
+
+    def _check_kept(self, stored: set[bytes], forks: set[bytes]) -> None:
+        """All that was stored is, and what was a fork is one if it is the name of anything that is stored, or of a
+        parent."""
+        table, (stored_now, forks_now) = self.index.rows.table, self._known()
+        lost = {key for key in forks - forks_now if table.find(tenant_prefix(TENANT), key) >= 0}
+        if stored != stored_now or lost:
+            missing = [key.hex()[:8] for key in stored - stored_now]
+            raise Violation(KEPT, f"{self.name} lost {missing} and the forks {[key.hex()[:8] for key in lost]}")
 
     def _kept(self, nbytes: int) -> memoryview:
         if self._taken == len(self._columns):

@@ -1,9 +1,10 @@
 """How a cluster scales: whom the real calls of many clients ask, and where they store, on shards that never fail.
 
-Each client is a real `Conduct`. No time passes and nothing is evicted: shards are sets of keys, which count the
-children of each, as an index does, and tell of forks. Clients in one group share what they have heard and counted, so
-that each group has seen as many calls as a client that has run for a while; whom a client chooses among equals is its
-own. Evenness of reads is that of the second half of the requests, when it is known which runs are hot.
+Each client is a real `Conduct`. Nothing is evicted: shards are sets of keys, which count the children of each, as an
+index does, and tell of forks. They fill within FILL_S, and whoever has just heard of a fork looks twice behind it.
+Clients in one group share what they have heard and counted, so that each group has seen as many calls as a client that
+has run for a while; whom a client chooses among equals is its own. Evenness of reads is that of the second half of the
+requests, when it is known which runs are hot.
 """
 
 from __future__ import annotations
@@ -12,12 +13,13 @@ import random
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from math import inf
 from typing import Any, Final
 
 from mmcache.client.cluster_steps import Ask, Conduct, Replies, Steps, T
 from mmcache.cluster.heat import WINDOW_CALLS, Heat
 from mmcache.cluster.placement import View
-from mmcache.cluster.routes import Replicas
+from mmcache.cluster.routes import RAMP_S, Replicas
 from mmcache.keyset import Keys
 from mmcache.store.rows import FORK_CHILDREN
 from mmcache.testing.simulator.faults import view_of
@@ -29,6 +31,7 @@ TOKENS_PER_SHARD: Final = 1_000_000  # 57 GB of KV at 57,344 bytes a token (Qwen
 BLOCK_NBYTES: Final = BLOCK_TOKENS * 57_344
 MOST_GROUPS: Final = 64
 JOINS: Final = 4
+FILL_S: Final = 600.0
 STORED: Final = Result(Outcome.STORED)
 
 
@@ -89,7 +92,13 @@ class Scale:
         draw = random.Random(shards)
         self.clients = [
             Conduct(
-                self.view, Replicas(), lambda name: True, draw=draw.getrandbits(64), now=0.0, ramp_s=0.0, absent_s=0.0
+                self.view,
+                Replicas(),
+                lambda name: True,
+                draw=draw.getrandbits(64),
+                now=0.0,
+                ramp_s=RAMP_S,
+                absent_s=0.0,
             )
             for _ in range(clients)
         ]
@@ -100,31 +109,32 @@ class Scale:
         self.homes: dict[bytes, bytes] = {}  # of each block, the home under which it was first stored
         self.asks: list[int] = []
         self.copied = 0
+        self.now = 0.0
 
     def serve(self, number: int, keys: Keys) -> None:
         """Ask for a prompt, read what there is, store the rest."""
         conduct = self.clients[number % len(self.clients)]
         self.asks.append(0)
-        count = self._run(conduct.leading(keys, 0.0, 1.0), keys, self._count)
+        count = self._run(conduct.leading(keys, self.now, inf), keys, self._count)
         if count:
             head = keys[:count]
-            read = self._run(conduct.read(head, 0.0, 1.0), head, self._read)
+            read = self._run(conduct.read(head, self.now, inf), head, self._read)
             for (_, target), picked in conduct.copies(read, [BLOCK_NBYTES] * count, 1.0).items():
                 for row in picked:
                     self.copied += head.digests[row] not in self.shards[target].keys
                     self.shards[target].store(head.digests[row], head.parents[row])
         if count < len(keys):
             tail = keys[count:]
-            for digest, home in zip(tail.digests, conduct.router.forks.homes(tail, 0.0), strict=True):
+            for digest, home in zip(tail.digests, conduct.router.forks.homes(tail, self.now), strict=True):
                 self.homes.setdefault(digest, home)
-            self._run(conduct.store(tail, 0.0, 1.0), tail, self._store)
+            self._run(conduct.store(tail, self.now, inf), tail, self._store)
 
     def _run(self, steps: Steps[T], rows: Keys, answer: Callable[[Shard, Keys, Sequence[int]], Any]) -> T:
         replies: Replies | None = None
         try:
             while True:
                 asks = next(steps) if replies is None else steps.send(replies)
-                replies = Replies(0.0, *self._round(asks, rows, answer))
+                replies = Replies(self.now, *self._round(asks, rows, answer))
         except StopIteration as end:
             result: T = end.value
             return result
@@ -176,6 +186,7 @@ def measure(workload: str, placement: str, shards: int, clients: int, tokens_per
         if number == len(asked) // 2:
             for shard in scale.shards.values():
                 shard.lookups = shard.reads = 0
+        scale.now = FILL_S * number / len(asked)
         scale.serve(number, keys)
     held = list(scale.shards.values())
     joined, left = _join(scale), _leave(scale)

@@ -15,6 +15,7 @@ CONVERSATIONS: Final = 8
 TURNS: Final = 2
 TAILS: Final = 20  # more than make a fork
 SHARED_BLOCKS: Final = 5  # ends inside the run that begins at token 1024
+TAIL_BLOCKS: Final = 5  # at most: some go beyond that run, which is another wave of a search
 
 
 class Traffic:
@@ -31,7 +32,9 @@ class Traffic:
                 self.steady.append(NAMESPACE.block_keys(tokens))
                 tokens = tokens + self._tokens(random.randint(1, 5))
         shared = self._tokens(SHARED_BLOCKS)
-        self.steady += [NAMESPACE.block_keys(shared + self._tokens(random.randint(1, 3))) for _ in range(TAILS)]
+        self.steady += [
+            NAMESPACE.block_keys(shared + self._tokens(random.randint(1, TAIL_BLOCKS))) for _ in range(TAILS)
+        ]
 
     def _tokens(self, blocks: int) -> list[int]:
         self._label += 1
