@@ -24,4 +24,4 @@ def test_each_invariant_is_the_one_that_some_mistake_must_violate() -> None:
     """So none of them is there that could never be violated."""
     invariants = {text for name, text in vars(world).items() if name.isupper() and isinstance(text, str)}
     alone = set().union(*(mutant.noticed for mutant in MUTANTS.values() if len(mutant.noticed) == 1))
-    assert invariants - alone == {world.FOUND}  # beside the hit rate, as a mistake that loses much shows in either
+    assert invariants - alone <= {world.FOUND}  # beside the hit rate, as a mistake that loses much shows in either
