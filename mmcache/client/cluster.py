@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, Final
 
 from mmcache.client.calls import AnyKeys, AnyMedia, Get, Put
 from mmcache.client.cluster_core import ClusterCore, all_of
@@ -16,6 +16,9 @@ from mmcache.client.pin import Pinned
 from mmcache.errors import MMCacheError, TransportError
 from mmcache.keyset import Keys
 from mmcache.transport.base import HIT, MISS, Result
+
+COPY_S: Final = 1.0  # of one call at most, however much time it has
+LARGEST_COPY_NBYTES: Final = 32 << 20  # of one value: it passes through memory of this process, twice
 
 
 class ClusterClient(ClusterCore):
@@ -88,15 +91,18 @@ class ClusterClient(ClusterCore):
         return get.results
 
     def _fill(self, get: Get, read: Read, deadline: float) -> None:
-        """Copy some of what was found elsewhere to where it was looked for first, if there is time."""
+        """Copy some of what was found elsewhere to where it was looked for first, if there is time: not much, as the
+        caller has what it asked for, and waits."""
         if not read.found_on:
             return
-        left = (deadline - time.monotonic()) / self.config.deadline_s
-        for (source, target), picked in self._conduct.copies(read, get.sizes(), left).items():
+        now, sizes = time.monotonic(), get.sizes()
+        left, until = (deadline - now) / self.config.deadline_s, min(deadline, now + COPY_S)
+        for (source, target), wanted in self._conduct.copies(read, sizes, left).items():
             giver, taker = self._shards.get(source), self._shards.get(target)
-            if giver is not None and taker is not None and taker.answering:
+            picked = [row for row in wanted if sizes[row] <= LARGEST_COPY_NBYTES]
+            if picked and giver is not None and taker is not None and taker.answering:
                 try:
-                    copied = copy(get.rows.pick(picked), giver, taker, deadline)
+                    copied = copy(get.rows.pick(picked), giver, taker, until)
                 except MMCacheError:  # the read is done: nothing depends on this
                     continue
                 self._count({"copied": copied})

@@ -8,18 +8,23 @@ import threading
 import time
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
 
+import mmcache
+import mmcache.client.cluster
 from mmcache.client.blocking import Client
-from mmcache.client.cluster import ClusterClient
+from mmcache.client.cluster import COPY_S, LARGEST_COPY_NBYTES, ClusterClient
+from mmcache.client.cluster_fill import copy
 from mmcache.cluster.settings import ClusterConfig, parse_cluster_url
 from mmcache.errors import TransportError
 from mmcache.keyset import Keys
 from mmcache.testing.process import ServerProcess, suspend
 from mmcache.transport.base import Outcome
-from tests.integration.cluster_bed import Told, cluster, entries, hits, prompt, put
-from tests.integration.support import eventually
+from tests.integration.cluster_bed import SLACK_S, Told, cluster, entries, hits, prompt, put
+from tests.integration.support import NAMESPACE, eventually
 
 
 # ------------------------------------------------------------------------------------------ some are not
@@ -197,3 +202,39 @@ def test_a_token_file_that_is_just_being_written_costs_a_shard_for_a_moment_only
             eventually(lambda: all(put(cache, prompt(3))), "it is tried again")
             assert entries(cache).keys() == {"s0", "s1"}
     assert caplog.text.count("shard s1 cannot be used") == 1
+
+
+def test_a_newcomer_that_hangs_while_it_is_given_copies_does_not_hold_up_who_read(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    with cluster(2, deadline_s=8.0) as made:
+        told, keys = Told(made.view(0)), prompt(1)
+        with ClusterClient(parse_cluster_url(made.url()), told) as cache:
+            assert all(put(cache, keys))
+            told.now = made.view()
+
+            def copy_to_who_hangs(*given: Any) -> int:
+                suspend(made.servers[1].pid)
+                return copy(*given)
+
+            monkeypatch.setattr(mmcache.client.cluster, "copy", copy_to_who_hangs)
+            began = time.monotonic()
+            assert hits(cache, keys) == len(keys)
+            assert COPY_S - 0.1 < time.monotonic() - began < COPY_S + SLACK_S
+            os.kill(made.servers[1].pid, signal.SIGCONT)
+
+
+def test_a_value_that_is_too_large_to_pass_through_this_process_is_not_copied() -> None:
+    with cluster(2) as made:
+        told = Told(made.view(0))
+        keys = Keys.of([mmcache.opaque_key(NAMESPACE, b"%d" % number) for number in range(2)])
+        with ClusterClient(parse_cluster_url(made.url(deadline_s=8)), told) as cache:
+            for nbytes, copied in ((LARGEST_COPY_NBYTES + 1, False), (LARGEST_COPY_NBYTES, True)):
+                cache.delete(keys)
+                told.now = made.view(0)
+                assert all(cache.put(keys, [np.zeros(nbytes, np.uint8)] * 2))
+                told.now = made.view()
+                into = np.empty(nbytes, np.uint8)
+                for key in keys:
+                    assert all(cache.get_into([key], [into]))
+                assert bool(cache.counters["copied"]) == copied

@@ -17,19 +17,23 @@ from mmcache.cluster.placement import View
 from mmcache.cluster.routes import Route, Router
 from mmcache.cluster.search import Search
 from mmcache.keyset import Keys
+from mmcache.store.columns import NIL
 from mmcache.store.extents import Extents
 from mmcache.store.index import Index
 from mmcache.store.leases import Lease, Leases
 from mmcache.store.restore import Restored, restore
+from mmcache.store.rows import LIVE, RESERVED, Rows
 from mmcache.testing.simulator import node
 from mmcache.testing.simulator.world import (
     ACKNOWLEDGED,
+    CAPACITY,
     FOUND,
     INTEGRITY,
     KEPT,
     LATE,
     PLACED,
     PROMISED,
+    RAISES,
     RECOVERED,
     REUSED,
     WRONG,
@@ -135,8 +139,8 @@ def _a_pause_has_no_limit(patch: Patch) -> None:
 
 
 def _what_was_absent_stays_absent(patch: Patch) -> None:
-    note = Absent.note
-    patch.setattr(Absent, "note", lambda self, shard, digest, now: note(self, shard, digest, now + 1e6))
+    begin = Absent.__init__
+    patch.setattr(Absent, "__init__", lambda self, keep_s: begin(self, 1e6))
 
 
 def _a_restarted_shard_honours_leases_of_its_last_life(patch: Patch) -> None:
@@ -182,6 +186,55 @@ def _a_restarted_shard_forgets_its_forks(patch: Patch) -> None:
     patch.setattr(node, "restore", forgetful)
 
 
+def _the_arena_is_taken_for_larger_than_it_is(patch: Patch) -> None:
+    begin = Index.__init__
+
+    def begin_larger(self: Index, *, capacity_bytes: int, **settings: Any) -> None:
+        begin(self, capacity_bytes=capacity_bytes + 1024, **settings)
+
+    patch.setattr(Index, "__init__", begin_larger)
+
+
+def _a_parent_still_counts_children_that_were_evicted(patch: Patch) -> None:
+    vacate = Rows.vacate
+
+    def vacate_and_count(self: Rows, row: int, *, evicted: bool = False) -> None:
+        above = self.parent[row]
+        vacate(self, row, evicted=evicted)
+        if evicted and above != NIL and self.state[above] in (RESERVED, LIVE):
+            self.children[above] += 1
+
+    patch.setattr(Rows, "vacate", vacate_and_count)
+
+
+def _who_failed_once_is_not_read_from_again(patch: Patch) -> None:
+    failed, route_of = Router.failed, Router._route
+    avoided: set[tuple[int, str]] = set()
+
+    def failed_for_ever(self: Router, member: str, now: float) -> None:
+        failed(self, member, now)
+        avoided.add((id(self), member))
+
+    def route_beside(self: Router, home: bytes, run: bytes, namespace: bytes, now: float) -> Route:
+        route = route_of(self, home, run, namespace, now)
+        left = tuple(name for name in route.reads if (id(self), name) not in avoided)
+        return route._replace(reads=left or route.reads[:1])
+
+    patch.setattr(Router, "failed", failed_for_ever)
+    patch.setattr(Router, "_route", route_beside)
+
+
+def _who_left_during_a_call_is_not_expected(patch: Patch) -> None:
+    failed = Router.failed
+
+    def failed_member(self: Router, member: str, now: float) -> None:
+        if member not in self.ids:
+            raise KeyError(member)
+        failed(self, member, now)
+
+    patch.setattr(Router, "failed", failed_member)
+
+
 MUTANTS: Final = {
     plant.__name__.strip("_"): Mutant(plant, frozenset(noticed), seeds)
     for plant, noticed, seeds in (
@@ -200,5 +253,9 @@ MUTANTS: Final = {
         (_a_prefix_goes_on_behind_a_gap, {PROMISED}, 5),
         (_a_prefix_ends_with_the_first_wave, {FOUND}, 20),
         (_a_restarted_shard_forgets_its_forks, {KEPT}, 20),
+        (_the_arena_is_taken_for_larger_than_it_is, {CAPACITY}, 5),
+        (_a_parent_still_counts_children_that_were_evicted, {INTEGRITY}, 5),
+        (_who_failed_once_is_not_read_from_again, {RECOVERED}, 10),
+        (_who_left_during_a_call_is_not_expected, {RAISES}, 10),
     )
 }
