@@ -188,7 +188,7 @@ def _moved(
     came: Came, predicted: Predicted, seen: Watch, held: dict[str, set[bytes]], before: View, after: View, size: Size
 ) -> dict[str, Any]:
     """Of the blocks there at the join: those whose owner is another one, and those that the newcomer owns; those that
-    really were copied to it by the end, and those that came to other shards than had them."""
+    it really has by the end, copied or stored anew; and those that came to other shards than had them."""
     newcomer = _newcomer(before, after)
     there = set[bytes]().union(*seen.held.values())
     moved = its = 0
@@ -204,8 +204,8 @@ def _moved(
         "owner_changed_mib": round(moved * size.nbytes / MIB, 2),
         "least_mib": round(its * size.nbytes / MIB, 2),
         "over_least": round(moved / max(1, its), 4),
-        "copied_to_newcomer_mib": round(len(held[newcomer] & there) * size.nbytes / MIB, 2),
-        "copied_elsewhere_mib": round(elsewhere * size.nbytes / MIB, 2),
+        "newcomer_has_mib": round(len(held[newcomer] & there) * size.nbytes / MIB, 2),
+        "others_gained_mib": round(elsewhere * size.nbytes / MIB, 2),
         "held_at_end_mib": round(len(held[newcomer]) * size.nbytes / MIB, 2),
     }
 

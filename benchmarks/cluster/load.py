@@ -103,6 +103,11 @@ class Asking(ClusterClient):
         self.asked += asks
         return super()._round(asks, ask)
 
+    @property
+    def members_known(self) -> int:
+        """How many the next call will know of."""
+        return len(self._membership.view().members)
+
     def told(self) -> tuple[str, ...]:
         """Whom it has asked since this was last called."""
         asked, self.asked = self.asked, []
@@ -207,7 +212,7 @@ def work(plan: Plan, worker: int, shared: Shared) -> None:
 
 def serve(client: Asking, keys: Keys, values: Values, buffers: Sequence[Bytes], who: tuple[int, int]) -> Served:
     """One request. An exception of the client's is told, and ends it."""
-    view = len(client._membership.view().members)
+    view = client.members_known
     times = [time.monotonic()]
     matched = found = wrong = 0
     error = ""

@@ -47,8 +47,8 @@ def join_tables(cases: Sequence[dict[str, Any]]) -> list[Table]:
     """Of `join`: a table of windows a case, and one of what moved."""
     tables = [_windows(row) for row in cases]
     table = Table(
-        "traffic", "former owners asked for", "owner changed", "least", "over it", "copied to the newcomer",
-        "to others", "it holds at the end", "lookup p50 / p99 / max, ms", "get", "put", "wrong, errors",
+        "traffic", "former owners asked for", "owner changed", "least", "over it", "it has of that at the end",
+        "others gained", "it has in all", "lookup p50 / p99 / max, ms", "get", "put", "wrong, errors",
         title="what moved",
     )  # fmt: skip
     for row in cases:
@@ -58,8 +58,8 @@ def join_tables(cases: Sequence[dict[str, Any]]) -> list[Table]:
             f"{row['owner_changed_mib']:.1f} MiB",
             f"{row['least_mib']:.1f} MiB",
             f"{row['over_least']:.3f}",
-            f"{row['copied_to_newcomer_mib']:.1f} MiB",
-            f"{row['copied_elsewhere_mib']:.1f} MiB",
+            f"{row['newcomer_has_mib']:.1f} MiB",
+            f"{row['others_gained_mib']:.1f} MiB",
             f"{row['held_at_end_mib']:.1f} MiB",
             *_calls(row),
             f"{row['wrong']}, {row['errors']}",

@@ -30,7 +30,7 @@ def killed(placed: str, replicas: int, what: str) -> dict[str, Any]:
     return row
 
 
-def test_a_shard_that_dies_costs_what_is_predicted_and_with_a_replica_nothing(
+def test_a_dead_shard_costs_what_is_predicted_and_with_a_replica_nothing(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     alone = killed("runs", 1, "stays away")
