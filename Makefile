@@ -128,7 +128,7 @@ test-engines: engines
 
 # Before a cluster of three servers that join a Redis (tests/engines/cache.py).
 VLLM_CASES := $(addprefix tests/engines/vllm,$(if $(QUICK),/test_hits.py /test_encoder_cache.py,/))
-SGLANG_CASES := $(addprefix tests/engines/sglang,$(if $(QUICK),/test_text.py /test_encoder.py,/))
+SGLANG_CASES := $(addprefix tests/engines/sglang,$(if $(QUICK),/test_text.py,/))
 test-engines-cluster: export MMCACHE_TEST_SHARDS = 3
 test-engines-cluster: engines
 	bash tests/install-redis.sh

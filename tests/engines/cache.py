@@ -30,6 +30,7 @@ from tests.engines.inside import Inside
 
 SHARDS: Final = int(os.environ.get("MMCACHE_TEST_SHARDS", "1"))
 DEADLINE_S: Final = 5.0  # of what is asked of a server here
+READY_S: Final = 120.0  # on a busy machine
 T = TypeVar("T")
 
 
@@ -56,6 +57,7 @@ class Cache(ServerProcess):
             memory,
             *words,
             listen=f"127.0.0.1:{self.ports[0]}",
+            ready_s=READY_S,
             environment={"MMCACHE_PINNED_SHARE": str(pinned_share)},
             command="serve" if SHARDS == 1 else "up",
         )

@@ -79,21 +79,21 @@ def moved(url_settings: dict[str, Any], make: Callable[[], Pools], policies: dic
         for name, pool in pools.items():
             storage.register_mem_host_pool_v2(pool, name)
         storage.on_host_pools_registered()
-        at, info = torch.arange(PAGES * PAGE), HiCacheStorageExtraInfo()
+        at, info = torch.arange(PAGES * PAGE), HiCacheStorageExtraInfo(prefix_keys=[])
         asked = transfers(pools, policies, HASHES)
+        # As SGLang does: the pages before those of a call, also where they are the last ones only.
+        trailing = PoolHitPolicy.TRAILING_PAGES in policies.values()
+        before = HiCacheStorageExtraInfo(prefix_keys=HASHES[:-1] if trailing else [])
         if pools is source:
             for one in (held for pool in pools.values() for held in tensors(pool)):
                 one.random_(1, 200)
             told.append(storage.batch_set_v1(HASHES, at, info))
-            prefix = HASHES[: -1 if any(len(one.keys) == 1 for one in asked) else 0]
-            for one in asked:
-                before = HiCacheStorageExtraInfo(prefix_keys=prefix if len(one.keys) == 1 else None)
-                told.append(storage.batch_set_v2([one], before))
+            told += [storage.batch_set_v2([one], before) for one in asked]
             continue
         found = storage.batch_exists_v2(HASHES, asked, info)
         told.append([found.kv_hit_pages, found.extra_pool_hit_pages, found.restorable_prefix_pages])
         told.append(storage.batch_get_v1(HASHES, at, info))
-        told.append(storage.batch_get_v2(asked, info))
+        told.append(storage.batch_get_v2(asked, before))
         stats = storage.get_stats()
         told.append([stats.prefetch_pgs, stats.backup_pgs, min(stats.prefetch_bandwidth) > 0])
     return told, {name: same(source[name], target[name]) for name in source}
