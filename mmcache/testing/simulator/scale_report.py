@@ -66,8 +66,8 @@ def scale(given: argparse.Namespace) -> int:
 
 def _print(curves: list[Curve]) -> None:
     table = Table(
-        "workload", "shards", "placement", "requests", "asks a query", "least", "most", "bytes max/mean", "lookups max/mean",
-        "reads max/mean", "copies", "one joins: moved / its share", "one leaves: moved / its share",
+        "workload", "shards", "placement", "requests", "asks a query", "least", "most", "bytes max/mean",
+        "lookups max/mean", "reads max/mean", "copies", "one joins: moved / its share", "one leaves: moved / its share",
     )  # fmt: skip
     for one in curves:
         table.add_row(
