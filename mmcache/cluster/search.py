@@ -17,7 +17,7 @@ from typing import Final
 from mmcache.cluster.routes import Route
 
 MAX_ROUNDS: Final = 6  # of one wave
-FIRST_WAVE: Final = 4  # shards that the first wave asks at most; half as many where prompts part ways
+FIRST_WAVE: Final = 8  # shards that the first wave asks at most; half as many where prompts part ways
 
 
 class Search:

@@ -34,7 +34,7 @@ def test_runs_ask_fewer_shards_than_blocks_and_copies_spread_reads() -> None:
         scale.measure("conversations", placement, 32, 500, TOKENS, 1) for placement in scale.PLACEMENTS
     )
     assert runs.asks < blocks.asks / 1.5
-    assert runs.asks <= 6
+    assert runs.asks_least <= runs.asks <= 6
     assert runs.bytes_ratio < 1.4
     assert hot.reads_ratio < runs.reads_ratio
     assert hot.lookups_ratio < runs.lookups_ratio / 1.2

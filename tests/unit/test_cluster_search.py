@@ -168,23 +168,23 @@ LONG = [f"s{number}" for number in range(40)]
 
 
 def test_a_prefix_is_looked_for_in_waves_that_double() -> None:
-    assert waves_of(LONG, 40) == [LONG[:4], LONG[4:12], LONG[12:28], LONG[28:]]
-    assert waves_of(LONG, 4) == [LONG[:4], LONG[4:12]]
-    assert waves_of(LONG, 3) == [LONG[:4]]
-    assert waves_of(LONG[:4], 4) == [LONG[:4]]
+    assert waves_of(LONG, 40) == [LONG[:8], LONG[8:24], LONG[24:]]
+    assert waves_of(LONG, 8) == [LONG[:8], LONG[8:24]]
+    assert waves_of(LONG, 7) == [LONG[:8]]
+    assert waves_of(LONG[:8], 8) == [LONG[:8]]
 
 
 def test_a_wave_is_half_as_wide_where_prompts_part_ways_and_goes_as_far_as_the_first_row_behind() -> None:
-    assert waves_of(LONG, 0, frozenset({1})) == [LONG[:2]]
-    assert waves_of(LONG, 0, frozenset({2})) == [LONG[:3]]
-    assert waves_of(LONG, 0, frozenset({4})) == [LONG[:4]]
-    assert waves_of(LONG, 40, frozenset({2})) == [LONG[:3], LONG[3:11], LONG[11:27], LONG[27:]]
-    assert waves_of(LONG, 40, frozenset({2, 5})) == [LONG[:3], LONG[3:7], LONG[7:23], LONG[23:]]
+    assert waves_of(LONG, 0, frozenset({1})) == [LONG[:4]]
+    assert waves_of(LONG, 0, frozenset({6})) == [LONG[:7]]
+    assert waves_of(LONG, 0, frozenset({8})) == [LONG[:8]]
+    assert waves_of(LONG, 40, frozenset({6})) == [LONG[:7], LONG[7:23], LONG[23:]]
+    assert waves_of(LONG, 40, frozenset({6, 9})) == [LONG[:7], LONG[7:15], LONG[15:]]
 
 
 def test_a_shard_that_is_asked_is_asked_for_all_that_lies_behind() -> None:
-    few = [f"s{number % 6}" for number in range(40)]
-    assert waves_of(few, 40) == [few[:4], few[4:6]]
+    few = [f"s{number % 10}" for number in range(40)]
+    assert waves_of(few, 40) == [few[:8], few[8:10]]
     assert waves_of(["a", "b"] * 20, 40, frozenset(range(1, 40))) == [["a", "b"]]
 
 

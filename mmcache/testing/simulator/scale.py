@@ -46,6 +46,7 @@ class Curve:
     requests: int
     blocks: int
     asks: float  # shards asked for one prefix query, second looks included
+    asks_least: float  # owners of what was found, and of the first block that was not: fewer cannot know
     asks_most: int
     bytes_ratio: float
     lookups_ratio: float
@@ -108,6 +109,7 @@ class Scale:
             client.router.heat = leader.router.heat if hot else Cold()
         self.homes: dict[bytes, bytes] = {}  # of each block, the home under which it was first stored
         self.asks: list[int] = []
+        self.least = 0
         self.copied = 0
         self.now = 0.0
 
@@ -116,6 +118,8 @@ class Scale:
         conduct = self.clients[number % len(self.clients)]
         self.asks.append(0)
         count = self._run(conduct.leading(keys, self.now, inf), keys, self._count)
+        needed = set(conduct.router.forks.homes(keys, self.now)[: count + 1])
+        self.least += len({conduct.router.owners(home, 1) for home in needed})
         if count:
             head = keys[:count]
             read = self._run(conduct.read(head, self.now, inf), head, self._read)
@@ -198,6 +202,7 @@ def measure(workload: str, placement: str, shards: int, clients: int, tokens_per
         len(asked),
         len(scale.homes),
         sum(scale.asks) / len(scale.asks),
+        scale.least / len(scale.asks),
         max(scale.asks),
         _ratio([len(shard.keys) for shard in held]),
         _ratio([shard.lookups for shard in held]),

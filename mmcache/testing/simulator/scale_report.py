@@ -66,8 +66,8 @@ def scale(given: argparse.Namespace) -> int:
 
 def _print(curves: list[Curve]) -> None:
     table = Table(
-        "workload", "shards", "placement", "requests", "asks a query", "most", "bytes max/mean", "lookups max/mean",
-        "reads max/mean", "copies", "one joins: moved / its share", "one leaves: moved / its share",
+        "workload", "shards", "placement", "requests", "asks a query", "least", "most", "bytes max/mean",
+        "lookups max/mean", "reads max/mean", "copies", "one joins: moved / its share", "one leaves: moved / its share",
     )  # fmt: skip
     for one in curves:
         table.add_row(
@@ -76,6 +76,7 @@ def _print(curves: list[Curve]) -> None:
             one.placement,
             f"{one.requests:,}",
             f"{one.asks:.2f}",
+            f"{one.asks_least:.2f}",
             str(one.asks_most),
             f"{one.bytes_ratio:.2f}",
             f"{one.lookups_ratio:.2f}",
