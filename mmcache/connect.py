@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Any, Final, Self
 
 from mmcache.client.aio import LoopClient
 from mmcache.client.blocking import Client
 from mmcache.client.cluster import ClusterClient
+from mmcache.cluster.membership import Membership, Static
 from mmcache.cluster.settings import ClusterConfig, is_cluster, parse_any_url
 from mmcache.cluster.urls import open_membership
 from mmcache.config import ClientConfig, ServerConfig, parse_url
@@ -16,6 +18,8 @@ from mmcache.errors import ConfigError
 
 if TYPE_CHECKING:
     from mmcache.embedded import EmbeddedServer
+
+GATHER_S: Final = 5.0  # servers say that they are there every 2 s, and try Redis again after 2 s
 
 
 def connect(
@@ -34,13 +38,15 @@ def connect(
     the port is that of `serve --grpc`. `deadline_s` bounds every call; `verify=False` turns off checksums of reads;
     `token` says who asks, where the server has an access file.
     The server is asked once, and TransportError raised if it does not answer; with `lazy` it is not asked, and calls
-    answer misses until it is there, as they do until a cluster has members. Raises ConfigError.
+    answer misses until it is there, as they do until a cluster has members. Raises ConfigError; for more replicas than
+    a cluster has members that are told by Redis or Kubernetes only after seconds in which more may be heard of.
     """
     config = parse_any_url(url, verify=verify, deadline_s=deadline_s, token=token)
     client: Client
     if isinstance(config, ClusterConfig):
         membership = open_membership(config.members, lazy=lazy)
         try:
+            _gather(membership, config.replicas.most)
             client = ClusterClient(config, membership)
         except BaseException:
             membership.close()
@@ -58,6 +64,16 @@ def connect(
             client.close()
             raise
     return client
+
+
+def _gather(membership: Membership, count: int) -> None:
+    """Wait for so many members, within limits, where they are told: a cluster, or its Redis, that has just been started
+    knows of them one after another."""
+    give_up_s = time.monotonic() + GATHER_S
+    while not isinstance(membership, Static) and len(membership.view().members) < count:
+        if time.monotonic() > give_up_s:
+            return
+        time.sleep(0.05)
 
 
 class AsyncClient(LoopClient):

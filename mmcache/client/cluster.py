@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, Final
 
 from mmcache.client.calls import AnyKeys, AnyMedia, Get, Put
-from mmcache.client.cluster_core import ClusterCore, all_of
+from mmcache.client.cluster_core import ClusterCore, Held, give_back
 from mmcache.client.cluster_fill import copy
 from mmcache.client.cluster_shard import Shard
 from mmcache.client.cluster_steps import Read
@@ -19,6 +19,7 @@ from mmcache.transport.base import HIT, MISS, Result
 
 COPY_S: Final = 1.0  # of one call at most, however much time it has
 LARGEST_COPY_NBYTES: Final = 32 << 20  # of one value: it passes through memory of this process, twice
+HURRY: Final = 0.1  # the share of a call's time that must be left for what the call can do without
 
 
 class ClusterClient(ClusterCore):
@@ -31,31 +32,30 @@ class ClusterClient(ClusterCore):
 
     def match_prefix(self, keys: AnyKeys) -> int:
         """As `Client.match_prefix`: one request a shard that owns runs of the prefix, all at the same time."""
-        return self._leading(Keys.of(keys), Shard.count)
+        return self._leading(Keys.of(keys), Shard.count, self._deadline())
 
     def pin_prefix(self, keys: AnyKeys) -> Pinned:
         """As `Client.pin_prefix`; one object holds what is pinned on every shard."""
-        held: list[tuple[int, Pinned]] = []  # the first row, and what is pinned from there on
+        held: list[tuple[int, Held]] = []  # the first row, and what is pinned from there on
 
         def pin(shard: Shard, digests: Sequence[bytes], until: float) -> int | None:
             pinned = shard.pin(digests, until)
             if pinned is None:
                 return None
-            if pinned.count:
-                held.append((position[digests[0]], pinned))
-            return pinned.count
+            count, lease_ids = pinned
+            if lease_ids:
+                held.append((position[digests[0]], (shard, lease_ids)))
+            return count
 
-        rows = Keys.of(keys)
+        rows, deadline = Keys.of(keys), self._deadline()
         position = {digest: row for row, digest in reversed(list(enumerate(rows.digests)))}
-        count = self._leading(rows, pin)
-        for first, pinned in held:
-            if first >= count:
-                pinned.release()  # it lies behind a block that is nowhere
-        kept = [pinned for first, pinned in held if first < count]
-        return Pinned(count, range(len(kept)), lambda _: all_of(kept))
+        count = self._leading(rows, pin, deadline)
+        if time.monotonic() < deadline - HURRY * self.config.deadline_s:  # else their leases end by themselves
+            give_back([one for first, one in held if first >= count], deadline)  # behind a block that is nowhere
+        kept = [one for first, one in held if first < count]
+        return Pinned(count, range(len(kept)), lambda _: give_back(kept, self._deadline()))
 
-    def _leading(self, rows: Keys, ask: Callable[[Shard, Sequence[bytes], float], int | None]) -> int:
-        deadline = self._deadline()
+    def _leading(self, rows: Keys, ask: Callable[[Shard, Sequence[bytes], float], int | None], deadline: float) -> int:
         return self._run(
             lambda now: self._conduct.leading(rows, now, deadline),
             lambda shard, wanted, until: ask(shard, [rows.digests[row] for row in wanted], until),
@@ -129,19 +129,21 @@ class ClusterClient(ClusterCore):
         """As `Client.acquire`; one object holds the leases of all shards."""
         rows, deadline = Keys.of(keys), self._deadline()
         frames: list[Any] = [None] * len(rows)
-        held: list[LeasedFrames] = []
+        held: list[Held] = []
 
         def take(shard: Shard, wanted: Sequence[int], until: float) -> list[Result] | None:
-            leased = shard.take([rows.digests[row] for row in wanted], until)
-            if leased is None:
+            taken = shard.take([rows.digests[row] for row in wanted], until)
+            if taken is None:
                 return None
-            held.append(leased)
-            for row, frame in zip(wanted, leased.frames, strict=True):
+            found, lease_ids = taken
+            if lease_ids:
+                held.append((shard, lease_ids))
+            for row, frame in zip(wanted, found, strict=True):
                 frames[row] = frame
-            return [MISS if frame is None else HIT for frame in leased.frames]
+            return [MISS if frame is None else HIT for frame in found]
 
         self._run(lambda now: self._conduct.read(rows, now, deadline, note=False), take)
-        return LeasedFrames(frames, range(len(held)), lambda _: all_of(held))
+        return LeasedFrames(frames, range(len(held)), lambda _: give_back(held, self._deadline()))
 
     def delete(self, keys: AnyKeys) -> list[bool]:
         """As `Client.delete`, on every shard: copies may lie anywhere. Raises TransportError if one cannot be asked,

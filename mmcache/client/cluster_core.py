@@ -22,8 +22,6 @@ from mmcache.client.cluster_answers import answered, merged, stat_of
 from mmcache.client.cluster_shard import Shard, Shards
 from mmcache.client.cluster_steps import Conduct, Replies, Round, Steps
 from mmcache.client.core import ClientCore
-from mmcache.client.lease import LeasedFrames
-from mmcache.client.pin import Pinned
 from mmcache.cluster.membership import Membership
 from mmcache.cluster.routes import Router
 from mmcache.cluster.settings import ClusterConfig
@@ -35,6 +33,7 @@ from mmcache.transport.shm import ArenaMap
 
 T = TypeVar("T")
 M = TypeVar("M", bound=Message)
+Held = tuple[Shard, Sequence[int]]  # leases of one shard
 MOST_BESIDE: Final = 32  # threads of one call
 
 
@@ -199,7 +198,9 @@ def at_once(calls: Sequence[Callable[[], T]]) -> list[T]:
     return [columns[place % MOST_BESIDE][place // MOST_BESIDE] for place in range(len(calls))]
 
 
-def all_of(held: Sequence[Pinned] | Sequence[LeasedFrames]) -> bool:
-    """Give all leases back; True if every one was held until now."""
-    lost = sum(not lease.release() for lease in held)
-    return not lost
+def give_back(held: Sequence[Held], deadline: float) -> bool:
+    """Release leases, of all shards at the same time; True if every one was held until now."""
+    leases: dict[Shard, list[int]] = {}
+    for shard, lease_ids in held:
+        leases.setdefault(shard, []).extend(lease_ids)
+    return all(at_once([partial(shard.give_back, ids, deadline) for shard, ids in leases.items()]))

@@ -21,15 +21,17 @@ from mmcache.tensors import HostTensor
 
 def copy(rows: Keys, source: Shard, target: Shard, deadline: float) -> int:
     """Store what one shard has of these keys on another, too; how many that were."""
-    leased = source.take(rows.digests, deadline)
-    if leased is None:
+    taken = source.take(rows.digests, deadline)
+    if taken is None:
         return 0
+    frames, lease_ids = taken
     values: dict[int, Mapping[str, HostTensor]] = {}
-    for row, frame in enumerate(leased.frames):
+    for row, frame in enumerate(frames):
         if frame is not None and not frame.header.meta.expires_ms:
             with contextlib.suppress(FrameError):
                 values[row] = _tensors(frame)
-    leased.release()
+    if lease_ids:
+        source.give_back(lease_ids, deadline)
     if not values:
         return 0
     put = Put(rows.pick(list(values)), list(values.values()), None)

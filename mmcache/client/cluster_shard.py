@@ -18,9 +18,9 @@ from typing import Any, Final, TypeVar
 from mmcache.client import calls
 from mmcache.client.blocking import Client
 from mmcache.client.calls import Get, Put
-from mmcache.client.lease import LeasedFrames, nothing_taken, take_lease
+from mmcache.client.lease import Taken, take_lease
 from mmcache.client.link import Link
-from mmcache.client.pin import Pinned, count_prefix, pin_prefix
+from mmcache.client.pin import count_prefix, pin_prefix
 from mmcache.client.protocol import KEY_NBYTES, MAX_FORKS_NBYTES, STOPPED_READS, STOPPED_WRITES, Flow
 from mmcache.cluster.placement import Member, View
 from mmcache.config import ClientConfig, parse_url
@@ -76,16 +76,17 @@ class Shard(Client):
         """Per key, whether it is stored."""
         return self._attempt(partial(calls.contains, digests=digests), lambda reason: None, deadline)
 
-    def pin(self, digests: Sequence[bytes], deadline: float) -> Pinned | None:
-        """How many leading keys are stored, and pinned as far as the shard allows."""
-        taken = self._attempt(partial(pin_prefix, digests=digests), lambda reason: None, deadline)
-        return None if taken is None else Pinned(*taken, self._release)
+    def pin(self, digests: Sequence[bytes], deadline: float) -> tuple[int, list[int]] | None:
+        """How many leading keys are stored, and the leases under which they are pinned as far as the shard allows."""
+        return self._attempt(partial(pin_prefix, digests=digests), lambda reason: None, deadline)
 
-    def take(self, digests: Sequence[bytes], deadline: float) -> LeasedFrames | None:
-        """The frames of these keys, under a lease."""
-        taken = self._attempt(partial(take_lease, digests=digests), lambda reason: None, deadline)
-        frames, leases = nothing_taken(0) if taken is None else taken
-        return None if taken is None else LeasedFrames(frames, leases, self._release)
+    def take(self, digests: Sequence[bytes], deadline: float) -> Taken | None:
+        """The frames of these keys, and the leases under which they are."""
+        return self._attempt(partial(take_lease, digests=digests), lambda reason: None, deadline)
+
+    def give_back(self, lease_ids: Sequence[int], deadline: float) -> bool:
+        """Release leases; True if all were held until now."""
+        return self._attempt(partial(calls.give_back, lease_ids=lease_ids), lambda reason: False, deadline, needs=0)
 
     def fetch(self, get: Get, deadline: float) -> None:
         """Fill destinations; what reads as corrupt is reported to the shard."""

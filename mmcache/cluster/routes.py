@@ -151,13 +151,16 @@ class Router:
         spares = list(others)
         if self._unsettled.get(owners[0], 0.0) > now:
             reads += others
+        places = [home]
         if home != run and self.forks.since(home) + self._ramp_s > now:  # stored before its writer heard of the fork
+            places.append(run)
             before, *replicas = self.owners(run, count)
             reads.append(before)
             spares += replicas
         for view, until in self._formers:
             if until > now:
-                reads += [name for name in self._owned(view, home, 1) if name in self._ids]
+                formers = [self._owned(view, place, 1)[0] for place in places]
+                reads += [name for name in formers if name in self._ids]
         unique = tuple(dict.fromkeys(reads))
         return Route(owners, unique, tuple(name for name in dict.fromkeys(spares) if name not in unique))
 

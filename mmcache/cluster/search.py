@@ -16,7 +16,7 @@ from typing import Final
 
 from mmcache.cluster.routes import Route
 
-MAX_ROUNDS: Final = 6  # of one wave
+MAX_ROUNDS: Final = 6  # in which a prefix does not grow; of any other read
 FIRST_WAVE: Final = 8  # shards that the first wave asks at most; half as many where prompts part ways
 
 
@@ -40,6 +40,7 @@ class Search:
         self._troubled = bytearray(len(routes))
         self.found = bytearray(len(routes))
         self.rounds = 0
+        self._reached = 0  # the prefix when rounds were last counted from 0
 
     def __len__(self) -> int:
         return len(self._routes)
@@ -58,6 +59,8 @@ class Search:
         first = self.prefix if prefix else 0
         if prefix and (first >= self._end or not self.rounds):
             return self._new_wave(first)
+        if prefix and first > self._reached:
+            self._reached, self.rounds = first, 0
         if self.rounds >= MAX_ROUNDS:
             return groups
         self.rounds += 1

@@ -23,7 +23,7 @@ from mmcache.errors import TransportError
 from mmcache.keyset import Keys
 from mmcache.testing.process import ServerProcess, suspend
 from mmcache.transport.base import Outcome
-from tests.integration.cluster_bed import SLACK_S, Told, cluster, entries, hits, prompt, put
+from tests.integration.cluster_bed import DEADLINE_S, SLACK_S, Told, cluster, entries, hits, prompt, put
 from tests.integration.support import NAMESPACE, eventually
 
 
@@ -238,3 +238,50 @@ def test_a_value_that_is_too_large_to_pass_through_this_process_is_not_copied() 
                 for key in keys:
                     assert all(cache.get_into([key], [into]))
                 assert bool(cache.counters["copied"]) == copied
+
+
+# ------------------------------------------------------------------------------------------ leases of several shards
+@pytest.mark.alone
+@pytest.mark.parametrize("call", ["pin_prefix", "acquire"])
+def test_leases_on_shards_that_hang_are_given_back_within_one_deadline(call: str) -> None:
+    with cluster(3) as made:
+        cache, keys = made.connect(), prompt(5, 40_000)
+        assert all(put(cache, keys))
+        held = getattr(cache, call)(keys)
+        for server in made.servers:
+            assert server.pid
+            suspend(server.pid)
+        try:
+            began_s = time.monotonic()
+            assert not held.release()
+            assert time.monotonic() - began_s < 1.7 * DEADLINE_S
+        finally:
+            for server in made.servers:
+                os.kill(server.pid, signal.SIGCONT)
+        assert cache.counters["failures"] == 3, "the prompt lay on every shard"
+
+
+@pytest.mark.alone
+def test_what_was_pinned_behind_a_shard_that_hangs_is_not_waited_for_beyond_the_deadline() -> None:
+    with cluster(3) as made:
+        cache, keys = made.connect(), prompt(5, 40_000)
+        assert all(put(cache, keys))
+        first = next(iter(cache._router.routes(keys, time.monotonic())[0].owners))
+        others = [server for number, server in enumerate(made.servers) if f"s{number}" != first]
+        suspend(made.servers[int(first[1:])].pid)
+
+        def later() -> None:
+            time.sleep(0.4 * DEADLINE_S)
+            for server in others:
+                suspend(server.pid)
+
+        thread = threading.Thread(target=later)
+        thread.start()
+        try:
+            began_s = time.monotonic()
+            assert cache.pin_prefix(keys).count == 0
+            assert time.monotonic() - began_s < 1.5 * DEADLINE_S
+        finally:
+            thread.join()
+            for server in made.servers:
+                os.kill(server.pid, signal.SIGCONT)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import multiprocessing
@@ -14,12 +15,15 @@ from typing import Any
 
 import pytest
 
+import mmcache
+from mmcache.client.cluster import ClusterClient
 from mmcache.cluster.beats import MAX_BEAT_NBYTES, TTL_S
 from mmcache.cluster.membership import Watched
 from mmcache.cluster.redis_link import RedisLink
 from mmcache.cluster.registration import Registration
 from mmcache.cluster.seen import CONFIRM_S
 from mmcache.cluster.urls import open_membership, parse_members_url
+from mmcache.connect import GATHER_S
 from mmcache.errors import ConfigError, TransportError
 from tests.integration.certificates import Authority
 from tests.integration.members_bed import watched
@@ -398,3 +402,24 @@ def test_a_failover_by_sentinel_changes_no_view() -> None:
             servers += registered(url, 3)
             becomes(members, "1", "2", "3")
         leave(servers)
+
+
+# ------------------------------------------------------------------------------------------ a client that starts
+def test_a_client_that_starts_while_redis_hears_of_its_servers_waits_for_as_many_as_its_replicas(there: Redis) -> None:
+    url = url_of(there)
+    with contextlib.ExitStack() as stack:
+        stack.callback(registered(url, 7601)[0].gone)
+
+        def join() -> None:
+            time.sleep(1.0)
+            stack.callback(registered(url, 7602)[0].gone)
+
+        thread = threading.Thread(target=join)
+        thread.start()
+        with mmcache.connect(f"{url}&replicas=2", lazy=True) as cache:
+            assert isinstance(cache, ClusterClient)
+        thread.join()
+        began_s = time.monotonic()
+        with pytest.raises(ConfigError, match="replicas=3 needs as many shards, and there are 2"):
+            mmcache.connect(f"{url}&replicas=3", lazy=True)
+        assert GATHER_S <= time.monotonic() - began_s < GATHER_S + 2

@@ -148,6 +148,20 @@ def test_behind_a_fork_the_run_s_own_home_is_asked_after_the_tail_s() -> None:
     )
 
 
+def test_behind_a_fork_who_owned_the_run_before_the_view_changed_is_asked_too() -> None:
+    moved = 0
+    for shared in range(4200, 80_000, 4096):  # prompts that part ways in another run each
+        keys, fork = prompt(shared, 500, 1), shared // 16 - 1
+        former = router(4)
+        run_s = routes(former, keys, 1.0)[fork + 1].owners[0]  # where a tail was stored, by who knew of no fork
+        one = router(4)
+        one.forks.hear(keys, [keys.digests[fork]], 0.0)
+        one.take(view_of(5), 1.0)
+        moved += one.owners(keys.homes[fork + 1], 1) == ("m4",)
+        assert run_s in routes(one, keys, 2.0)[fork + 1].reads
+    assert moved
+
+
 def test_who_left_is_not_asked() -> None:
     one = router(5)
     one.take(view_of(4), 1.0)

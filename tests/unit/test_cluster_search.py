@@ -138,6 +138,13 @@ def test_a_prefix_costs_one_request_an_owner() -> None:
     assert (search.prefix, requests, search.rounds) == (64, 3, 1)
 
 
+def test_a_prefix_is_found_however_many_of_its_runs_a_newcomer_lacks() -> None:
+    runs = [(Route(("a",), ("a", "b"), ()), 8) for _ in range(20)]
+    has = {(run, member): 8 * (member != "a") for run in range(20) for member in MEMBERS}
+    search, _ = look(World(runs, has, set(), set()), prefix=True)
+    assert search.prefix == 160
+
+
 def test_what_lies_behind_a_row_that_nobody_has_is_not_asked_for_again() -> None:
     reads = ("a", "b")
     world = World(

@@ -70,7 +70,7 @@ class Clients:
     def kill(self, name: str) -> None:
         """SIGKILL it."""
         life = self._now[name]
-        life.killed = True
+        life.killed = life.process.poll() is None  # else it had died of itself
         life.process.kill()
         self._end(life, END_S)
 
