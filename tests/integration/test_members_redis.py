@@ -9,8 +9,7 @@ import multiprocessing
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterator
-from pathlib import Path
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -25,9 +24,8 @@ from mmcache.cluster.seen import CONFIRM_S
 from mmcache.cluster.urls import open_membership, parse_members_url
 from mmcache.connect import GATHER_S
 from mmcache.errors import ConfigError, TransportError
-from tests.integration.certificates import Authority
-from tests.integration.members_bed import watched
-from tests.integration.redis_bed import Redis, free_port, redis_cluster, redis_sentinels, registered, url_of
+from tests.integration.members_bed import becomes, ids, leave, stays, watched
+from tests.integration.redis_bed import Redis, registered, url_of
 from tests.integration.support import eventually
 
 GONE_S = TTL_S + CONFIRM_S + 3.0
@@ -37,30 +35,6 @@ GONE_S = TTL_S + CONFIRM_S + 3.0
 def there() -> Iterator[Redis]:
     with Redis() as one:
         yield one
-
-
-def ids(members: Watched) -> list[str]:
-    return [member.id.removeprefix("127.0.0.1:") for member in members.view().members]
-
-
-def becomes(members: Watched, *expected: str, patience_s: float = 10.0) -> float:
-    """Seconds until the view has exactly these."""
-    began_s = time.monotonic()
-    eventually(lambda: ids(members) == list(expected), f"the view is {expected}", patience_s)
-    return time.monotonic() - began_s
-
-
-def stays(holds: Callable[[], bool], for_s: float) -> None:
-    until_s = time.monotonic() + for_s
-    while time.monotonic() < until_s:
-        assert holds()
-        time.sleep(0.05)
-
-
-def leave(servers: list[Registration]) -> None:
-    for one in servers:
-        one.leave()
-        one.gone()
 
 
 def test_who_joins_is_in_at_once_and_who_leaves_is_out_at_once(there: Redis) -> None:
@@ -318,90 +292,6 @@ def test_close_ends_the_thread_and_the_last_view_stays(there: Redis) -> None:
     assert not thread.is_alive()
     assert ids(members) == ["1"]
     leave(servers)
-
-
-def private(path: Path, text: str) -> str:
-    path.write_text(text)
-    path.chmod(0o600)
-    return str(path)
-
-
-def test_a_password_comes_from_a_file_and_is_in_no_message(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    acl = "user default off", "user cache on >hunter2 ~mmcache:{test}:* &mmcache:{test}:* +@all"
-    with Redis("--aclfile", private(tmp_path / "acl", "\n".join(acl))) as there:
-        right, wrong = private(tmp_path / "right", "hunter2\n"), private(tmp_path / "wrong", "hunter3\n")
-        base = url_of(there).replace("//", "//cache@")
-        servers = registered(f"{base}&password_file={right}", 1)
-        with watched(f"{base}&password_file={right}") as members:
-            assert ids(members) == ["1"]
-        with pytest.raises(TransportError, match=r"(?i)invalid username-password") as refused:
-            open_membership(f"{base}&password_file={wrong}")
-        with pytest.raises(TransportError, match=r"(?i)no ?permission|no access|noperm"):
-            open_membership(f"{base}&password_file={right}".replace("cluster=test", "cluster=other"))
-        with pytest.raises(TransportError, match="Authentication required"):
-            open_membership(url_of(there))
-        (tmp_path / "right").chmod(0o644)
-        with pytest.raises(ConfigError, match="others could read it"):
-            open_membership(f"{base}&password_file={right}")
-        (tmp_path / "right").chmod(0o600)
-        with pytest.raises(ConfigError, match="no password_file"):
-            open_membership(base)
-        assert "hunter" not in f"{refused.value} {caplog.text}"
-        leave(servers)
-
-
-def test_tls_is_verified(tmp_path: Path) -> None:
-    authority = Authority(tmp_path)
-    cert, key = authority.issue("redis")
-    port = free_port()
-    files = ["--tls-cert-file", cert, "--tls-key-file", key, "--tls-ca-cert-file", authority.ca]
-    words = ["--port", "0", "--tls-port", str(port), "--tls-auth-clients", "no", *files]
-    with Redis(*words, port=port, ssl=True, ssl_ca_certs=authority.ca) as there:
-        url = url_of(there).replace("+redis:", "+rediss:")
-        servers = registered(f"{url}&redis_ca={authority.ca}", 1)
-        with watched(f"{url}&redis_ca={authority.ca}") as members:
-            assert ids(members) == ["1"]
-        with pytest.raises(TransportError, match="CERTIFICATE_VERIFY_FAILED"):
-            open_membership(url)
-        leave(servers)
-
-
-def test_a_redis_cluster_serves_as_one_redis_does() -> None:
-    with redis_cluster() as nodes:
-        places = ",".join(f"127.0.0.1:{node.port}" for node in nodes[:2])
-        url = f"mmcache+redis+cluster://{places}?cluster=test"
-        servers = registered(url, 1, 2)
-        with watched(url) as members:
-            assert ids(members) == ["1", "2"]
-            servers += registered(url, 3)
-            assert becomes(members, "1", "2", "3") < 2.0
-            servers[0].leave()
-            assert becomes(members, "2", "3") < 2.0
-            for node in nodes:
-                node.kill()
-            for one in servers[1:]:
-                assert not one.leave()  # which says so, and lets the server end
-                one.gone()
-        with pytest.raises(TransportError, match="Redis Cluster cannot be connected"):
-            open_membership(url)
-        with watched(f"{url}&fallback=127.0.0.1:7") as members:
-            assert ids(members) == ["7"]
-
-
-@pytest.mark.alone
-def test_a_failover_by_sentinel_changes_no_view() -> None:
-    with redis_sentinels() as (sentinels, master, replica):
-        places = ",".join(f"127.0.0.1:{one.port}" for one in sentinels)
-        url = f"mmcache+redis+sentinel://{places}/main/0?cluster=test"
-        servers = registered(url, 1, 2)
-        with watched(url) as members:
-            view = members.view()
-            master.kill()
-            eventually(lambda: replica.client().role()[0] == b"master", "the replica is the master", 20.0)
-            stays(lambda: members.view() is view, CONFIRM_S + 3.0)
-            servers += registered(url, 3)
-            becomes(members, "1", "2", "3")
-        leave(servers)
 
 
 # ------------------------------------------------------------------------------------------ a client that starts
