@@ -184,7 +184,10 @@ def test_lateness_by_the_clock_is_told_beside_it() -> None:
 
 
 def test_a_hit_rate_that_does_not_return_is_reported() -> None:
-    assert found(a_run(a_call(96.0, 0.01, asked=1, hits=0))) == ["not back"]
+    assert found(a_run(a_call(94.0, 0.01, asked=1), a_call(96.0, 0.01, asked=1))) == ["not back"]
+    once = a_run(a_call(82.0, 0.01, asked=10, hits=10), a_call(94.0, 0.01, asked=1), a_call(96.0, 0.01, asked=1))
+    assert found(once) == []
+    assert summary(once, "command")["hit_rates"]["r1"]["back_s"] == 0.0
     assert found(a_run(a_call(50.0, 0.01, asked=1000, hits=0))) == []
     assert found(a_run(calls={"c0-0": a_call(5.0, 0.01, asked=10, hits=10)})) == ["not back"]
 

@@ -12,6 +12,7 @@ from tests.faults.traffic.records import OPS, Calls
 
 SLACK_S: Final = 0.1  # a call may be that late
 POINTS: Final = 2.0  # of the hit rate that may be missing after healing
+STEP_S: Final = 0.5
 BAD: Final = ("wrong", "raised", "late", "leaked", "died", "silent", "not healed", "not back")
 
 
@@ -178,12 +179,23 @@ def rates(run: Run) -> dict[str, dict[str, float | None]]:
     return {one: {when: hit_rate(run, one, *span) for when, span in times.items()} for one in populations}
 
 
+def back_s(run: Run, population: str) -> float | None:
+    """How long after all was healed a time as long as the last quiet one began in which the hit rate was what it was
+    before the trouble, within POINTS; None: there was none."""
+    before, length_s = rates(run)[population]["before"], run.ended_s - run.quiet_s
+    for start_s in np.arange(run.healed_s, run.quiet_s + STEP_S / 2, STEP_S):
+        rate = hit_rate(run, population, start_s, start_s + length_s)
+        if before is not None and rate is not None and rate >= before - POINTS / 100:
+            return float(start_s - run.healed_s)
+    return None
+
+
 def not_back(run: Run) -> Iterator[Violation]:
     """A hit rate that has not returned once all was healed, or that nothing can be said of."""
     for population, rate in rates(run).items():
         before, after = rate["before"], rate["after"]
         if before is None or after is None:
             yield Violation("not back", population, run.ended_s, "nothing was asked for in a quiet time")
-        elif after < before - POINTS / 100:
-            detail = f"hit rate {after:.1%} after healing, {before:.1%} before the trouble"
+        elif back_s(run, population) is None:
+            detail = f"hit rate {after:.1%} at the end, no better since all was healed, {before:.1%} before"
             yield Violation("not back", population, run.ended_s, detail)

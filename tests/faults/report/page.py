@@ -55,10 +55,14 @@ def _violations(found: Found) -> str:
 
 def _rates(found: Found) -> str:
     rows = [
-        [f"replicas={name[1:]}", *("none" if rate[when] is None else f"{rate[when]:.1%}" for when in rate)]
+        [
+            f"replicas={name[1:]}",
+            *("none" if rate[when] is None else f"{rate[when]:.1%}" for when in ("before", "during", "after")),
+            "never" if rate["back_s"] is None else f"{rate['back_s']:.1f} s",
+        ]
         for name, rate in found["hit_rates"].items()
     ]
-    return html.table(["", "before", "in trouble", "after healing"], rows)
+    return html.table(["", "before", "in trouble", "at the end", "back after"], rows)
 
 
 def _ops(found: Found) -> str:

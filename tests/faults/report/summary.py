@@ -8,7 +8,7 @@ from typing import Any, Final
 
 import numpy as np
 
-from tests.faults.check.found import BAD, SLACK_S, Run, lane_of, lateness, rates, stops_of, violations
+from tests.faults.check.found import BAD, SLACK_S, Run, back_s, lane_of, lateness, rates, stops_of, violations
 from tests.faults.traffic.records import OPS
 
 MOST_STEPS: Final = 1200  # of the timeline
@@ -29,7 +29,7 @@ def summary(run: Run, command: str) -> dict[str, Any]:
         "totals": totals(run, Counter(one.what for one in bad)),
         "ops": ops(run),
         "lateness": lateness_of(run),
-        "hit_rates": rates(run),
+        "hit_rates": {one: {**rate, "back_s": back_s(run, one)} for one, rate in rates(run).items()},
         "faults": [
             {
                 "kind": one.kind,

@@ -28,10 +28,16 @@ def show(found: dict[str, Any], console: Console) -> None:
     console.print(_table("call", ["", "calls", "p50 ms", "p99 ms", "worst ms"], rows))
     whens = ("before", "during", "after")
     rows = [
-        [name, *("none" if row[when] is None else f"{row[when]:.1%}" for when in whens)]
+        [
+            name,
+            *("none" if row[when] is None else f"{row[when]:.1%}" for when in whens),
+            "never" if row["back_s"] is None else f"{row['back_s']:.1f}",
+        ]
         for name, row in found["hit_rates"].items()
     ]
-    console.print(_table("hit rate of what was stored", ["", "before", "in trouble", "after"], rows))
+    console.print(
+        _table("hit rate of what was stored", ["", "before", "in trouble", "at the end", "back after, s"], rows)
+    )
     console.print(
         f"{found['seconds']:.0f} s, {len(found['faults'])} faults, {totals['calls']:,} calls by "
         f"{totals['processes']} client processes, {totals['compared']:,} values compared"
