@@ -272,8 +272,8 @@ def test_another_build_takes_the_place_of_one_that_serves(tmp_path: Path) -> Non
         assert cache.stat()["server"] == "mmcache/99.0+another.build"
         kept = tmp_path / "mmcache/store/kept.py"
         text = kept.read_text()
-            assert "LAYOUT: Final = " in text
-            kept.write_text(text.replace("LAYOUT: Final = ", "LAYOUT: Final = 100"))
+        assert "LAYOUT: Final = " in text
+        kept.write_text(text.replace("LAYOUT: Final = ", "LAYOUT: Final = 100"))
         assert replace(server)["entries"] == 0
         eventually(lambda: stores(cache), "it stores")
         assert kill(server)["restored_entries"] == COUNT
