@@ -89,7 +89,7 @@ class Conduct:
         not answer."""
         found, again = b"", True
         while True:
-            search = self._search(rows, now, found)
+            search = self._search(rows, now, found, self.router.forks.splits(rows, now))
             news = self._news
             while asks := search.asks(prefix=True):
                 replies = yield from self._ask(rows, search, asks, now, deadline)
@@ -157,14 +157,14 @@ class Conduct:
 
     # ------------------------------------------------------------------ a round
 
-    def _search(self, rows: Keys, now: float, found: bytes = b"") -> Search:
+    def _search(self, rows: Keys, now: float, found: bytes = b"", splits: AbstractSet[int] = frozenset()) -> Search:
         routes = self.router.routes(rows, now, counts=not found)
         digests, absent = rows.digests, self.absent
 
         def lacks(member: str, row: int, last: bool) -> bool:
             return absent(member, digests[row], now, last=last)
 
-        search = Search(routes, self._open_to, lacks, self.router.forks.splits(rows, now))
+        search = Search(routes, self._open_to, lacks, splits)
         if found:
             search.found[:] = found
         return search

@@ -61,9 +61,12 @@ class Forks:
 
     def splits(self, rows: Columns, now: float) -> frozenset[int]:
         """The rows that follow a fork."""
-        if not self._heard:
+        heard = self._heard
+        if not heard:
             return frozenset()
-        return frozenset(row for row, parent in enumerate(rows.parent_chains) if self.knows(parent, now))
+        return frozenset(
+            [row for row, parent in enumerate(rows.parent_chains) if parent in heard and heard[parent][1] > now]
+        )
 
     def hear(self, rows: Columns, stored_keys: Iterable[bytes], now: float) -> bool:
         """Note that these stored keys are forks, as far as they are among `rows` or their parents; True if one is new.
@@ -90,13 +93,13 @@ class Forks:
         if not self._heard:
             return rows.homes
         finer: list[bytes] = []
-        trails = self._trails
+        heard, trails = self._heard, self._trails
         for chain, parent, home in zip(rows.chains, rows.parent_chains, rows.homes, strict=True):
             trail: bytes | None = None
             if chain != home:  # it does not begin its run
-                if self.knows(parent, now):
-                    trail = chain
-                    self._since[chain] = self._heard[parent][0]
+                fork = heard.get(parent)
+                if fork is not None and fork[1] > now:
+                    trail, self._since[chain] = chain, fork[0]
                 else:
                     trail = trails.get(parent)
             trails.pop(chain, None)

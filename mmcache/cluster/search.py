@@ -81,21 +81,22 @@ class Search:
         open_now: dict[str, bool] = {}
         self.rounds, self._end, most = 1, len(self._routes), self._wave
         self._wave *= 2
-        parted = False
-        for row in range(first, len(self._routes)):
-            if self.found[row]:
+        parted, later = False, None
+        routes, found, splits = self._routes, self.found, self._splits
+        for row in range(first, len(routes)):
+            if found[row] or routes[row] is later:
                 continue
             member = self._next(row, open_now)
             if member is None:
                 break
-            splits = row in self._splits
+            parts = row in splits
             if member in groups:
                 groups[member].append(row)
-            elif len(groups) < (most // 2 if parted and not splits else most):
+            elif len(groups) < (most // 2 if parted and not parts else most):
                 groups[member] = [row]
             else:
-                self._end, most = min(self._end, row), 0
-            parted |= splits
+                self._end, most, later = min(self._end, row), 0, routes[row]
+            parted |= parts
         return groups
 
     def _next(self, row: int, open_now: dict[str, bool]) -> str | None:

@@ -26,8 +26,8 @@ GIVEN: Final = (
     ("token-nbytes", 57_344, "of KV a token; Qwen2.5-VL-7B"),
     ("memory-gib", 512, "of each shard"),
     ("replicas", 1, "owners of a value"),
-    ("asks", 6.7, "shards a query asks"),
-    ("lookups-ratio", 3.1, "the busiest shard's lookups over the mean"),
+    ("asks", 5.8, "shards a query asks"),
+    ("lookups-ratio", 2.0, "the busiest shard's lookups over the mean"),
     ("reads-ratio", 2.5, "the busiest shard's reads over the mean"),
     ("bytes-ratio", 1.2, "the fullest shard over the mean"),
 )
