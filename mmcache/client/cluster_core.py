@@ -19,7 +19,7 @@ from google.protobuf.message import Message
 
 from mmcache.client.blocking import Client
 from mmcache.client.cluster_answers import answered, merged, stat_of
-from mmcache.client.cluster_shard import Shard, Shards
+from mmcache.client.cluster_shard import AGAIN_S, Shard, Shards
 from mmcache.client.cluster_steps import Conduct, Replies, Round, Steps
 from mmcache.client.core import ClientCore
 from mmcache.cluster.membership import Membership
@@ -87,6 +87,7 @@ class ClusterCore(Client):
     @property
     def answering(self) -> bool:
         """False while no shard answers; a view that no call has seen yet may have some that do."""
+        self._shards.ask_again(0.0)
         return self._membership.view() is not self._router.view or any(map(self._shards.open_to, self._router.ids))
 
     @property
@@ -147,7 +148,7 @@ class ClusterCore(Client):
         return {shard.member.id: one for shard, one in zip(shards, answers, strict=True)}
 
     def _look(self) -> None:
-        """Take the view as it is now."""
+        """Take the view as it is now, and shards in that are back."""
         if self._closed:
             raise UsageError("this client is closed; connect again")
         view = self._membership.view()
@@ -156,6 +157,7 @@ class ClusterCore(Client):
                 if view is not self._router.view:
                     self._conduct.take(view, time.monotonic())
                     self._shards.take(view)
+        self._shards.ask_again(min(AGAIN_S, self.config.deadline_s / 8))
 
     def _run(self, steps: Callable[[float], Steps[T]], ask: Callable[[Shard, Sequence[int], float], Any]) -> T:
         """Carry a call out, which begins at the time that `steps` is given: every round of it, and what it comes to.

@@ -24,11 +24,12 @@ from mmcache.client.pin import count_prefix, pin_prefix
 from mmcache.client.protocol import KEY_NBYTES, MAX_FORKS_NBYTES, STOPPED_READS, STOPPED_WRITES, Flow
 from mmcache.cluster.placement import Member, View
 from mmcache.config import ClientConfig, parse_url
-from mmcache.errors import ConfigError, MMCacheError, UsageError
+from mmcache.errors import ConfigError, MMCacheError, RequestRefused, UsageError
 
 T = TypeVar("T")
 log = logging.getLogger("mmcache.cluster")
 UNUSABLE_S: Final = 2.0
+AGAIN_S: Final = 0.02  # for which a call waits for shards that may be back; an eighth of its deadline at most
 
 
 class Shard(Client):
@@ -38,10 +39,47 @@ class Shard(Client):
         super().__init__(config)
         self.member, self._tally = member, tally
         self._breaker.draw = random.random
+        self._asking: threading.Thread | None = None
         self._forks: deque[bytes] = deque(maxlen=MAX_FORKS_NBYTES // KEY_NBYTES)
 
     def _count(self, amounts: Mapping[str, Any]) -> None:
         self._tally(amounts)
+
+    def _renew_lock(self) -> None:
+        super()._renew_lock()
+        self._asking = None
+
+    @property
+    def answering(self) -> bool:
+        """False from when it did not answer until `ask_again` has found that it does: no call waits for that."""
+        return not self._breaker.pause_s
+
+    def ask_again(self) -> threading.Thread | None:
+        """Once its pause is over, begin to ask whether it is back. The thread that does, if it begins now."""
+        with self._counting:
+            if self._asking is not None or self.answering or not self._breaker.allows(time.monotonic()):
+                return None
+            thread = threading.Thread(target=self._ask_again, name="mmcache-again", daemon=True)
+            try:
+                thread.start()
+            except RuntimeError:  # no thread can be had: another time
+                return None
+            self._asking = thread
+            return thread
+
+    def _ask_again(self) -> None:
+        failures, begun_s = self._breaker.failures, time.monotonic()
+        try:
+            self._demand(partial(calls.contains, digests=[bytes(KEY_NBYTES)]))
+        except RequestRefused:  # it is there
+            self._succeeded(failures)
+        except Exception as error:
+            if not self._closed:
+                self._failed(error, begun_s)
+        else:
+            self._succeeded(failures)
+        finally:
+            self._asking = None
 
     def _attempt(
         self,
@@ -185,6 +223,13 @@ class Shards:
         """Whether it may be asked now."""
         shard = self.get(name)
         return shard is not None and shard.answering
+
+    def ask_again(self, patience_s: float = AGAIN_S) -> None:
+        """Begin to ask those that did not answer whether they are back, and wait as long for what they say at most."""
+        begun = [shard.ask_again() for shard in self.opened() if not shard.answering]
+        until = time.monotonic() + patience_s
+        for thread in filter(None, begun):
+            thread.join(max(0.0, until - time.monotonic()))
 
     def close(self) -> None:
         """Close them all."""

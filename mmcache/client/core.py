@@ -135,7 +135,7 @@ class ClientCore:
         now = time.monotonic()
         if self._closed:
             return ""
-        if not self._breaker.allows(now):
+        if not self.answering:
             self._count({"skipped": 1})
             return _RESTING
         if self._stopped & needs and now < self._asked_at + STOPPED_PAUSE_S:
