@@ -26,6 +26,7 @@ from mmcache_connectors.sglang.engine import (
 )
 from mmcache_connectors.sglang.faults import Faults
 from mmcache_connectors.sglang.pools import FirstPool
+from mmcache_connectors.sglang.prefixes import SAID
 from mmcache_connectors.sglang.settings import parse_settings
 from mmcache_connectors.sglang.store import FIRST, PageStore
 from mmcache_connectors.sglang.trust import TRUST
@@ -46,7 +47,7 @@ class MMCacheHiCacheStorage(HiCacheStorage):  # type: ignore[misc]
         extra: dict[str, Any] = storage_config.extra_config or {}
         self._config, self._settings = storage_config, parse_settings(extra)
         self._v1 = bool(extra.get("interface_v1", 0))
-        self._passes_prefix, self._wait = check_start(type(self))
+        says_prefix, self._wait = check_start(type(self))
         self._first: FirstPool | None = None
         self._pages: PageStore | None = None
         self._faults = Faults()
@@ -62,7 +63,8 @@ class MMCacheHiCacheStorage(HiCacheStorage):  # type: ignore[misc]
                 "these ends the caching: use --mm-feature-transport cpu",
                 media_transport(),
             )
-        if self._passes_prefix is False:
+        SAID.set() if says_prefix else SAID.clear()  # of an attached one: until it says any
+        if says_prefix is False:
             log.warning(
                 'mmcache: set "hicache_storage_pass_prefix_keys": true, so that a prompt\'s pages stay together'
             )
@@ -198,8 +200,8 @@ class MMCacheHiCacheStorage(HiCacheStorage):  # type: ignore[misc]
         """The pages before those of a call; None if SGLang does not say. It says None too where there are none."""
         prefix: Sequence[str] | None = getattr(extra_info, "prefix_keys", None)
         if prefix is not None:
-            self._passes_prefix = True
-        elif extra_info is not None and self._passes_prefix:  # and not of an attached one that has not said any yet
+            SAID.set()
+        elif extra_info is not None and SAID.is_set():
             prefix = []
         return prefix
 

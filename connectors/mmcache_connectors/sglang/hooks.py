@@ -1,15 +1,18 @@
-"""What is changed inside SGLang's scheduler process: how media are identified, and that replaced weights are noticed.
+"""What is changed inside SGLang's scheduler process: how media are identified, that replaced weights are noticed, and
+which pages it says come before others.
 
-Two classes get wrapped methods when the backend is made; no file of SGLang is touched. Names as of SGLang 0.5.23.
+Four classes get wrapped methods when the backend is made; no file of SGLang is touched. Names as of SGLang 0.5.23.
 """
 
 from __future__ import annotations
 
 import functools
+import inspect
 from collections.abc import Callable
 from typing import Any, Final
 
 from mmcache_connectors.sglang.media import Unidentified, item_identity
+from mmcache_connectors.sglang.prefixes import add_own, add_skipped, say_none
 from mmcache_connectors.sglang.trust import TRUST
 
 UPDATES: Final = (
@@ -61,17 +64,22 @@ def install() -> None:
     global _installed
     from sglang.srt.managers.schedule_batch import MultimodalInputs
     from sglang.srt.managers.scheduler_components.weight_updater import SchedulerWeightUpdaterManager
+    from sglang.srt.mem_cache.hybrid_cache.hybrid_cache_controller import HybridCacheController
+    from sglang.srt.mem_cache.unified_radix_cache import UnifiedRadixCache
 
     wrap(MultimodalInputs, "from_processor_output", identify, after=True)  # all requests with media pass it
     for name in UPDATES:
         wrap(SchedulerWeightUpdaterManager, name, weights_replaced)
+    wrap(UnifiedRadixCache, "get_prefix_hash_values", add_own, after=True)
+    wrap(HybridCacheController, "_page_transfer", say_none)
+    wrap(HybridCacheController, "_page_transfer_kv_batch", add_skipped)
     _installed = True
 
 
 def wrap(owner: Any, name: str, hook: Callable[..., None], *, after: bool = False) -> None:
     """Call `hook` with the arguments before each call of a method, or after it, with the result before them.
 
-    `after` is for static methods. A hook that raises ends the trust, and the method goes on as ever. Wrapping twice is
+    A hook that raises ends the trust, and the method goes on as ever. Wrapping twice is
     wrapping once. Raises RuntimeError if there is no such method.
     """
     original = getattr(owner, name, None)
@@ -96,4 +104,5 @@ def wrap(owner: Any, name: str, hook: Callable[..., None], *, after: bool = Fals
         return made
 
     wrapped.mmcache_hook = hook  # type: ignore[attr-defined]
-    setattr(owner, name, staticmethod(wrapped) if after else wrapped)
+    is_static = isinstance(inspect.getattr_static(owner, name), staticmethod)
+    setattr(owner, name, staticmethod(wrapped) if is_static else wrapped)
