@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import signal
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, Final
 
@@ -15,7 +14,8 @@ from mmcache.server.heap import keep_freed_memory
 from mmcache.server.joining import check_join, registration_for
 from mmcache.server.serve import Server
 from mmcache.server.shard_plan import shard_configs
-from mmcache.server.supervisor import STOP_SIGNALS, Supervisor
+from mmcache.server.stops import block_signals, stop_asked
+from mmcache.server.supervisor import Supervisor
 from mmcache.store.arena import check_room
 
 if TYPE_CHECKING:
@@ -24,11 +24,6 @@ if TYPE_CHECKING:
 Shards = list[dict[str, Any]]  # their ready lines
 LEAVE_S: Final = 1.0  # from saying that it leaves until it takes no more requests
 JOIN_S: Final = 3.0  # the ready line waits so long for who knows the cluster
-
-
-def block_signals() -> None:
-    """Before any thread starts: all inherit it, and one waits."""
-    signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
 
 
 def run_shards(config: ServerConfig, words: list[str], tell: Callable[[Shards], None]) -> None:
@@ -94,9 +89,9 @@ def serve_on(server: Server, *, as_json: bool, accepts: Callable[[dict[str, Any]
     if accepts is not None:
         accepts(ready)
     print(json.dumps(ready) if as_json else _ready_line(config, ready), flush=True)
-    signal.sigwait(STOP_SIGNALS)
+    stop_asked()
     if registration is not None and registration.leave():
-        signal.sigtimedwait(STOP_SIGNALS, LEAVE_S)  # it serves on, until clients know; a second signal hurries it
+        stop_asked(LEAVE_S)  # it serves on, until clients know; a second signal hurries it
     server.stop()
     if registration is not None:
         registration.gone()

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from mmcache.cli_common import progress_bar
-from mmcache.cli_run import block_signals, run_server, run_shards, serve_on, tell_shards
+from mmcache.cli_run import run_server, run_shards, serve_on, tell_shards
 from mmcache.config import ENV_PREFIX, ServerConfig, server_config
 from mmcache.errors import ConfigError, MMCacheError, StoreError, UsageError
 from mmcache.logs import log_to_stderr
@@ -23,6 +23,7 @@ from mmcache.server.held import Held
 from mmcache.server.joining import check_join
 from mmcache.server.serve import Server
 from mmcache.server.shard_plan import environment_of, where_it_is
+from mmcache.server.stops import block_signals
 from mmcache.store.arena import check_huge_pages, check_room, memory_file, size_for_good
 from mmcache.store.kept import Kept, kept_nbytes
 

@@ -24,9 +24,9 @@ from typing import Any, Final
 from mmcache.config import ENV_PREFIX, ServerConfig
 from mmcache.errors import MMCacheError
 from mmcache.server.shard_plan import STEADY_S, environment_of, pause_s, where_it_is
+from mmcache.server.stops import stop_asked
 
 log = logging.getLogger("mmcache.supervisor")
-STOP_SIGNALS: Final = frozenset({signal.SIGTERM, signal.SIGINT})
 TICK_S: Final = 0.1
 KILL_AFTER_S: Final = 5.0  # beyond the drain
 MAX_READY_NBYTES: Final = 64 << 10
@@ -90,7 +90,7 @@ class _Shard:
 class Supervisor:
     """Runs a process for each of these settings. `words` go to `mmcache serve` as they are.
 
-    The caller has blocked STOP_SIGNALS. `stop` after `start`, however that ended.
+    The caller has blocked the stop signals. `stop` after `start`, however that ended.
     """
 
     def __init__(self, configs: Iterable[ServerConfig], words: Sequence[str] = ()) -> None:
@@ -110,13 +110,13 @@ class Supervisor:
                     shard.hear()
                 if (code := shard.ended()) is not None:
                     raise MMCacheError(f"shard {shard.number} did not start (exit {code}); what it said stands above")
-            if signal.sigtimedwait(STOP_SIGNALS, TICK_S) is not None:
+            if stop_asked(TICK_S):
                 return None
         return [shard.ready for shard in self._shards]
 
     def watch(self) -> None:
         """Start again what dies, until a stop signal comes."""
-        while signal.sigtimedwait(STOP_SIGNALS, TICK_S) is None:
+        while not stop_asked(TICK_S):
             for shard in self._shards:
                 self._look_after(shard, time.monotonic())
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import json
 import os
 import signal
@@ -137,6 +138,27 @@ def test_a_put_that_never_ends_does_not_hold_a_drained_server_up() -> None:
         assert writer.reserve(keys, [100_000]) == bytes([pb.WANTED])
         assert server.stop(timeout_s=9) == 0  # well before the 10 s a connection may stay silent
     assert server.said == ""
+
+
+@pytest.mark.parametrize("shards", [[], ["--shards", "2"]], ids=["one", "two"])
+def test_a_stop_signal_that_a_librarys_thread_takes_ends_a_server_as_any_other_does(shards: list[str]) -> None:
+    """The kernel gives it to whichever thread has it not blocked: numpy's, while the main one does something else."""
+    server = ServerProcess("16MiB", *shards).start()
+    others = {int(name) for name in os.listdir(f"/proc/{server.pid}/task")} - {server.pid}
+    open_to = [one for one in others if not blocks(server.pid, one, signal.SIGTERM)]
+    assert ctypes.CDLL(None).tgkill(server.pid, (open_to or [server.pid])[0], signal.SIGTERM) == 0
+    process = server.process
+    assert process is not None
+    process.wait(9)
+    assert process.returncode == 0
+    server.stop()
+    assert server.said == ""
+
+
+def blocks(pid: int, thread: int, number: int) -> bool:
+    status = Path(f"/proc/{pid}/task/{thread}/status").read_text()
+    (mask,) = (line.split()[1] for line in status.splitlines() if line.startswith("SigBlk:"))
+    return bool(int(mask, 16) >> (number - 1) & 1)
 
 
 def accepts(address: str) -> bool:

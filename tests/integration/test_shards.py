@@ -24,7 +24,8 @@ import logging, os, signal, sys, threading, time
 from pathlib import Path
 from mmcache.config import ServerConfig
 from mmcache.server.shard_plan import shard_configs
-from mmcache.server.supervisor import STOP_SIGNALS, Supervisor
+from mmcache.server.stops import STOP_SIGNALS
+from mmcache.server.supervisor import Supervisor
 
 said, python = [], sys.executable
 def hear(record):
