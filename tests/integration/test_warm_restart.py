@@ -20,7 +20,7 @@ import mmcache
 from mmcache.client.blocking import Client
 from mmcache.errors import LeaseLost, TransportError
 from mmcache.server import holder
-from mmcache.store.kept import JOURNAL_NBYTES, PAGE_NBYTES
+from mmcache.store.kept import JOURNAL_NBYTES, LAYOUT, PAGE_NBYTES
 from mmcache.store.rows import LIVE, RECORD
 from mmcache.testing.process import ServerProcess, children_of
 from tests.integration.access_bed import TOKENS, write_access
@@ -269,13 +269,13 @@ def test_another_build_takes_the_place_of_one_that_serves(tmp_path: Path) -> Non
         eventually(lambda: reads(cache) == COUNT, "it serves")
         assert cache.stat()["server"] == "mmcache/99.0+another.build"
         kept = tmp_path / "mmcache/store/kept.py"
-        kept.write_text(kept.read_text().replace("LAYOUT: Final = 1 ", "LAYOUT: Final = 1001 "))
+        kept.write_text(kept.read_text().replace(f"LAYOUT: Final = {LAYOUT} ", "LAYOUT: Final = 1001 "))
         assert replace(server)["entries"] == 0
         eventually(lambda: stores(cache), "it stores")
         assert kill(server)["restored_entries"] == COUNT
         assert server.stop() == 0
     assert "was asked to make room for this one; 40 entries" in server.said
-    assert "this one starts empty: layout was 1 and is 1001" in server.said
+    assert f"this one starts empty: layout was {LAYOUT} and is 1001" in server.said
 
 
 def test_servers_that_cannot_start_on_what_is_there_do_not_keep_the_next_from_starting(tmp_path: Path) -> None:
