@@ -25,7 +25,7 @@ from mmcache.transport.base import HIT, Result
 AUDIT_EVERY: Final = 400  # events
 SETTLE_S: Final = 5.0  # after the last fault: breakers are closed, what was under way has ended
 WARM_PASSES: Final = 2
-HEAL_PASSES: Final = 6  # at most: a shard that came back empty finds its forks anew, tail by tail
+HEAL_PASSES: Final = 8  # at most: a shard that came back empty finds its forks anew, tail by tail
 HOLD_SHARE: Final = 0.25  # of reads: leased, and looked at later
 AGAIN_SHARE: Final = 0.2  # of lookups: asked twice
 WORKER_SHARE: Final = 0.3  # of what is stored: not by who looked it up
