@@ -99,7 +99,8 @@ class Holder:
             steady = was_ready and (asked or time.monotonic() - self.began_s >= STEADY_S)
             self.deaths = 0 if asked and was_ready else 1 if steady else self.deaths + 1
             self.failures = 0 if was_ready else self.failures + self.on_trial[0]
-            if self.deaths and signal.sigtimedwait(STOPS, pause_s(self.deaths)):
+            told = signal.sigtimedwait(STOPS, pause_s(self.deaths)) if self.deaths else None
+            if told is not None and told.si_signo in STOPS:  # stopped and continued meanwhile, it answers with anything
                 return 0
         return -1
 

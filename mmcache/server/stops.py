@@ -34,7 +34,9 @@ def stop_asked(within_s: float = inf) -> bool:
     until_s = time.monotonic() + within_s
     while not _noted:
         left_s = until_s - time.monotonic()
-        if signal.sigtimedwait(STOP_SIGNALS, max(0.0, min(TICK_S, left_s))) is not None:
+        told = signal.sigtimedwait(STOP_SIGNALS, max(0.0, min(TICK_S, left_s)))
+        # Stopped and continued for longer than the rest of its time, it answers with what lay on its stack.
+        if told is not None and told.si_signo in STOP_SIGNALS:
             return True
         if left_s <= 0 and not _noted:
             return False

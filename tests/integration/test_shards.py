@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from functools import partial
 from pathlib import Path
 
@@ -15,7 +16,8 @@ import pytest
 
 import mmcache
 from mmcache.errors import TransportError
-from mmcache.testing.process import ServerProcess, children_of
+from mmcache.server.supervisor import TICK_S
+from mmcache.testing.process import ServerProcess, children_of, suspend
 from tests.integration.support import MiB, blanks, eventually, keys_of, run_cli, values_of
 
 NBYTES = 64 << 10
@@ -161,6 +163,18 @@ def test_a_shard_that_does_not_drain_is_killed_and_reported() -> None:
         assert server.stop() == 1
         assert gone(stuck)
     assert "shard 0 (exit -9)" in server.said
+
+
+def test_a_supervisor_that_is_stopped_and_continued_goes_on() -> None:
+    with shards() as server:
+        processes = children_of(server.pid)
+        suspend(server.pid)
+        time.sleep(2 * TICK_S)
+        os.kill(server.pid, signal.SIGCONT)
+        time.sleep(3 * TICK_S)
+        assert children_of(server.pid) == processes
+        assert all(answers(one["url"]) for one in server.shards)
+        assert server.stop() == 0
 
 
 def test_shards_do_not_outlive_a_supervisor_that_was_killed() -> None:
