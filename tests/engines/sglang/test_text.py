@@ -11,7 +11,7 @@ import pytest
 
 import mmcache
 from mmcache.keys import Keys
-from tests.engines.cache import SHARDS, most_said
+from tests.engines.cache import most_said
 from tests.engines.sglang.harness import Answer, Cache, Engine
 from tests.engines.sglang.prompts import MANY, PAGE, TEXTS, ids
 from tests.engines.sglang.stored import flip, forget, keys_of, reshape
@@ -106,7 +106,8 @@ def test_nothing_changes_when_the_cache_stops_and_dies(text_engine: Engine, text
         text_engine.flush()
         waits.append(_timed(text_engine, truth) - plain)
     stopped = plain + max(waits)
-    assert sum(waits) < 3 * SHARDS * DEADLINE_S + 2.0, waits
+    assert sum(waits) < 3 * DEADLINE_S + 2.0, waits
+    time.sleep(DEADLINE_S + 0.5)  # what is still written would be answered
     text_cache.resume()
     text_cache.kill()
     time.sleep(2.5)  # the longest pause before a server that failed is asked again
