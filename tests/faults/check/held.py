@@ -41,8 +41,8 @@ def what_is_held(server: Asked, before: Taken, patience_s: float) -> dict[str, A
     """
     give_up_s = time.monotonic() + patience_s
     while True:
+        now = open_of(server.pid)  # first: whoever asks is connected
         counters = server.stat().get("counters", {})
-        now = open_of(server.pid)
         held: dict[str, Any] = {name: counters[name] for name in COUNTED if counters.get(name)}
         more = {name: (had, has) for name, had, has in zip(Taken._fields, before, now, strict=True) if has > had}
         if time.monotonic() > give_up_s or (counters and not held and not more):
