@@ -59,12 +59,12 @@ class Shard(Client):
         with self._counting:
             if self._asking is not None or self.answering or not self._breaker.allows(time.monotonic()):
                 return None
-            thread = threading.Thread(target=self._ask_again, name="mmcache-again", daemon=True)
+            self._asking = thread = threading.Thread(target=self._ask_again, name="mmcache-again", daemon=True)
             try:
                 thread.start()
             except RuntimeError:  # no thread can be had: another time
+                self._asking = None
                 return None
-            self._asking = thread
             return thread
 
     def _ask_again(self) -> None:
