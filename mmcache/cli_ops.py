@@ -7,6 +7,7 @@ import json
 import re
 import time
 from collections.abc import Mapping
+from dataclasses import asdict
 from typing import Annotated, Any, Final
 
 import typer
@@ -17,7 +18,7 @@ from rich.live import Live
 from mmcache.cli_common import ADMINS_ONLY, DEFAULT_URL, Json, Url, printable, progress_bar, size_text
 from mmcache.client.operations import MODALITIES, MODES, Operations
 from mmcache.connect import connect
-from mmcache.errors import MMCacheError, UsageError
+from mmcache.errors import MMCacheError, TransportError, UsageError
 from mmcache.pb import cache_pb2 as pb
 from mmcache.top import Rates, top_table
 
@@ -145,12 +146,18 @@ def rm(
     if bool(selection.ByteSize()) == everything:
         raise UsageError("say what to remove: --namespace, --model, --kind, --tenant, --older-than, or --all alone")
     with connect(url) as client, progress_bar("entries") as show:
-        entries, nbytes = Operations(client).remove(selection, show)
-    print(
-        json.dumps({"entries": entries, "nbytes": nbytes})
-        if as_json
-        else f"removed {entries:,} entries, {size_text(nbytes)}"
-    )
+        done = Operations(client).remove(selection, show)
+    if as_json:
+        print(json.dumps(asdict(done)))
+    else:
+        print(f"removed {done.entries:,} entries, {size_text(done.nbytes)}")
+    if done.silent:
+        raise TransportError(_silence(done.silent))
+
+
+def _silence(silent: Mapping[str, str]) -> str:
+    told = "; ".join(f"{printable(name)} ({printable(why)})" for name, why in silent.items())
+    return f"not done, or not to the end, on {told}; run it again once what is there answers"
 
 
 def ls(
@@ -173,19 +180,11 @@ def ls(
                 row = _entry_row(entry)
                 print(json.dumps(row) if as_json else _entry_text(row))
             return
-        rows = [_namespace_row(row) for row in Operations(client).namespaces(selection)]
-    if as_json:
-        for one in rows:
-            print(json.dumps(one))
-        return
-    for one in rows:
-        tenant_text = f", tenant {one['tenant']}" if one["tenant"] else ""
-        mode_text = f", mode {one['mode']}" if one["mode"] != "both" else ""
-        holds = f"{one['entries']:,} entries, {size_text(one['nbytes'])}{tenant_text}{mode_text}"
-        print(f"{one['namespace'][:16]}  {one['kind'] or 'kind unknown'}: {holds}")
-        for name, text in one["facts"].items():
-            print(f"    {printable(name)} = {printable(text)}")
-    if not rows:
+        known = False
+        for one in Operations(client).namespaces(selection):
+            known, row = True, _namespace_row(one)
+            print(json.dumps(row) if as_json else _namespace_text(row))
+    if not known and not as_json:
         print("no namespace is known yet; engines declare theirs when they first store")
 
 
@@ -214,6 +213,14 @@ def _entry_row(entry: pb.EntryRow) -> dict[str, Any]:
         "modality": MODALITIES[entry.modality] or None,
         "units": entry.units or None,
     }
+
+
+def _namespace_text(row: Mapping[str, Any]) -> str:
+    tenant = f", tenant {row['tenant']}" if row["tenant"] else ""
+    mode = f", mode {row['mode']}" if row["mode"] != "both" else ""
+    holds = f"{row['entries']:,} entries, {size_text(row['nbytes'])}{tenant}{mode}"
+    lines = [f"{row['namespace'][:16]}  {row['kind'] or 'kind unknown'}: {holds}"]
+    return "\n".join(lines + [f"    {printable(name)} = {printable(text)}" for name, text in row["facts"].items()])
 
 
 KINDS: Final[Mapping[int, str]] = {1: "kv", 2: "embedding", 3: "prompt", 4: "latent"}
@@ -268,10 +275,15 @@ def audit(
         done = Operations(client).audit(part, time.time_ns() if seed is None else seed, show)
     keys = [key.hex() for key in done.bad]
     if as_json:
-        print(json.dumps({"entries": done.entries, "nbytes": done.nbytes, "bad": keys}))
+        print(json.dumps(asdict(done) | {"bad": keys}))
     else:
         print(f"checked {done.entries:,} entries, {size_text(done.nbytes)}: {len(keys)} bad")
-        for key in keys:
-            print(f"  dropped {key}")
+        for key, name in zip(keys, done.bad_on, strict=True):
+            print(f"  dropped {key}" + (f" on {printable(name)}" if name else ""))
+    wrong = [_silence(done.silent)] if done.silent else []
     if keys:
-        raise MMCacheError(f"{len(keys)} entries' bytes had changed in memory; test this host's memory")
+        hosts = ", ".join(printable(name) for name in sorted(set(done.bad_on)) if name)
+        whose = f"the memory of {hosts}" if hosts else "this host's memory"
+        wrong.insert(0, f"{len(keys)} entries' bytes had changed in memory; test {whose}")
+    if wrong:
+        raise MMCacheError("; ".join(wrong))

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from types import TracebackType
 from typing import Any, Self, TypeVar
@@ -153,6 +153,10 @@ class Client(ClientCore):
     def ask(self, op: Op, request: Message, reply: M) -> M:
         """One request without payload, as operations.py makes them, and its reply."""
         return self._demand(lambda session: session.conversation.call(op, request, reply))
+
+    def servers(self) -> Mapping[str, Client]:
+        """The clients of the servers behind this one, which close with it: itself alone, unless it is a cluster's."""
+        return {"": self}
 
     def inspect(self, digest: bytes) -> pb.InspectReply:
         """What is known of one stored key (32 bytes): its frame's header and its namespace's facts."""

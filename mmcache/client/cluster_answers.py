@@ -1,6 +1,6 @@
 """What a cluster's shards answer, put together to one answer: statistics, and what operators ask.
 
-What walks over all entries of a server, step by step (remove, list, audit), is asked of each shard by its own URL.
+What walks over all entries of a server, step by step (remove, list, audit), operations.py asks of each shard.
 """
 
 from __future__ import annotations
@@ -59,7 +59,7 @@ def merged(op: Op, request: Message, replies: Sequence[M]) -> M:
         return cast("M", pb.RecentReply(misses=misses[:limit]))
     if op is Op.MODE:
         return max(replies, key=lambda reply: bin(reply.mode).count("1"))  # type: ignore[attr-defined]
-    raise UsageError(f"{op.name} goes to one server at a time; give the URL of one shard: mmcache://HOST:PORT")
+    raise UsageError(f"{op.name} goes to one server at a time: ask each of `servers()`")
 
 
 def _explained(replies: Sequence[pb.ExplainReply]) -> pb.ExplainReply:

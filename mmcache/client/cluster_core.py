@@ -121,6 +121,11 @@ class ClusterCore(Client):
         replies: list[M] = list(good.values())
         return merged(op, request, replies)
 
+    def servers(self) -> dict[str, Client]:
+        """As `Client.servers`: of every shard, by the member's id."""
+        self._look()
+        return {shard.member.id: shard for shard in self._shards.all()}
+
     def inspect(self, digest: bytes) -> pb.InspectReply:
         """As `Client.inspect`, of whichever shard has it."""
         self._look()

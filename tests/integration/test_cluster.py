@@ -16,8 +16,9 @@ from mmcache.cluster.heat import LEAST_CALLS
 from mmcache.cluster.placement import Member, View
 from mmcache.cluster.settings import parse_cluster_url
 from mmcache.errors import ConfigError, LeaseLost, TransportError, UsageError
+from mmcache.pb import cache_pb2 as pb
 from mmcache.testing.process import ServerProcess
-from mmcache.transport.base import Outcome
+from mmcache.transport.base import Op, Outcome
 from mmcache.why import Why
 from tests.integration.cluster_bed import Cluster, Told, cluster, entries, hits, prompt, put
 from tests.integration.support import eventually, run_cli
@@ -113,8 +114,8 @@ def test_operators_ask_all_shards(three: Cluster) -> None:
         assert {result.outcome for result in refused} == {Outcome.REFUSED}
     finally:
         Operations(cache).set_mode("both")
-    with pytest.raises(UsageError, match="give the URL of one shard"):
-        list(Operations(cache).entries())
+    with pytest.raises(UsageError, match="ask each of"):
+        cache.ask(Op.LIST, pb.ListRequest(), pb.ListReply())
     assert "entries" in run_cli("stat", "-c", three.url(), "--json").stdout
 
 

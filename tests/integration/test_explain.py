@@ -97,7 +97,7 @@ def deleted(bed: Bed) -> Keys:
 def removed(bed: Bed) -> Keys:
     keys = keys_of(1, "removed")
     bed.put(keys)
-    assert Operations(bed.client).remove(pb.Selection(kind="kv"))[0] == 1
+    assert Operations(bed.client).remove(pb.Selection(kind="kv")).entries == 1
     return keys
 
 

@@ -185,12 +185,12 @@ def test_rm_removes_exactly_what_is_selected(server: Server, client: mmcache.Cli
     assert [client.match_prefix(keys) for keys in (ours, theirs)] == [5, 0]
     assert client.contains(pictures) == [True] * 3
     operations = Operations(client)
-    assert operations.remove(pb.Selection(older_than_s=3600))[0] == 0
-    assert operations.remove(pb.Selection(kind="embedding", facts={"model": "other/model"}))[0] == 0
-    assert operations.remove(pb.Selection(namespace=PICTURES.id[:3]))[0] == 3
-    assert operations.remove(pb.Selection(tenant="nobody"))[0] == 0
+    assert operations.remove(pb.Selection(older_than_s=3600)).entries == 0
+    assert operations.remove(pb.Selection(kind="embedding", facts={"model": "other/model"})).entries == 0
+    assert operations.remove(pb.Selection(namespace=PICTURES.id[:3])).entries == 3
+    assert operations.remove(pb.Selection(tenant="nobody")).entries == 0
     assert client.match_prefix(ours) == 5
-    eventually(lambda: operations.remove(pb.Selection(older_than_s=0.5))[0] == 5, "old enough", 5)
+    eventually(lambda: operations.remove(pb.Selection(older_than_s=0.5)).entries == 5, "old enough", 5)
     server.shard.index.check_integrity()
     assert run_cli("rm", "--all", "-c", url_of(server)).stdout == "removed 0 entries, 0 B\n"
 
@@ -199,7 +199,7 @@ def test_what_is_being_read_stays_until_it_is_read(server: Server, client: mmcac
     keys = keys_of(1, "leased")
     store(client, keys)
     with client.acquire(keys) as leased:
-        assert Operations(client).remove(pb.Selection(kind="kv"))[0] == 1
+        assert Operations(client).remove(pb.Selection(kind="kv")).entries == 1
         assert leased.frames[0] is not None
         leased.frames[0].verify()
         assert client.match_prefix(keys) == 0
