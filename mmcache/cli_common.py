@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated
@@ -12,7 +12,7 @@ import typer
 from rich.console import Console
 from rich.progress import Progress
 
-from mmcache.errors import ConfigError, UsageError
+from mmcache.errors import ConfigError, TransportError, UsageError
 
 DEFAULT_URL = "mmcache://127.0.0.1:7600"
 ADMINS_ONLY = "this server shows its counters to admin tokens only; give one: --connect 'URL?token_file=FILE'"
@@ -47,6 +47,18 @@ def progress_bar(what: str) -> Iterator[Callable[[int, int], None]]:
             bar.update(task, completed=done, total=total)
 
         yield show
+
+
+def silence(silent: Mapping[str, str]) -> str:
+    """Which shards were not asked, or not to the end, and why."""
+    told = "; ".join(f"{printable(name)} ({printable(why)})" for name, why in silent.items())
+    return f"not done, or not to the end, on {told}: run it again once what is there answers"
+
+
+def all_answered(silent: Mapping[str, str]) -> None:
+    """Raises TransportError if some did not."""
+    if silent:
+        raise TransportError(silence(silent))
 
 
 def write_text(path: Path, text: str, mode: str = "w", option: str = "--json") -> None:

@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
-from mmcache.cli_common import DEFAULT_URL, Json, Url, key_digest
+from mmcache.cli_common import DEFAULT_URL, Json, Url, all_answered, key_digest
 from mmcache.client.operations import Operations, Reason, reason_of
 from mmcache.connect import connect
 from mmcache.errors import UsageError
@@ -57,6 +57,7 @@ def explain(
             for digest, reason in zip(digests, operations.explain(digests), strict=True):
                 row = {"key": digest.hex(), **_reason_row(reason)}
                 print(json.dumps(row) if as_json else f"{row['key']}  {_reason_text(reason)}")
+    all_answered(operations.silent)
 
 
 def _text(path: Path) -> str:

@@ -15,10 +15,20 @@ from google.protobuf.json_format import MessageToDict
 from rich.console import Console
 from rich.live import Live
 
-from mmcache.cli_common import ADMINS_ONLY, DEFAULT_URL, Json, Url, printable, progress_bar, size_text
+from mmcache.cli_common import (
+    ADMINS_ONLY,
+    DEFAULT_URL,
+    Json,
+    Url,
+    all_answered,
+    printable,
+    progress_bar,
+    silence,
+    size_text,
+)
 from mmcache.client.operations import MODALITIES, MODES, Operations
 from mmcache.connect import connect
-from mmcache.errors import MMCacheError, TransportError, UsageError
+from mmcache.errors import MMCacheError, UsageError
 from mmcache.pb import cache_pb2 as pb
 from mmcache.top import Rates, top_table
 
@@ -146,18 +156,13 @@ def rm(
     if bool(selection.ByteSize()) == everything:
         raise UsageError("say what to remove: --namespace, --model, --kind, --tenant, --older-than, or --all alone")
     with connect(url) as client, progress_bar("entries") as show:
-        done = Operations(client).remove(selection, show)
+        operations = Operations(client)
+        done = operations.remove(selection, show)
     if as_json:
-        print(json.dumps(asdict(done)))
+        print(json.dumps(done._asdict() | {"silent": operations.silent}))
     else:
         print(f"removed {done.entries:,} entries, {size_text(done.nbytes)}")
-    if done.silent:
-        raise TransportError(_silence(done.silent))
-
-
-def _silence(silent: Mapping[str, str]) -> str:
-    told = "; ".join(f"{printable(name)} ({printable(why)})" for name, why in silent.items())
-    return f"not done, or not to the end, on {told}; run it again once what is there answers"
+    all_answered(operations.silent)
 
 
 def ls(
@@ -175,17 +180,18 @@ def ls(
     if older_than and not entries:
         raise UsageError("--older-than selects entries: give --entries too")
     with connect(url) as client:
+        operations = Operations(client)
         if entries:
-            for entry in Operations(client).entries(selection):
+            for entry in operations.entries(selection):
                 row = _entry_row(entry)
                 print(json.dumps(row) if as_json else _entry_text(row))
-            return
-        known = False
-        for one in Operations(client).namespaces(selection):
-            known, row = True, _namespace_row(one)
-            print(json.dumps(row) if as_json else _namespace_text(row))
-    if not known and not as_json:
-        print("no namespace is known yet; engines declare theirs when they first store")
+        else:
+            rows = [_namespace_row(row) for row in operations.namespaces(selection)]
+            for row in rows:
+                print(json.dumps(row) if as_json else _namespace_text(row))
+            if not rows and not as_json:
+                print("no namespace is known yet; engines declare theirs when they first store")
+    all_answered(operations.silent)
 
 
 def _namespace_row(row: pb.NamespaceRow) -> dict[str, Any]:
@@ -272,18 +278,18 @@ def audit(
     if not 0 < part <= 1:
         raise UsageError(f"--share {share!r} is no share; give such as 5% or 0.05, above 0 and at most 100%")
     with connect(url) as client, progress_bar("entries") as show:
-        done = Operations(client).audit(part, time.time_ns() if seed is None else seed, show)
+        operations = Operations(client)
+        done = operations.audit(part, time.time_ns() if seed is None else seed, show)
     keys = [key.hex() for key in done.bad]
     if as_json:
-        print(json.dumps(asdict(done) | {"bad": keys}))
+        print(json.dumps(asdict(done) | {"bad": keys, "silent": operations.silent}))
     else:
         print(f"checked {done.entries:,} entries, {size_text(done.nbytes)}: {len(keys)} bad")
         for key, name in zip(keys, done.bad_on, strict=True):
             print(f"  dropped {key}" + (f" on {printable(name)}" if name else ""))
-    wrong = [_silence(done.silent)] if done.silent else []
     if keys:
         hosts = ", ".join(printable(name) for name in sorted(set(done.bad_on)) if name)
         whose = f"the memory of {hosts}" if hosts else "this host's memory"
-        wrong.insert(0, f"{len(keys)} entries' bytes had changed in memory; test {whose}")
-    if wrong:
-        raise MMCacheError("; ".join(wrong))
+        more = f"; {silence(operations.silent)}" if operations.silent else ""
+        raise MMCacheError(f"{len(keys)} entries' bytes had changed in memory; test {whose}{more}")
+    all_answered(operations.silent)

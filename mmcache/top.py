@@ -8,7 +8,7 @@ from typing import Any, Final
 from rich.markup import escape
 from rich.table import Table
 
-from mmcache.cli_common import size_text
+from mmcache.cli_common import printable, size_text
 
 KINDS: Final = ("kv", "embedding", "prompt", "latent")
 _RATES: Final = (
@@ -21,20 +21,20 @@ class Rates:
     """Rates since the last look."""
 
     def __init__(self, first: Mapping[str, Any], now_s: float) -> None:
-        self._last, self._last_s = first, now_s
+        self._last, self._last_s = _servers(first), now_s
 
     def look(self, stat: Mapping[str, Any], now_s: float) -> dict[str, Any]:
         """What changed: rates per second, the hit rate of what was asked since then (None: nothing was), gauges.
 
-        `stat` is from `Client.stat`, `now_s` monotonic seconds. A server that was restarted counts from its start.
+        `stat` is from `Client.stat`, `now_s` monotonic seconds. A server that was restarted counts from its start; a
+        cluster's shard that did not answer before counts from the next look on.
         """
-        before, after = self._last["counters"], stat["counters"]
-        if stat["server_id"] != self._last["server_id"]:
-            before = {}
+        after, servers = stat["counters"], _servers(stat)
         passed_s = max(1e-9, now_s - self._last_s)
-        grown = {name: after.get(name, 0) - before.get(name, 0) for name in _RATES}
+        pairs = [(self._last[name], one) for name, one in servers.items() if name in self._last]
+        grown = {name: sum(_grown(name, before, now) for before, now in pairs) for name in _RATES}
         asked = grown["hits"] + grown["misses"]
-        self._last, self._last_s = stat, now_s
+        self._last, self._last_s = servers, now_s
         return {
             "interval_s": round(passed_s, 3),
             "hit_rate": grown["hits"] / asked if asked else None,
@@ -45,7 +45,19 @@ class Rates:
                 for name in ("entries", "bytes_used", "bytes_capacity", "held_bytes", "leases", "connections")
             },
             "uptime_s": stat["uptime_s"],
+            "silent": {name: one for name, one in stat.get("shards", {}).items() if isinstance(one, str)},
         }
+
+
+def _servers(stat: Mapping[str, Any]) -> dict[str, Mapping[str, Any]]:
+    """The statistics of each server that answered."""
+    shards = stat.get("shards", {"": stat})
+    return {name: one for name, one in shards.items() if not isinstance(one, str)}
+
+
+def _grown(name: str, before: Mapping[str, Any], now: Mapping[str, Any]) -> int:
+    same = before["server_id"] == now["server_id"]
+    return int(now["counters"].get(name, 0)) - (int(before["counters"].get(name, 0)) if same else 0)
 
 
 def top_table(look: Mapping[str, Any], url: str) -> Table:
@@ -66,6 +78,8 @@ def top_table(look: Mapping[str, Any], url: str) -> Table:
     table.add_row("holds", f"{gauges['entries']:,} values{': ' if kinds else ''}{kinds}")
     table.add_row("claims", f"{gauges['leases']:,} leases, {size_text(gauges['held_bytes'])} held")
     table.add_row("clients", f"{gauges['connections']:,} connections")
+    for name, why in look["silent"].items():
+        table.add_row("[bold red]no answer[/]", escape(f"{printable(name)}: {printable(why)}"))
     if rate["corrupt_dropped"]:
         table.add_row("[bold red]bad bytes[/]", f"{rate['corrupt_dropped']:,.1f} entries/s dropped: test this memory")
     return table

@@ -154,8 +154,9 @@ class Client(ClientCore):
         """One request without payload, as operations.py makes them, and its reply."""
         return self._demand(lambda session: session.conversation.call(op, request, reply))
 
-    def servers(self) -> Mapping[str, Client]:
-        """The clients of the servers behind this one, which close with it: itself alone, unless it is a cluster's."""
+    def servers(self) -> Mapping[str, Client | MMCacheError]:
+        """The clients of the servers behind this one, which close with it: itself alone, unless it is a cluster's; then
+        one a member, or why there can be none."""
         return {"": self}
 
     def inspect(self, digest: bytes) -> pb.InspectReply:

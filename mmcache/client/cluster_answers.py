@@ -1,28 +1,24 @@
 """What a cluster's shards answer, put together to one answer: statistics, and what operators ask.
 
-What walks over all entries of a server, step by step (remove, list, audit), operations.py asks of each shard.
+Who asks them: cluster_core.py, and operations.py by servers.py.
 """
 
 from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from typing import Any, Final, TypeVar, cast
+from typing import Any
 
-from google.protobuf.message import Message
-
-from mmcache.errors import ProtocolError, TransportError, UsageError
+from mmcache.errors import ProtocolError, TransportError
 from mmcache.pb import cache_pb2 as pb
-from mmcache.transport.base import Op
 from mmcache.why import Why
-
-M = TypeVar("M", bound=Message)
-MOST_RECENT: Final = 1000
 
 
 def answered(answers: Mapping[str, Any]) -> dict[str, Any]:
     """Those that are no errors. Raises TransportError if that is none of them."""
     good = {name: answer for name, answer in answers.items() if not isinstance(answer, Exception)}
+    if not answers:
+        raise TransportError("no shard is known: nobody is in the cluster yet")
     if not good:
         told = "; ".join(f"{name}: {error}" for name, error in sorted(answers.items()))
         raise TransportError(f"none of {len(answers)} shards answers ({told})")
@@ -49,20 +45,17 @@ def stat_of(answers: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def merged(op: Op, request: Message, replies: Sequence[M]) -> M:
-    """One reply for those of all shards. Raises UsageError for what is asked of one shard at a time."""
-    if op is Op.EXPLAIN:
-        return cast("M", _explained(cast("Sequence[pb.ExplainReply]", replies)))
-    if op is Op.RECENT:
-        misses = sorted((miss for reply in replies for miss in reply.misses), key=lambda miss: miss.ago_s)  # type: ignore[attr-defined]
-        limit = min(request.limit or MOST_RECENT, MOST_RECENT)  # type: ignore[attr-defined]
-        return cast("M", pb.RecentReply(misses=misses[:limit]))
-    if op is Op.MODE:
-        return max(replies, key=lambda reply: bin(reply.mode).count("1"))  # type: ignore[attr-defined]
-    raise UsageError(f"{op.name} goes to one server at a time: ask each of `servers()`")
+def recent_of(replies: Sequence[pb.RecentReply], limit: int) -> list[pb.Miss]:
+    """The last misses of all, newest first."""
+    return sorted((miss for reply in replies for miss in reply.misses), key=lambda miss: miss.ago_s)[:limit]
 
 
-def _explained(replies: Sequence[pb.ExplainReply]) -> pb.ExplainReply:
+def mode_of(replies: Sequence[pb.ModeReply]) -> pb.ModeReply:
+    """What is stopped where the most is."""
+    return max(replies, key=lambda reply: bin(reply.mode).count("1"))
+
+
+def explained(replies: Sequence[pb.ExplainReply]) -> pb.ExplainReply:
     """For each key what the shard says that knows most of it: that it is there, or else what became of it last."""
     counts = {len(reply.why) for reply in replies}
     if len(counts) != 1 or any(

@@ -18,14 +18,14 @@ import xxhash
 from google.protobuf.message import Message
 
 from mmcache.client.blocking import Client
-from mmcache.client.cluster_answers import answered, merged, stat_of
+from mmcache.client.cluster_answers import answered, stat_of
 from mmcache.client.cluster_shard import AGAIN_S, Shard, Shards
 from mmcache.client.cluster_steps import Conduct, Replies, Round, Steps
 from mmcache.client.core import ClientCore
 from mmcache.cluster.membership import Membership
 from mmcache.cluster.routes import Router
 from mmcache.cluster.settings import ClusterConfig
-from mmcache.errors import MMCacheError, TransportError, UsageError
+from mmcache.errors import MMCacheError, UsageError
 from mmcache.pb import cache_pb2 as pb
 from mmcache.transport.base import Op
 from mmcache.transport.beside import beside
@@ -109,22 +109,13 @@ class ClusterCore(Client):
         return stat_of(self.each(Shard.stat))
 
     def ask(self, op: Op, request: Message, reply: M) -> M:
-        """As `Client.ask`, of every shard. For MODE, EXPLAIN and RECENT; raises UsageError for others, and
-        TransportError if a mode did not reach all."""
-        self._look()
-        merged(op, request, [reply])  # whether that can be asked of several
-        answers = self.each(lambda shard: shard.ask(op, request, type(reply)()))
-        good = answered(answers)
-        if op is Op.MODE and len(good) < len(answers):
-            lost = "; ".join(f"{name}: {answer}" for name, answer in answers.items() if name not in good)
-            raise TransportError(f"{len(answers) - len(good)} of {len(answers)} shards could not be asked ({lost})")
-        replies: list[M] = list(good.values())
-        return merged(op, request, replies)
+        """Raises UsageError: that is asked of one server, one of `servers()`, as `Operations` does."""
+        raise UsageError(f"{op.name} goes to one server at a time: ask each of `servers()`")
 
-    def servers(self) -> dict[str, Client]:
+    def servers(self) -> dict[str, Shard | MMCacheError]:
         """As `Client.servers`: of every shard, by the member's id."""
         self._look()
-        return {shard.member.id: shard for shard in self._shards.all()}
+        return self._shards.every()
 
     def inspect(self, digest: bytes) -> pb.InspectReply:
         """As `Client.inspect`, of whichever shard has it."""
@@ -142,15 +133,17 @@ class ClusterCore(Client):
     def each(self, ask: Callable[[Shard], T]) -> dict[str, T | MMCacheError | OSError]:
         """What every shard answers, by member, or the error that came instead."""
 
-        def answer(shard: Shard) -> T | MMCacheError | OSError:
+        def answer(shard: Shard | MMCacheError) -> T | MMCacheError | OSError:
+            if isinstance(shard, MMCacheError):
+                return shard
             try:
                 return ask(shard)
             except (MMCacheError, OSError) as error:
                 return error
 
-        shards = self._shards.all()
-        answers = at_once([partial(answer, shard) for shard in shards])
-        return {shard.member.id: one for shard, one in zip(shards, answers, strict=True)}
+        shards = self._shards.every()
+        answers = at_once([partial(answer, shard) for shard in shards.values()])
+        return dict(zip(shards, answers, strict=True))
 
     def _look(self) -> None:
         """Take the view as it is now, and shards in that are back."""

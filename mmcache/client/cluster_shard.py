@@ -24,7 +24,7 @@ from mmcache.client.pin import count_prefix, pin_prefix
 from mmcache.client.protocol import KEY_NBYTES, MAX_FORKS_NBYTES, STOPPED_READS, STOPPED_WRITES, Flow
 from mmcache.cluster.placement import Member, View
 from mmcache.config import ClientConfig, parse_url
-from mmcache.errors import ConfigError, MMCacheError, RequestRefused, UsageError
+from mmcache.errors import ConfigError, MMCacheError, RequestRefused, TransportError, UsageError
 
 T = TypeVar("T")
 log = logging.getLogger("mmcache.cluster")
@@ -157,7 +157,7 @@ class Shards:
         self._settings, self._tally, self.after_fork = dict(settings), tally, after_fork
         self._members: dict[str, Member] = {}
         self._made: dict[str, Shard] = {}
-        self._unusable: dict[str, float] = {}  # until when it is not tried to make one again
+        self._unusable: dict[str, tuple[float, str]] = {}  # until when it is not tried to make one again, and why
         self.announces, self.closed = True, False
         self.renew_lock()
         _ALL.add(self)
@@ -184,7 +184,7 @@ class Shards:
         """The shard of a member. None: it is not a member any more, or cannot be used now: its address, or a file that
         says who we are, is of no use. That is tried again after a while."""
         shard = self._made.get(name)
-        if shard is None and time.monotonic() >= self._unusable.get(name, 0.0):
+        if shard is None and time.monotonic() >= self._unusable.get(name, (0.0, ""))[0]:
             with self._lock:
                 if name not in self._made and name in self._members and not self.closed:
                     self._make(self._members[name])
@@ -199,7 +199,7 @@ class Shards:
         except (MMCacheError, OSError) as error:
             if member.id not in self._unusable:
                 log.warning("shard %s cannot be used, its keys are misses until it can: %s", member.id, error)
-            self._unusable[member.id] = time.monotonic() + UNUSABLE_S
+            self._unusable[member.id] = time.monotonic() + UNUSABLE_S, str(error)
             return
         self._unusable.pop(member.id, None)
         shard.announces = self.announces
@@ -215,9 +215,16 @@ class Shards:
         """Those that were made."""
         return list(self._made.values())
 
-    def all(self) -> list[Shard]:
-        """One of every member that can be used."""
-        return [shard for name in list(self._members) if (shard := self.get(name)) is not None]
+    def every(self) -> dict[str, Shard | MMCacheError]:
+        """The shard of every member, or why it cannot be used."""
+        found: dict[str, Shard | MMCacheError] = {}
+        for name, member in list(self._members.items()):
+            shard = self.get(name)
+            if shard is not None:
+                found[name] = shard
+            elif member.address:  # else nobody is in
+                found[name] = TransportError(self._unusable.get(name, (0.0, "it has just left"))[1])
+        return found
 
     def open_to(self, name: str) -> bool:
         """Whether it may be asked now."""

@@ -2,29 +2,28 @@
 
 Everything here raises TransportError when the server cannot be asked, and RequestRefused where an admin token is
 needed. Long work goes in bounded steps, so that it holds nobody up and can say how far it is. Of a cluster all shards
-are asked; what one that cannot be asked holds is left as it is, and the answer of the others says so.
+are asked: see `Operations.silent`.
 """
 
 from __future__ import annotations
 
-import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Final, NamedTuple, TypeVar, cast
 
+from google.protobuf.message import Message
+
 from mmcache.client.blocking import Client
-from mmcache.client.cluster_answers import answered
+from mmcache.client.cluster_answers import explained, mode_of, recent_of
 from mmcache.client.plan import batches
 from mmcache.client.protocol import put_result
-from mmcache.errors import ProtocolError, RequestRefused, TransportError
+from mmcache.client.servers import Errors, Progress, Servers, ask_each, following, raise_all, walk
+from mmcache.errors import MMCacheError, ProtocolError, TransportError
 from mmcache.pb import cache_pb2 as pb
 from mmcache.transport.base import Op
 from mmcache.why import Why
 
-R = TypeVar("R", pb.RemoveReply, pb.AuditReply)
-Progress = Callable[[int, int], None]
-WALKS_AT_ONCE: Final = 32
+M = TypeVar("M", bound=Message)
 MODES: Final = ("both", "read", "write", "off")
 MODALITIES: Final = ("", "text", "image", "video", "audio")
 
@@ -59,76 +58,81 @@ class Reason(NamedTuple):
         return _WORDS[self.why] + (f": {self.detail}" if self.detail else "")
 
 
-@dataclass
-class Removal:
-    """What a removal took: entries and bytes, of each shard that had them. `silent`: shards that could not be asked, or
-    not to the end, and why."""
+class Removal(NamedTuple):
+    """What a removal took: entries and bytes, of each shard that had them."""
 
-    entries: int = 0
-    nbytes: int = 0
-    silent: Mapping[str, str] = field(default_factory=dict)
+    entries: int
+    nbytes: int
 
 
 @dataclass
 class Audit:
-    """What an audit found: entries and bytes checked, and the keys that were dropped as bad, with the shard, if it was
-    one, that each was on. `silent` as of Removal."""
+    """What an audit found: entries and bytes checked, and the keys that were dropped as bad, each with the shard that
+    it was on ("": there is one server)."""
 
     entries: int = 0
     nbytes: int = 0
     bad: list[bytes] = field(default_factory=list)
     bad_on: list[str] = field(default_factory=list)
-    silent: Mapping[str, str] = field(default_factory=dict)
 
 
 class Operations:
-    """Operators' requests to the server of one client, which stays the caller's to close."""
+    """Operators' requests to the servers of one client, which stays the caller's to close.
+
+    `silent`: the shards that could not be asked in the last call, or not to its end, and why; what they hold is left as
+    it was, and is not in the answer.
+    """
 
     def __init__(self, client: Client) -> None:
         self._client = client
+        self.silent: dict[str, str] = {}
 
     def mode(self) -> pb.ModeReply:
-        """What is stopped, for everything and for namespaces."""
-        return self._client.ask(Op.MODE, pb.ModeRequest(), pb.ModeReply())
+        """What is stopped, for everything and for namespaces. Of a cluster: where the most is. Raises TransportError if
+        any shard could not be asked."""
+        return self._mode(pb.ModeRequest())
 
     def set_mode(self, mode: str, selection: pb.Selection | None = None) -> pb.ModeReply:
         """Allow "both", only "read" or "write", or nothing ("off"), from now on; nothing stored is lost.
 
-        With a selection for the namespaces it selects, present and to come. A namespace gets what both allow.
+        With a selection for the namespaces it selects, present and to come. A namespace gets what both allow. Raises
+        TransportError if any shard could not be asked, after all others were.
         """
-        request = pb.ModeRequest(set=True, mode=MODES.index(mode), of=selection)  # type: ignore[arg-type]
-        return self._client.ask(Op.MODE, request, pb.ModeReply())
+        return self._mode(pb.ModeRequest(set=True, mode=MODES.index(mode), of=selection))  # type: ignore[arg-type]
+
+    def _mode(self, request: pb.ModeRequest) -> pb.ModeReply:
+        _, replies = self._ask(Op.MODE, request, pb.ModeReply)
+        if self.silent:
+            lost = "; ".join(f"{name}: {why}" for name, why in self.silent.items())
+            count = len(self.silent)
+            raise TransportError(f"{count} of {count + len(replies)} shards could not be asked ({lost})")
+        return mode_of(replies)
 
     def remove(self, selection: pb.Selection, progress: Progress | None = None) -> Removal:
         """Remove what is selected; how many entries and bytes that were."""
-        done = Removal()
+        entries = nbytes = 0
 
         def ask(server: Client, start: int) -> pb.RemoveReply:
             return server.ask(Op.REMOVE, pb.RemoveRequest(of=selection, start=start), pb.RemoveReply())
 
         def add(name: str, reply: pb.RemoveReply) -> None:
-            done.entries, done.nbytes = done.entries + reply.entries, done.nbytes + reply.nbytes
+            nonlocal entries, nbytes
+            entries, nbytes = entries + reply.entries, nbytes + reply.nbytes
 
-        done.silent = self._walk(ask, add, progress)
-        return done
+        self._note(walk(self._client.servers(), ask, add, progress))
+        return Removal(entries, nbytes)
 
-    def namespaces(self, selection: pb.Selection | None = None) -> Iterator[pb.NamespaceRow]:
+    def namespaces(self, selection: pb.Selection | None = None) -> list[pb.NamespaceRow]:
         """The namespaces that are known, those that hold the most first. Without an admin token: the caller's own.
 
         Of a cluster each one once, with what all shards hold of it, and the mode where the most is stopped.
         """
         rows: dict[tuple[bytes, str], pb.NamespaceRow] = {}
-        lost = None
-        try:
-            for reply in self._listed(pb.ListRequest(of=selection)):
-                for row in reply.namespaces:
-                    named = row.namespace, row.tenant
-                    rows[named] = _both(rows.get(named), row)
-        except TransportError as error:
-            lost = error
-        yield from sorted(rows.values(), key=lambda row: row.nbytes, reverse=True)
-        if lost is not None:
-            raise lost
+        for reply in self._listed(pb.ListRequest(of=selection)):
+            for row in reply.namespaces:
+                named = row.namespace, row.tenant
+                rows[named] = _both(rows.get(named), row)
+        return sorted(rows.values(), key=lambda row: row.nbytes, reverse=True)
 
     def entries(self, selection: pb.Selection | None = None) -> Iterator[pb.EntryRow]:
         """Every entry selected, in no order. Without an admin token: of the caller's own. Of a cluster one after the
@@ -149,92 +153,72 @@ class Operations:
             done.bad += bad
             done.bad_on += [name] * len(bad)
 
-        done.silent = self._walk(ask, add, progress)
+        self._note(walk(self._client.servers(), ask, add, progress))
         return done
 
     def explain(self, digests: Sequence[bytes]) -> list[Reason]:
-        """Per key, why it is, or is not, there. That another tenant has it only an admin token is told."""
+        """Per key, why it is, or is not, there: of a cluster, what the shard says that knows most. That another tenant
+        has it only an admin token is told."""
         reasons: list[Reason] = []
+        servers, errors = self._client.servers(), Errors()
         for run in batches(len(digests), 1024):
             request = pb.ExplainRequest(keys=b"".join(digests[run.start : run.stop]))
-            reply = self._client.ask(Op.EXPLAIN, request, pb.ExplainReply())
+            servers, replies = self._ask(Op.EXPLAIN, request, pb.ExplainReply, servers, errors)
+            reply = explained(replies)
             if not len(reply.why) == len(reply.ago_s) == len(reply.put_status) == len(reply.children) == len(run):
                 raise ProtocolError(f"the server explained {len(reply.why)} of {len(run)} keys")
             columns = zip(reply.why, reply.ago_s, reply.put_status, reply.children, strict=True)
-            reasons += [reason_of(*one) for one in columns]
+            reasons += [self._as_known(reason_of(*one)) for one in columns]
         return reasons
+
+    def _as_known(self, reason: Reason) -> Reason:
+        """A shard that says nothing may have what the others never had."""
+        if reason.why is not Why.NEVER_STORED or not self.silent:
+            return reason
+        return reason._replace(detail=f"as far as is known, for {', '.join(self.silent)} cannot be asked")
 
     def recent(self, limit: int = 100) -> list[pb.Miss]:
         """The last lookups that missed something, newest first. Without an admin token: the caller's own."""
-        return list(self._client.ask(Op.RECENT, pb.RecentRequest(limit=limit), pb.RecentReply()).misses)
+        _, replies = self._ask(Op.RECENT, pb.RecentRequest(limit=limit), pb.RecentReply)
+        return recent_of(replies, limit)
 
-    def _walk(
-        self, ask: Callable[[Client, int], R], add: Callable[[str, R], None], progress: Progress | None
-    ) -> dict[str, str]:
-        """Walk over every server, up to WALKS_AT_ONCE at the same time: `ask` takes the step that starts there, `add`
-        its reply, one at a time. Who could not be asked, or not to the end, and why. Raises what a lone server raises;
-        TransportError if that is every shard, and RequestRefused if one refused."""
-        servers = self._client.servers()
-        far, turn, ended = dict[str, tuple[int, int]](), threading.Lock(), threading.Event()
+    def _note(self, errors: Errors) -> None:
+        self.silent = {name: str(error) for name, error in sorted(errors.items())}
 
-        def walk(name: str, server: Client) -> None:
-            start = 0
-            while not ended.is_set():
-                reply = ask(server, start)
-                start = _following(start, reply.next)
-                with turn:
-                    add(name, reply)
-                    far[name] = start or reply.rows, reply.rows
-                    if progress is not None:
-                        progress(sum(done for done, _ in far.values()), sum(total for _, total in far.values()))
-                if not start:
-                    return
-
-        if len(servers) == 1:
-            walk(*next(iter(servers.items())))
-            return {}
-        with ThreadPoolExecutor(WALKS_AT_ONCE, "mmcache-walk") as pool:
-            try:
-                walks = {name: pool.submit(walk, name, server) for name, server in servers.items()}
-                errors = {name: error for name, one in walks.items() if (error := one.exception()) is not None}
-            finally:
-                ended.set()  # also by Ctrl-C: steps under way end by their deadlines
-        for error in errors.values():
-            if not isinstance(error, TransportError) or isinstance(error, RequestRefused):
-                raise error
-        answered({name: errors.get(name) for name in servers})
-        return {name: str(error) for name, error in errors.items()}
+    def _ask(
+        self, op: Op, request: Message, reply: type[M], servers: Servers | None = None, errors: Errors | None = None
+    ) -> tuple[Servers, list[M]]:
+        """Who replies to one request, and what. Those who do not are noted, beside `errors` of before. Raises what
+        stands for all if nobody does."""
+        servers, errors = self._client.servers() if servers is None else servers, Errors() if errors is None else errors
+        replies, failed = ask_each(servers, lambda _, server: server.ask(op, request, reply()))
+        errors |= failed
+        if not replies:
+            raise_all(errors)
+        self._note(errors)
+        return {name: servers[name] for name in replies}, list(replies.values())
 
     def _listed(self, request: pb.ListRequest) -> Iterator[pb.ListReply]:
-        """What every server lists, one after the other. Raises what a lone server raises, and TransportError after the
-        last one if some could not be asked."""
-        servers, silent = self._client.servers(), []
+        """What every server lists, one after the other. Raises, after the last, what stands for all if none listed."""
+        servers, errors, listed = self._client.servers(), Errors(), False
         for name, server in servers.items():
             request.start = 0
             try:
+                if isinstance(server, MMCacheError):
+                    raise server
                 while True:
                     reply = server.ask(Op.LIST, request, pb.ListReply())
                     yield reply
-                    request.start = _following(request.start, reply.next)
+                    listed, request.start = True, following(request.start, reply.next)
                     if not request.start:
                         break
-            except TransportError as error:
-                if len(servers) == 1 or isinstance(error, RequestRefused):
+            except (MMCacheError, OSError) as error:
+                if len(servers) == 1:
                     raise
-                silent.append(f"{name}: {error}")
-        if silent or not servers:
-            raise TransportError(f"{len(silent)} of {len(servers)} shards could not be asked ({'; '.join(silent)})")
-
-
-def _both(first: pb.NamespaceRow | None, second: pb.NamespaceRow) -> pb.NamespaceRow:
-    """One namespace as two servers know it."""
-    if first is None:
-        return second
-    merged = pb.NamespaceRow()
-    merged.CopyFrom(first if first.kind or not second.kind else second)  # who was told of it rather than who was not
-    merged.entries, merged.nbytes = first.entries + second.entries, first.nbytes + second.nbytes
-    merged.mode = cast("pb.Mode", first.mode | second.mode)  # a bit for each of what is stopped
-    return merged
+                errors[name] = error
+        self._note(errors)
+        if not listed:
+            raise_all(errors)
 
 
 def reason_of(why: int, ago_s: float, put_status: int = 0, children: int = 0) -> Reason:
@@ -247,8 +231,12 @@ def reason_of(why: int, ago_s: float, put_status: int = 0, children: int = 0) ->
     return Reason(known, ago_s if ago_s >= 0 else None, detail, children)
 
 
-def _following(start: int, following: int) -> int:
-    """Where the next step starts; a server that does not get on is not asked for ever."""
-    if following and following <= start:
-        raise ProtocolError(f"the server's walk does not get on: after {start} comes {following}")
-    return following
+def _both(first: pb.NamespaceRow | None, second: pb.NamespaceRow) -> pb.NamespaceRow:
+    """One namespace as two servers know it."""
+    if first is None:
+        return second
+    merged = pb.NamespaceRow()
+    merged.CopyFrom(first if first.kind or not second.kind else second)  # who was told of it rather than who was not
+    merged.entries, merged.nbytes = first.entries + second.entries, first.nbytes + second.nbytes
+    merged.mode = cast("pb.Mode", first.mode | second.mode)  # a bit for each of what is stopped
+    return merged

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import pytest
 
-from mmcache.client.cluster_answers import answered, merged, stat_of
+from mmcache.client.cluster_answers import answered, explained, mode_of, recent_of, stat_of
 from mmcache.client.cluster_shard import shard_config
 from mmcache.client.cluster_steps import RESTING, together
 from mmcache.cluster.settings import ABSENT_S, ClusterConfig, is_cluster, parse_any_url, parse_cluster_url
 from mmcache.cluster.urls import open_membership
-from mmcache.errors import ConfigError, ProtocolError, TransportError, UsageError
+from mmcache.errors import ConfigError, ProtocolError, TransportError
 from mmcache.pb import cache_pb2 as pb
-from mmcache.transport.base import Op, Outcome, Result
+from mmcache.transport.base import Outcome, Result
 from mmcache.why import Why
 
 TWO = "mmcache://a:7600,b:7601"
@@ -110,7 +110,7 @@ def test_a_put_is_what_its_best_owner_says(answers: dict[str, Result], result: R
     assert together(("a", "b"), answers) == result
 
 
-def explained(*rows: tuple[Why, float, int, int]) -> pb.ExplainReply:
+def told(*rows: tuple[Why, float, int, int]) -> pb.ExplainReply:
     why, ago_s, put_status, children = zip(*rows, strict=True)
     return pb.ExplainReply(why=bytes(why), ago_s=ago_s, put_status=bytes(put_status), children=children)
 
@@ -118,20 +118,17 @@ def explained(*rows: tuple[Why, float, int, int]) -> pb.ExplainReply:
 def test_of_several_reasons_the_one_that_knows_most_is_told() -> None:
     never, here = (Why.NEVER_STORED, -1.0, 0, 0), (Why.HERE, 3.0, 0, 5)
     old, recent = (Why.EVICTED, 90.0, 0, 0), (Why.REFUSED, 2.0, 4, 0)
-    replies = [explained(never, old, never), explained(here, never, never), explained(recent, recent, never)]
-    assert merged(Op.EXPLAIN, pb.ExplainRequest(), replies) == explained(here, recent, never)
+    replies = [told(never, old, never), told(here, never, never), told(recent, recent, never)]
+    assert explained(replies) == told(here, recent, never)
     with pytest.raises(ProtocolError, match="different numbers"):
-        merged(Op.EXPLAIN, pb.ExplainRequest(), [explained(here), explained(here, here)])
+        explained([told(here), told(here, here)])
 
 
 def test_other_answers_of_operators() -> None:
     recent = [pb.RecentReply(misses=[pb.Miss(ago_s=ago_s) for ago_s in times]) for times in ((1, 5), (2, 3))]
-    told = merged(Op.RECENT, pb.RecentRequest(limit=3), recent)
-    assert [miss.ago_s for miss in told.misses] == [1, 2, 3]
+    assert [miss.ago_s for miss in recent_of(recent, 3)] == [1, 2, 3]
     modes = [pb.ModeReply(mode=mode) for mode in (pb.BOTH, pb.OFF, pb.READ)]
-    assert merged(Op.MODE, pb.ModeRequest(), modes).mode == pb.OFF
-    with pytest.raises(UsageError, match="one server at a time"):
-        merged(Op.REMOVE, pb.RemoveRequest(), [pb.RemoveReply()])
+    assert mode_of(modes).mode == pb.OFF
 
 
 def test_statistics_are_added_up_and_an_error_stands_for_its_shard() -> None:
