@@ -17,7 +17,7 @@ from mmcache.client.blocking import Client
 from mmcache.client.cluster_answers import explained, mode_of, recent_of
 from mmcache.client.plan import batches
 from mmcache.client.protocol import put_result
-from mmcache.client.servers import Errors, Progress, Servers, ask_each, following, raise_all, walk
+from mmcache.client.servers import Errors, Progress, ask_each, following, raise_all, walk
 from mmcache.errors import MMCacheError, ProtocolError, TransportError
 from mmcache.pb import cache_pb2 as pb
 from mmcache.transport.base import Op
@@ -101,7 +101,7 @@ class Operations:
         return self._mode(pb.ModeRequest(set=True, mode=MODES.index(mode), of=selection))  # type: ignore[arg-type]
 
     def _mode(self, request: pb.ModeRequest) -> pb.ModeReply:
-        _, replies = self._ask(Op.MODE, request, pb.ModeReply)
+        replies = self._ask(self._servers(), Op.MODE, request, pb.ModeReply)
         if self.silent:
             lost = "; ".join(f"{name}: {why}" for name, why in self.silent.items())
             count = len(self.silent)
@@ -119,7 +119,7 @@ class Operations:
             nonlocal entries, nbytes
             entries, nbytes = entries + reply.entries, nbytes + reply.nbytes
 
-        self._note(walk(self._client.servers(), ask, add, progress))
+        self._note(walk(self._servers(), ask, add, progress))
         return Removal(entries, nbytes)
 
     def namespaces(self, selection: pb.Selection | None = None) -> list[pb.NamespaceRow]:
@@ -153,18 +153,17 @@ class Operations:
             done.bad += bad
             done.bad_on += [name] * len(bad)
 
-        self._note(walk(self._client.servers(), ask, add, progress))
+        self._note(walk(self._servers(), ask, add, progress))
         return done
 
     def explain(self, digests: Sequence[bytes]) -> list[Reason]:
         """Per key, why it is, or is not, there: of a cluster, what the shard says that knows most. That another tenant
         has it only an admin token is told."""
         reasons: list[Reason] = []
-        servers, errors = self._client.servers(), Errors()
+        servers = self._servers()
         for run in batches(len(digests), 1024):
             request = pb.ExplainRequest(keys=b"".join(digests[run.start : run.stop]))
-            servers, replies = self._ask(Op.EXPLAIN, request, pb.ExplainReply, servers, errors)
-            reply = explained(replies)
+            reply = explained(self._ask(servers, Op.EXPLAIN, request, pb.ExplainReply))
             if not len(reply.why) == len(reply.ago_s) == len(reply.put_status) == len(reply.children) == len(run):
                 raise ProtocolError(f"the server explained {len(reply.why)} of {len(run)} keys")
             columns = zip(reply.why, reply.ago_s, reply.put_status, reply.children, strict=True)
@@ -179,28 +178,31 @@ class Operations:
 
     def recent(self, limit: int = 100) -> list[pb.Miss]:
         """The last lookups that missed something, newest first. Without an admin token: the caller's own."""
-        _, replies = self._ask(Op.RECENT, pb.RecentRequest(limit=limit), pb.RecentReply)
-        return recent_of(replies, limit)
+        request = pb.RecentRequest(limit=limit)
+        return recent_of(self._ask(self._servers(), Op.RECENT, request, pb.RecentReply), limit)
+
+    def _servers(self) -> dict[str, Client | MMCacheError]:
+        """Whom a call asks; nobody has been silent yet."""
+        self.silent = {}
+        return dict(self._client.servers())
 
     def _note(self, errors: Errors) -> None:
-        self.silent = {name: str(error) for name, error in sorted(errors.items())}
+        self.silent |= {name: str(error) for name, error in sorted(errors.items())}
 
-    def _ask(
-        self, op: Op, request: Message, reply: type[M], servers: Servers | None = None, errors: Errors | None = None
-    ) -> tuple[Servers, list[M]]:
-        """Who replies to one request, and what. Those who do not are noted, beside `errors` of before. Raises what
-        stands for all if nobody does."""
-        servers, errors = self._client.servers() if servers is None else servers, Errors() if errors is None else errors
-        replies, failed = ask_each(servers, lambda _, server: server.ask(op, request, reply()))
-        errors |= failed
+    def _ask(self, servers: dict[str, Client | MMCacheError], op: Op, request: Message, reply: type[M]) -> list[M]:
+        """What each replies to one request; who does not is noted, and is in `servers` no more. Raises what stands for
+        all if nobody does."""
+        replies, errors = ask_each(servers, lambda _, server: server.ask(op, request, reply()))
         if not replies:
             raise_all(errors)
         self._note(errors)
-        return {name: servers[name] for name in replies}, list(replies.values())
+        for name in errors:
+            del servers[name]
+        return list(replies.values())
 
     def _listed(self, request: pb.ListRequest) -> Iterator[pb.ListReply]:
         """What every server lists, one after the other. Raises, after the last, what stands for all if none listed."""
-        servers, errors, listed = self._client.servers(), Errors(), False
+        servers, errors, listed = self._servers(), Errors(), False
         for name, server in servers.items():
             request.start = 0
             try:
