@@ -47,7 +47,7 @@ def stat_of(answers: Mapping[str, Any]) -> dict[str, Any]:
 
 def recent_of(replies: Sequence[pb.RecentReply], limit: int) -> list[pb.Miss]:
     """The last misses of all, newest first."""
-    return sorted((miss for reply in replies for miss in reply.misses), key=lambda miss: miss.ago_s)[:limit]
+    return sorted((miss for reply in replies for miss in reply.misses), key=lambda miss: miss.ago_s)[: limit or None]
 
 
 def mode_of(replies: Sequence[pb.ModeReply]) -> pb.ModeReply:

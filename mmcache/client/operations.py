@@ -45,7 +45,8 @@ _WORDS: Final = {
 
 
 class Reason(NamedTuple):
-    """Why a key is, or is not, there. `ago_s`: since then, None where it is not known; `detail`: why it was refused."""
+    """Why a key is, or is not, there. `ago_s`: since then, None where it is not known; `detail`: why it was refused, or
+    what that is not known for."""
 
     why: Why
     ago_s: float | None = None
@@ -79,8 +80,8 @@ class Audit:
 class Operations:
     """Operators' requests to the servers of one client, which stays the caller's to close.
 
-    `silent`: the shards that could not be asked in the last call, or not to its end, and why; what they hold is left as
-    it was, and is not in the answer.
+    `silent`: the shards that could not be asked, or not to a call's end, since this was made, and why last; what they
+    hold is left as it was, and is not in the answer.
     """
 
     def __init__(self, client: Client) -> None:
@@ -101,11 +102,11 @@ class Operations:
         return self._mode(pb.ModeRequest(set=True, mode=MODES.index(mode), of=selection))  # type: ignore[arg-type]
 
     def _mode(self, request: pb.ModeRequest) -> pb.ModeReply:
-        replies = self._ask(self._servers(), Op.MODE, request, pb.ModeReply)
-        if self.silent:
-            lost = "; ".join(f"{name}: {why}" for name, why in self.silent.items())
-            count = len(self.silent)
-            raise TransportError(f"{count} of {count + len(replies)} shards could not be asked ({lost})")
+        servers = self._servers()
+        everybody = list(servers)
+        replies = self._ask(servers, Op.MODE, request, pb.ModeReply)
+        if lost := [f"{name}: {self.silent[name]}" for name in everybody if name not in servers]:
+            raise TransportError(f"{len(lost)} of {len(everybody)} shards could not be asked ({'; '.join(lost)})")
         return mode_of(replies)
 
     def remove(self, selection: pb.Selection, progress: Progress | None = None) -> Removal:
@@ -125,7 +126,7 @@ class Operations:
     def namespaces(self, selection: pb.Selection | None = None) -> list[pb.NamespaceRow]:
         """The namespaces that are known, those that hold the most first. Without an admin token: the caller's own.
 
-        Of a cluster each one once, with what all shards hold of it, and the mode where the most is stopped.
+        Of a cluster each one once, with what all shards hold of it; stopped is what any shard has stopped.
         """
         rows: dict[tuple[bytes, str], pb.NamespaceRow] = {}
         for reply in self._listed(pb.ListRequest(of=selection)):
@@ -161,20 +162,15 @@ class Operations:
         has it only an admin token is told."""
         reasons: list[Reason] = []
         servers = self._servers()
+        everybody = len(servers)
         for run in batches(len(digests), 1024):
             request = pb.ExplainRequest(keys=b"".join(digests[run.start : run.stop]))
             reply = explained(self._ask(servers, Op.EXPLAIN, request, pb.ExplainReply))
             if not len(reply.why) == len(reply.ago_s) == len(reply.put_status) == len(reply.children) == len(run):
                 raise ProtocolError(f"the server explained {len(reply.why)} of {len(run)} keys")
             columns = zip(reply.why, reply.ago_s, reply.put_status, reply.children, strict=True)
-            reasons += [self._as_known(reason_of(*one)) for one in columns]
+            reasons += [_as_known(reason_of(*one), everybody - len(servers), everybody) for one in columns]
         return reasons
-
-    def _as_known(self, reason: Reason) -> Reason:
-        """A shard that says nothing may have what the others never had."""
-        if reason.why is not Why.NEVER_STORED or not self.silent:
-            return reason
-        return reason._replace(detail=f"as far as is known, for {', '.join(self.silent)} cannot be asked")
 
     def recent(self, limit: int = 100) -> list[pb.Miss]:
         """The last lookups that missed something, newest first. Without an admin token: the caller's own."""
@@ -182,8 +178,6 @@ class Operations:
         return recent_of(self._ask(self._servers(), Op.RECENT, request, pb.RecentReply), limit)
 
     def _servers(self) -> dict[str, Client | MMCacheError]:
-        """Whom a call asks; nobody has been silent yet."""
-        self.silent = {}
         return dict(self._client.servers())
 
     def _note(self, errors: Errors) -> None:
@@ -210,8 +204,9 @@ class Operations:
                     raise server
                 while True:
                     reply = server.ask(Op.LIST, request, pb.ListReply())
+                    listed = True
                     yield reply
-                    listed, request.start = True, following(request.start, reply.next)
+                    request.start = following(request.start, reply.next)
                     if not request.start:
                         break
             except (MMCacheError, OSError) as error:
@@ -231,6 +226,13 @@ def reason_of(why: int, ago_s: float, put_status: int = 0, children: int = 0) ->
         raise ProtocolError(f"reason {why} is unknown to this release; upgrade it") from None
     detail = put_result(put_status).reason if known is Why.REFUSED and put_status else ""
     return Reason(known, ago_s if ago_s >= 0 else None, detail, children)
+
+
+def _as_known(reason: Reason, silent: int, everybody: int) -> Reason:
+    """A shard that says nothing may have what the others never had."""
+    if reason.why is not Why.NEVER_STORED or not silent:
+        return reason
+    return reason._replace(detail=f"as far as is known, for {silent} of {everybody} shards could not be asked")
 
 
 def _both(first: pb.NamespaceRow | None, second: pb.NamespaceRow) -> pb.NamespaceRow:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Mapping
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
 from typing import Any, Final, TypeVar
 
@@ -26,7 +26,7 @@ Progress = Callable[[int, int], None]
 def ask_each(
     servers: Servers, ask: Callable[[str, Client], T], ended: threading.Event | None = None
 ) -> tuple[dict[str, T], Errors]:
-    """What each answers, and the errors of the others. Of a lone server the error is raised.
+    """What each answers, and the errors of the others. What a lone server raises is raised.
 
     `ended` is set once nothing more is wanted: by whatever else is raised, as by Ctrl-C. Ends after all that was begun.
     """
@@ -61,11 +61,22 @@ def ask_each(
 
 
 def _begin(pool: ThreadPoolExecutor, call: Callable[[], T]) -> Callable[[], T]:
-    """Begin a call; what waits for its outcome. Where no thread can be had it is made by that."""
+    """Begin a call; what waits for its outcome. Where no thread can be had it is made here, or by one of those there
+    are: once."""
+    future, turn = Future[T](), threading.Lock()
+
+    def once() -> None:
+        if turn.acquire(blocking=False):
+            try:
+                future.set_result(call())
+            except BaseException as error:
+                future.set_exception(error)
+
     try:
-        return pool.submit(call).result
-    except RuntimeError:
-        return call
+        pool.submit(once)
+    except RuntimeError:  # it may wait in line nevertheless
+        once()
+    return future.result
 
 
 def raise_all(errors: Errors) -> None:

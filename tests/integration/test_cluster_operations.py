@@ -21,6 +21,7 @@ from mmcache.cluster.placement import Member, View
 from mmcache.cluster.settings import parse_cluster_url
 from mmcache.config import ServerConfig
 from mmcache.errors import AccessDenied, TransportError, UsageError
+from mmcache.explain import Recorded
 from mmcache.keys import Namespace
 from mmcache.pb import cache_pb2 as pb
 from mmcache.server.serve import Server
@@ -31,7 +32,7 @@ from mmcache.top import Rates, top_table
 from mmcache.why import Why
 from tests.integration.access_bed import TOKENS, tenants_file, write_access
 from tests.integration.cluster_bed import NBYTES, Told, cluster, prompt, put
-from tests.integration.support import MiB, eventually, run_cli, values_of
+from tests.integration.support import NAMESPACE, MiB, eventually, run_cli, values_of
 
 OTHER = Namespace(kind="kv", model="other/model", dtype="uint8", layout="LBHNC", block_size=16)
 ALL = pb.Selection()
@@ -154,7 +155,7 @@ def test_an_audit_says_on_which_shard_the_bad_bytes_were() -> None:
 
 # ------------------------------------------------------------------------------------------ some are not
 def test_who_cannot_be_asked_is_named_and_the_others_are_done() -> None:
-    with cluster(3) as three:
+    with cluster(3, deadline_s=10.0) as three:
         cache, keys = three.connect(), prompt(2, 20_000)
         put(cache, keys)
         before = [entries_of(server.url) for server in three.servers]
@@ -169,7 +170,7 @@ def test_who_cannot_be_asked_is_named_and_the_others_are_done() -> None:
         assert set(operations.silent) == {"s1"}
         reasons = operations.explain([before[1][0], before[0][0]])
         assert [reason.why for reason in reasons] == [Why.NEVER_STORED, Why.HERE]
-        assert reasons[0].text.endswith(": as far as is known, for s1 cannot be asked")
+        assert reasons[0].text.endswith(": as far as is known, for 1 of 3 shards could not be asked")
         again = operations.explain([bytes([number % 256]) * 32 for number in range(1100)])
         assert {reason.text for reason in again} == {reasons[0].text}, "in every batch"
         name = three.address(1)
@@ -204,7 +205,7 @@ def test_a_shard_that_refuses_costs_nobody_elses_answer() -> None:
                 held.append(stack.enter_context(mmcache.connect(here.urls[0])))
             return len(held) == 3
 
-        eventually(another, "no more may connect", 5)
+        eventually(another, "no more may connect")
         with here.connect() as cache:
             operations = Operations(cache)
             assert sorted(entry.key for entry in operations.entries()) == sorted(there)
@@ -297,6 +298,41 @@ def test_ctrl_c_ends_a_walk(monkeypatch: pytest.MonkeyPatch) -> None:
         assert far[-1] < 0.5
 
 
+def test_where_threads_are_scarce_each_server_is_walked_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    started, start = list[str](), threading.Thread.start
+
+    def scarce(thread: threading.Thread) -> None:
+        if thread.name.startswith("mmcache-ask"):
+            started.append(thread.name)
+            if len(started) > 1:
+                raise RuntimeError("can't start new thread")
+        start(thread)
+
+    monkeypatch.setattr(sweep, "ROWS_PER_PIECE", 64)
+    with servers_here(3) as here, here.connect() as cache:
+        keys = prompt(14, 20_000)
+        assert all(put(cache, keys))
+        monkeypatch.setattr(threading.Thread, "start", scarce)
+        assert Operations(cache).audit(1.0).entries == len(keys)
+        assert len(started) >= 2
+
+
+def test_a_request_is_explained_with_what_all_its_questions_left_out(tmp_path: Path) -> None:
+    with cluster(2, deadline_s=10.0) as two:
+        tokens = [*range(20_000)]
+        put(two.connect(), NAMESPACE.block_keys(tokens[:9_000]))
+        request = tmp_path / "request.json"
+        request.write_text(Recorded(NAMESPACE, tokens).to_json())
+        whole = run_cli("explain", "--request", str(request), "-c", two.url())
+        assert (whole.returncode, whole.stderr) == (0, "")
+        assert "block 562 of 1250 is missing: never stored" in whole.stdout
+        two.servers[1].stop(signal.SIGKILL)
+        part = run_cli("explain", "--request", str(request), "-c", two.url())
+        assert part.returncode == 1
+        assert "1 of 2 shards could not be asked" in part.stdout
+        assert f"on {two.address(1)} (" in part.stderr
+
+
 def test_nobody_in_the_cluster_is_said() -> None:
     with servers_here(1) as here, here.connect(View((Member("", ""),))) as cache:
         with pytest.raises(TransportError, match="nobody is in the cluster yet"):
@@ -314,7 +350,7 @@ def test_a_closed_client_is_said() -> None:
 
 
 def test_top_leaves_out_a_shard_that_does_not_answer_and_says_so() -> None:
-    with cluster(2) as two:
+    with cluster(2, deadline_s=4.0) as two:
         cache, keys = two.connect(), prompt(12, 20_000)
         put(cache, keys)
         rates = Rates(cache.stat(), 0.0)
