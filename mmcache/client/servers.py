@@ -116,8 +116,8 @@ def walk(
     return errors
 
 
-def following(start: int, following: int) -> int:
+def following(start: int, then: int) -> int:
     """Where the next step starts, 0 for none; a server that does not get on is not asked for ever."""
-    if following and following <= start:
-        raise ProtocolError(f"the server's walk does not get on: after {start} comes {following}")
-    return following
+    if then and then <= start:
+        raise ProtocolError(f"the server's walk does not get on: after {start} comes {then}")
+    return then

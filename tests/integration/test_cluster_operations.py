@@ -263,25 +263,18 @@ def test_a_shard_that_leaves_during_a_walk_is_named(monkeypatch: pytest.MonkeyPa
             assert set(entries_of(stays.address)) < set(listed) < set(keys.digests)
 
 
-def test_a_walk_that_is_interrupted_ends_on_every_shard(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sweep, "ROWS_PER_PIECE", 16)
-    with servers_here() as here, here.connect() as cache:
-        put(cache, prompt(5, 30_000))
-        far: list[float] = []
-
-        def interrupt(done: int, total: int) -> None:
-            far.append(done / total)
-            if len(far) == 3:
-                raise KeyboardInterrupt
-            time.sleep(0.02)
-
-        with pytest.raises(KeyboardInterrupt):
-            Operations(cache).audit(1.0, progress=interrupt)
-        assert far[-1] < 0.5, "the other walk ends after its step"
-        assert not [thread for thread in threading.enumerate() if thread.name.startswith("mmcache-ask")]
+def raised() -> None:
+    raise KeyboardInterrupt
 
 
-def test_ctrl_c_ends_a_walk(monkeypatch: pytest.MonkeyPatch) -> None:
+def sent() -> None:
+    os.kill(os.getpid(), signal.SIGINT)
+
+
+@pytest.mark.parametrize("interrupt", [raised, sent])
+def test_an_interruption_ends_the_walk_on_every_shard(
+    interrupt: Callable[[], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(sweep, "ROWS_PER_PIECE", 16)
     with servers_here() as here, here.connect() as cache:
         put(cache, prompt(5, 30_000))
@@ -290,12 +283,13 @@ def test_ctrl_c_ends_a_walk(monkeypatch: pytest.MonkeyPatch) -> None:
         def slowly(done: int, total: int) -> None:
             far.append(done / total)
             if len(far) == 4:
-                os.kill(os.getpid(), signal.SIGINT)
+                interrupt()
             time.sleep(0.02)
 
         with pytest.raises(KeyboardInterrupt):
             Operations(cache).audit(1.0, progress=slowly)
-        assert far[-1] < 0.5
+        assert far[-1] < 0.5, "each ends after its step"
+        assert not [thread for thread in threading.enumerate() if thread.name.startswith("mmcache-ask")]
 
 
 def test_where_threads_are_scarce_each_server_is_walked_once(monkeypatch: pytest.MonkeyPatch) -> None:
