@@ -14,12 +14,12 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from mmcache.bench.transfer_process import Worker, all_do, children_of, cpu_ns, workers_of
+from mmcache.bench.transfer_process import Worker, all_do, cpu_ns, workers_of
 from mmcache.bench.transfer_report import TransferReport
 from mmcache.bench.transfer_rows import LEAST_FOR_P999, MixedRow, OneRound, Round, Row, mixed_row_of, row_of
 from mmcache.bench.transfer_worker import MOST_NBYTES, calls_of
 from mmcache.errors import ConfigError, TransportError
-from mmcache.testing.process import ServerProcess
+from mmcache.testing.process import ServerProcess, children_of
 from mmcache.transport.nixl import LOOPBACK
 
 KiB, MiB, GiB = 1 << 10, 1 << 20, 1 << 30

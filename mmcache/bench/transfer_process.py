@@ -9,7 +9,6 @@ import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from pathlib import Path
 from typing import Any
 
 from mmcache.errors import TransportError
@@ -82,11 +81,6 @@ def all_do(workers: Sequence[Worker], **order: Any) -> list[dict[str, Any]]:
     for worker in workers:
         worker.ask(**order)
     return [worker.answer() for worker in workers]
-
-
-def children_of(pid: int) -> list[int]:
-    """The processes that a process has started and that have not ended: man 5 proc_tid_children."""
-    return [int(word) for path in Path(f"/proc/{pid}/task").glob("*/children") for word in path.read_text().split()]
 
 
 def cpu_ns(pid: int) -> int:

@@ -9,7 +9,8 @@ import signal
 import subprocess
 import sys
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
 from typing import IO, Any
@@ -19,8 +20,12 @@ from mmcache.testing.values import eventually
 
 
 def children_of(pid: int) -> list[int]:
-    """Process ids, in the order in which they were started, as long as none is started again."""
-    return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+    """The processes that a process has started and that have not ended: man 5 proc_tid_children.
+
+    Those of one thread in the order in which they were started, as long as none is started again. Raises OSError if
+    there is no such process.
+    """
+    return [int(child) for children in _of_threads(pid, "children") for child in children.split()]
 
 
 def suspend(pid: int) -> None:
@@ -28,10 +33,16 @@ def suspend(pid: int) -> None:
     os.kill(pid, signal.SIGSTOP)
 
     def all_stopped() -> bool:
-        stats = [path.read_text() for path in Path(f"/proc/{pid}/task").glob("*/stat")]
-        return {stat.rpartition(")")[2].split()[0] for stat in stats} == {"T"}
+        return {stat.rpartition(")")[2].split()[0] for stat in _of_threads(pid, "stat")} == {"T"}
 
     eventually(all_stopped, f"process {pid} stopped")
+
+
+def _of_threads(pid: int, name: str) -> Iterator[str]:
+    """What a file of /proc says of each thread, the first one first; one that ends meanwhile says nothing."""
+    for thread in sorted(map(int, os.listdir(f"/proc/{pid}/task"))):
+        with suppress(FileNotFoundError, ProcessLookupError):
+            yield Path(f"/proc/{pid}/task/{thread}/{name}").read_text()
 
 
 class ServerProcess:

@@ -16,7 +16,7 @@ from mmcache.errors import TransportError
 from mmcache.keyset import Keys
 from mmcache.server.access_edit import with_token
 from mmcache.server.grants import digest_of
-from mmcache.testing.process import ServerProcess
+from mmcache.testing.process import ServerProcess, children_of
 from mmcache.transport.nixl import load_bindings
 from tests.integration.access_bed import write_access
 from tests.integration.support import MiB, blanks, eventually, keys_of, value_of, values_of
@@ -41,15 +41,7 @@ def nixl_client(server: ServerProcess, **settings: Any) -> Client:
 
 def agent_of(server: ServerProcess) -> int:
     """The pid of the server's agent."""
-    tasks = Path(f"/proc/{server.pid}/task")
-
-    def child() -> int:
-        pids = " ".join(path.read_text() for path in tasks.glob("*/children")).split()
-        return int(pids[0]) if pids else 0
-
-    pid = eventually(child, "the agent runs")
-    assert isinstance(pid, int)
-    return pid
+    return int(eventually(lambda: children_of(server.pid), "the agent runs")[0])
 
 
 def open_files(pid: int) -> set[str]:

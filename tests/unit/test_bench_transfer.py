@@ -5,7 +5,6 @@ from __future__ import annotations
 import io
 import json
 import operator
-import os
 import subprocess
 import sys
 import time
@@ -17,7 +16,7 @@ import pytest
 from rich.console import Console
 
 from mmcache.bench.transfer import TransferOptions
-from mmcache.bench.transfer_process import children_of, cpu_ns
+from mmcache.bench.transfer_process import cpu_ns
 from mmcache.bench.transfer_report import TransferReport
 from mmcache.bench.transfer_rows import MixedRow, OneRound, Round, Row, mixed_row_of, row_of
 from mmcache.bench.transfer_worker import Measurer, calls_of, memcpy_gbps, raw_tcp_gbps, read
@@ -160,7 +159,6 @@ def test_cpu_time_is_that_of_the_process() -> None:
         assert process.stdout is not None
         process.stdout.readline()
         used_ns = cpu_ns(process.pid)
-        assert process.pid in children_of(os.getpid())
         wall_ns = time.perf_counter_ns()
         time.sleep(0.2)
         assert used_ns > 1e7  # three million turns
@@ -168,7 +166,6 @@ def test_cpu_time_is_that_of_the_process() -> None:
         process.communicate(b"\n")
     with pytest.raises(OSError, match="Invalid argument"):
         cpu_ns(process.pid)
-    assert process.pid not in children_of(os.getpid())
 
 
 def test_a_rows_figures_follow_from_the_times() -> None:
