@@ -72,7 +72,7 @@ def row_of(what: tuple[str, str, int, int, int], rounds: Sequence[Round], calls:
     per_client = [[one.parts[client] for one in rounds] for client in range(clients)]
     gbps = sum(nbytes / statistics.median(sum(one.call_ns) for one in own) for own in per_client)
     ratios = [one.copy_ns / sum(one.call_ns) for own in per_client for one in own]
-    low, middle, high = (round(float(cut), 3) for cut in np.percentile(ratios, [25, 50, 75]))
+    low, middle, high = (float(f"{cut:.4g}") for cut in np.percentile(ratios, [25, 50, 75]))  # however small
     calls_us = np.array([ns for own in per_client for one in own for ns in one.call_ns]) / 1e3
     p50, p99, p999 = (round(float(cut), 1) for cut in np.percentile(calls_us, [50, 99, 99.9]))
     client_ns = statistics.median(sum(part.cpu_ns for part in one.parts) for one in rounds)
