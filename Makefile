@@ -121,9 +121,11 @@ engines:
 	bash tests/engines/install-vllm.sh $(ENGINES)/vllm
 	bash tests/engines/install-sglang.sh $(ENGINES)/sglang
 
+# Each suite alone leaves cores idle, while its engines start.
+SIDE_BY_SIDE := $(ENGINES)/vllm/bin/python tests/engines/side_by_side.py
 test-engines: engines
-	$(ENGINES)/vllm/bin/python -m pytest tests/engines/vllm -m "not full"
-	$(ENGINES)/sglang/bin/python -m pytest tests/engines/sglang -m "not full"
+	$(SIDE_BY_SIDE) vllm '$(ENGINES)/vllm/bin/python -m pytest tests/engines/vllm -m "not full"' \
+	    sglang '$(ENGINES)/sglang/bin/python -m pytest tests/engines/sglang -m "not full"'
 	SGLANG_PYTHON=$(ENGINES)/sglang/bin/python $(ENGINES)/vllm/bin/python -m pytest tests/engines/cross -m "not full"
 
 # Before a cluster of three servers that join a Redis (tests/engines/cache.py).
@@ -132,8 +134,8 @@ SGLANG_CASES := $(addprefix tests/engines/sglang,$(if $(QUICK),/test_text.py,/))
 test-engines-cluster: export MMCACHE_TEST_SHARDS = 3
 test-engines-cluster: engines
 	bash tests/install-redis.sh
-	$(ENGINES)/vllm/bin/python -m pytest $(VLLM_CASES) -m "not full"
-	$(ENGINES)/sglang/bin/python -m pytest $(SGLANG_CASES) -m "not full"
+	$(SIDE_BY_SIDE) vllm '$(ENGINES)/vllm/bin/python -m pytest $(VLLM_CASES) -m "not full"' \
+	    sglang '$(ENGINES)/sglang/bin/python -m pytest $(SGLANG_CASES) -m "not full"'
 	$(if $(QUICK),,SGLANG_PYTHON=$(ENGINES)/sglang/bin/python $(ENGINES)/vllm/bin/python -m pytest tests/engines/cross -m "not full")
 
 test-engines-full: engines
