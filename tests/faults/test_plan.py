@@ -13,11 +13,11 @@ from collections.abc import Iterator
 
 import pytest
 
+from tests.faults.fault.bed import own_port
 from tests.faults.fault.kinds import kinds
 from tests.faults.fault.memory import NoLimit, check, limited
 from tests.faults.fault.relay import Relay
 from tests.faults.fault.schedule import plan
-from tests.integration.redis_bed import free_port
 
 KINDS = kinds(("c0", "c1"))
 
@@ -58,6 +58,10 @@ def test_the_kernel_kills_what_is_limited_once_it_takes_memory() -> None:
             assert process.wait(10) == -signal.SIGKILL
 
 
+def test_no_port_is_given_twice() -> None:
+    assert len({own_port() for _ in range(300)}) == 300
+
+
 @pytest.fixture
 def far() -> Iterator[socket.socket]:
     with socket.create_server(("127.0.0.1", 0)) as listener:
@@ -67,7 +71,7 @@ def far() -> Iterator[socket.socket]:
 
 def test_the_relay_delays_stalls_cuts_and_passes_on(far: socket.socket) -> None:
     with (
-        Relay(free_port(), far.getsockname()[1]) as relay,
+        Relay(0, far.getsockname()[1]) as relay,
         socket.create_connection(("127.0.0.1", relay.port)) as near,
         far.accept()[0] as server,
     ):
@@ -95,7 +99,7 @@ def test_the_relay_delays_stalls_cuts_and_passes_on(far: socket.socket) -> None:
 @pytest.mark.parametrize("rule", ["cut", "lose"])
 def test_what_the_relay_loses_ends_the_connection(far: socket.socket, rule: str) -> None:
     sent = bytes(range(256)) * (1 << 14)
-    with Relay(free_port(), far.getsockname()[1]) as relay:
+    with Relay(0, far.getsockname()[1]) as relay:
         relay.obey(rule)
         with socket.create_connection(("127.0.0.1", relay.port)) as near, far.accept()[0] as server:
             near.settimeout(10)

@@ -9,10 +9,12 @@ from typing import Any, Final
 import numpy as np
 
 from tests.faults.traffic.records import OPS, Calls
+from tests.faults.traffic.sleeper import NAP_S, ROW_S
 
 SLACK_S: Final = 0.1  # a call may be that late
 POINTS: Final = 2.0  # of the hit rate that may be missing after healing
 STEP_S: Final = 0.5
+STOP_S: Final = 0.05  # a sleeper that is woken that late: the machine stood still
 BAD: Final = ("wrong", "raised", "late", "leaked", "died", "silent", "not healed", "not back")
 
 
@@ -79,18 +81,32 @@ def wrong_and_raised(run: Run) -> Iterator[Violation]:
             yield Violation(row["what"], lane_of(stem), row["at_s"], row["detail"])
 
 
-def lateness(calls: Calls, deadline_s: float, stopped: Sequence[tuple[float, float]]) -> tuple[Any, Any]:
+def lateness(calls: Calls, run: Run, stopped: Sequence[tuple[float, float]]) -> tuple[Any, Any]:
     """By how much each call was longer than its deadline: by the clock, and by its own time. Seconds, below 0 if not.
 
     Of neither is the time in which this process was stopped on purpose. Its own time is without that in which its
-    thread could have run and others had all CPUs, as the kernel counts it.
+    thread could have run and others had all CPUs, as the kernel counts it, or, where that is more, in which the whole
+    machine stood still, as the sleeper saw it.
     """
     away = np.zeros(len(calls))
     for begin_s, end_s in stopped:
         ends = np.minimum(calls["began_s"] + calls["took_s"], end_s)
         away += np.maximum(0.0, ends - np.maximum(calls["began_s"], begin_s))
-    by_clock = calls["took_s"] - away - deadline_s
-    return by_clock, by_clock - calls["waited_s"]
+    by_clock = calls["took_s"] - away - run.deadline_s
+    return by_clock, by_clock - np.maximum(calls["waited_s"], still_s(calls, run.naps))
+
+
+def still_s(calls: Calls, naps: Any) -> Any:
+    """For how long the machine stood still during each call: a kernel that a hypervisor stops counts no wait.
+
+    A row of the sleeper's is the worst of its naps in ROW_S, so this is the least that it can have been.
+    """
+    still = np.zeros(len(calls))
+    for began_s, worst_s in naps[naps[:, 1] > STOP_S]:
+        ends = np.minimum(calls["began_s"] + calls["took_s"], began_s + ROW_S + NAP_S + worst_s)
+        both_s = np.maximum(0.0, ends - np.maximum(calls["began_s"], began_s))
+        still += np.minimum(both_s, worst_s)
+    return still
 
 
 def stops_of(run: Run, lane: str) -> list[tuple[float, float]]:
@@ -101,12 +117,12 @@ def stops_of(run: Run, lane: str) -> list[tuple[float, float]]:
 def late(run: Run) -> Iterator[Violation]:
     """Calls that took longer, of their own time, than their deadline and SLACK_S."""
     for stem, calls in run.calls.items():
-        by_clock, own = lateness(calls, run.deadline_s, stops_of(run, lane_of(stem)))
+        by_clock, own = lateness(calls, run, stops_of(run, lane_of(stem)))
         for row in np.flatnonzero(own > SLACK_S):
             call = calls[row]
             detail = (
-                f"{OPS[call['op']]} took {call['took_s']:.3f} s: {by_clock[row]:.3f} s past its deadline, of which its "
-                f"thread waited {call['waited_s']:.3f} s for a CPU"
+                f"{OPS[call['op']]} took {call['took_s']:.3f} s: {by_clock[row]:.3f} s past its deadline, "
+                f"{own[row]:.3f} s without waits for a CPU ({call['waited_s']:.3f} s) and stops of the machine"
             )
             yield Violation("late", lane_of(stem), float(call["began_s"] + call["took_s"]), detail)
 

@@ -31,6 +31,7 @@ BACK_S: Final = 30.0  # until a healed shard must answer
 MEMORY: Final = "64MiB"
 TINY: Final = "4MiB"
 CLUSTER: Final = "faults"
+_given: Final[set[int]] = set()  # ports, of which nobody may listen on one yet
 
 
 class Shard:
@@ -93,6 +94,10 @@ class Shard:
         with contextlib.suppress(MMCacheError, OSError), mmcache.connect(self.direct, deadline_s=DEADLINE_S) as cache:
             return cache.stat()
         return {}
+
+    def server_id(self) -> str:
+        """Of who serves now; waited for."""
+        return str(eventually(lambda: self.stat().get("server_id"), f"{self.name} answers", BACK_S))
 
     def answers(self, before: str = "") -> None:
         """Wait until it does; until another than `before` does, a server id."""
@@ -169,9 +174,11 @@ def until(moment_s: float, over: threading.Event) -> bool:
 
 def own_port() -> int:
     """One that nobody has now, and that no outgoing connection is given while its server is away: those have 32768 and
-    more (ip(7))."""
+    more (ip(7)). Nobody is given one twice."""
     while True:
+        port = random.randrange(20_000, 30_000)
         with socket.socket() as sock, contextlib.suppress(OSError):
-            sock.bind(("127.0.0.1", random.randrange(20_000, 30_000)))
-            port: int = sock.getsockname()[1]
-            return port
+            sock.bind(("127.0.0.1", port))
+            if port not in _given:
+                _given.add(port)
+                return port

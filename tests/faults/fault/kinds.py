@@ -79,7 +79,7 @@ def kill(scene: Scene, name: str) -> Iterator[None]:
 def kill_held(scene: Scene, name: str) -> Iterator[None]:
     """SIGKILL a server under its holder, which starts it again with what it held."""
     shard = scene.bed.shards[name]
-    before = shard.stat().get("server_id", "")
+    before = shard.server_id()
     os.kill(shard.pid, signal.SIGKILL)
     yield
     shard.answers(before)
@@ -89,7 +89,7 @@ def kill_held(scene: Scene, name: str) -> Iterator[None]:
 def replace(scene: Scene, name: str) -> Iterator[None]:
     """SIGHUP a holder: another server takes the place of the one that is there, as for an upgrade."""
     shard = scene.bed.shards[name]
-    before = shard.stat().get("server_id", "")
+    before = shard.server_id()
     os.kill(shard.server.pid, signal.SIGHUP)
     yield
     shard.answers(before)

@@ -1,10 +1,11 @@
 """A bad network between clients and a shard: a process that passes bytes on, late, not at all, or not all of them.
 
-    python -m tests.faults.fault.relay LISTEN_PORT TARGET_PORT
+    python -m tests.faults.fault.relay LISTEN_PORT TARGET_PORT      listening at 0: at any free port
 
-It obeys lines on stdin, a rule each, and says when it has: `free`, `delay SECONDS`, `stall`, `cut` (every connection
-ends now, and each new one after some bytes), `lose` (some bytes in the middle are not passed on, and the connection
-ends). It ends with its stdin. Loopback has no delay or loss of its own to set where `tc netem` is missing.
+It says "ready" and its port, then obeys lines on stdin, a rule each, and says when it has: `free`, `delay SECONDS`,
+`stall`, `cut` (every connection ends now, and each new one after some bytes), `lose` (some bytes in the middle are not
+passed on, and the connection ends). It ends with its stdin. Loopback has no delay or loss of its own to set where
+`tc netem` is missing.
 """
 
 from __future__ import annotations
@@ -126,7 +127,7 @@ async def main(words: list[str]) -> None:
     lines = asyncio.StreamReader()
     loop = asyncio.get_running_loop()
     await loop.connect_read_pipe(lambda: asyncio.StreamReaderProtocol(lines), sys.stdin)
-    print("ready", flush=True)
+    print("ready", server.sockets[0].getsockname()[1], flush=True)
     while line := await lines.readline():
         network.obey(line.decode())
         print(line.decode().strip(), flush=True)
@@ -140,9 +141,12 @@ class Relay:
         self.port, self._target_port = port, target_port
 
     def __enter__(self) -> Relay:
+        """Start it; `port` is then the one it has."""
         words = [sys.executable, "-m", "tests.faults.fault.relay", str(self.port), str(self._target_port)]
         self._process = subprocess.Popen(words, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
-        self._heard("ready")
+        ready, _, port = self._said().partition(" ")
+        assert ready == "ready", f"the relay said {ready!r}"
+        self.port = int(port)
         return self
 
     def obey(self, rule: str) -> None:
@@ -150,12 +154,12 @@ class Relay:
         assert self._process.stdin is not None
         self._process.stdin.write(rule + "\n")
         self._process.stdin.flush()
-        self._heard(rule)
+        said = self._said()
+        assert said == rule, f"the relay said {said!r}, not {rule!r}"
 
-    def _heard(self, line: str) -> None:
+    def _said(self) -> str:
         assert self._process.stdout is not None
-        said = self._process.stdout.readline().strip()
-        assert said == line, f"the relay said {said!r}, not {line!r}"
+        return self._process.stdout.readline().strip()
 
     def __exit__(self, *error: object) -> None:
         self._process.kill()

@@ -70,7 +70,7 @@ def ops(run: Run) -> dict[str, dict[str, float]]:
     """By kind of call: how many, and how long they took by the clock, without stops of the caller."""
     lengths: defaultdict[str, list[Any]] = defaultdict(list)
     for stem, calls in run.calls.items():
-        by_clock, _ = lateness(calls, run.deadline_s, stops_of(run, lane_of(stem)))
+        by_clock, _ = lateness(calls, run, stops_of(run, lane_of(stem)))
         for number, name in enumerate(OPS):
             lengths[name].append(1e3 * (by_clock + run.deadline_s)[calls["op"] == number])
     told = {}
@@ -86,7 +86,7 @@ def lateness_of(run: Run) -> dict[str, float]:
     the bar; beside it, how late a process was woken that only sleeps."""
     clock, own = [np.full(1, -math.inf)], [np.full(1, -math.inf)]
     for stem, calls in run.calls.items():
-        by_clock, by_own = lateness(calls, run.deadline_s, stops_of(run, lane_of(stem)))
+        by_clock, by_own = lateness(calls, run, stops_of(run, lane_of(stem)))
         clock.append(by_clock)
         own.append(by_own)
     by_clock, by_own = np.concatenate(clock), np.concatenate(own)
@@ -114,7 +114,7 @@ def series(run: Run) -> dict[str, Any]:
         lane = lane_of(stem)
         at = np.clip(((rows["began_s"] - run.began_s) / step_s).astype(int), 0, steps - 1)
         calls += np.bincount(at, minlength=steps)
-        by_clock, _ = lateness(rows, run.deadline_s, stops_of(run, lane))
+        by_clock, _ = lateness(rows, run, stops_of(run, lane))
         np.maximum.at(worst_ms, at, 1e3 * (by_clock + run.deadline_s))
         for column, sums in (("asked", asked), ("hits", hits)):
             sums[run.populations[lane]] += np.bincount(at, weights=rows[column], minlength=steps)
