@@ -8,6 +8,7 @@ run them alone.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import subprocess
@@ -15,14 +16,15 @@ import sys
 import time
 from collections.abc import Callable
 from functools import partial
-from typing import Final, NamedTuple
+from typing import Any, Final, NamedTuple
 
 from mmcache.client.blocking import Client
-from mmcache.testing.between import FREE, Limit
+from mmcache.errors import TransportError
+from mmcache.testing.between import FREE, Between, Limit
 from mmcache.testing.leaks import many_failures_leave_no_descriptor_thread_or_memory
 from mmcache.testing.process import suspend
 from mmcache.testing.values import eventually
-from mmcache.testing.way import DEADLINE_S, MEMORY, SLACK_S, Stored, Way, holds_nothing, led
+from mmcache.testing.way import DEADLINE_S, MEMORY, Stored, Way, holds_nothing, led
 from mmcache.transport.base import Outcome
 
 
@@ -52,7 +54,21 @@ def misses_everything(cache: Client, stored: Stored) -> None:
         assert not any(lease.frames)
     if hasattr(cache, "pin_prefix"):  # the asyncio client has none
         assert cache.pin_prefix(stored.keys).release()
-    assert time.monotonic() - began < 2 * (DEADLINE_S + SLACK_S), "calls after a failure must not wait each"
+    assert time.monotonic() - began < 5 * DEADLINE_S, "calls after a failure must not wait each"
+
+
+def _is_known(stored: Stored, cache: Client) -> None:
+    """Stored, and read back: soon, where a server was slow to answer."""
+    eventually(partial(stored.put, cache), "it stores")
+    eventually(partial(stored.reads, cache), "it hits")
+
+
+def _told(cache: Client) -> Any:
+    def stat() -> Any:
+        with contextlib.suppress(TransportError):
+            return cache.stat()
+
+    return eventually(stat, "the server says how it is")
 
 
 @_trouble
@@ -64,8 +80,7 @@ def a_killed_server_is_a_miss_and_used_again_once_it_is_back_at_its_address(way:
         way.connect(way.address(server), DEADLINE_S) as idle,
     ):
         address = way.address(server)
-        assert stored.put(cache)
-        assert stored.reads(cache)
+        _is_known(stored, cache)
         assert server.stop(signal.SIGKILL) == -signal.SIGKILL
         for client in (cache, idle):
             misses_everything(client, stored)
@@ -73,7 +88,7 @@ def a_killed_server_is_a_miss_and_used_again_once_it_is_back_at_its_address(way:
             for client in (cache, idle):
                 eventually(partial(stored.put, client), "it stores again")
                 eventually(partial(stored.reads, client), "it reads again")
-                assert client.stat()["transport"] == way.name
+                assert _told(client)["transport"] == way.name
 
 
 @_trouble
@@ -84,16 +99,14 @@ def a_server_that_moved_is_found_where_the_address_now_leads(way: Way) -> None:
         led(way, first) as between,
         way.connect(between.address, DEADLINE_S) as cache,
     ):
-        assert stored.put(cache)
-        assert stored.reads(cache)
-        before = cache.stat()["server_id"]
+        _is_known(stored, cache)
+        before = _told(cache)["server_id"]
         assert first.stop(signal.SIGKILL) == -signal.SIGKILL
         with way.server(MEMORY) as second:
             between.lead_to(way.address(second))
             assert stored.get(cache) == 0
-            eventually(lambda: stored.put(cache), "it stores at the new place")
-            assert stored.reads(cache)
-            after = cache.stat()
+            _is_known(stored, cache)
+            after = _told(cache)
             assert (after["transport"], after["server_id"] != before) == (way.name, True)
 
 
@@ -105,7 +118,7 @@ def a_stopped_server_costs_one_deadline_and_goes_on_where_it_was(way: Way) -> No
         way.connect(way.address(server), DEADLINE_S) as known,
         way.connect(way.address(server), DEADLINE_S, lazy=True) as unknown,
     ):
-        assert stored.put(known)
+        _is_known(stored, known)
         suspend(server.pid)
         try:
             for client in (known, unknown):
@@ -119,23 +132,30 @@ def a_stopped_server_costs_one_deadline_and_goes_on_where_it_was(way: Way) -> No
             eventually(partial(stored.reads, client), "it hits again")
 
 
+def _asks_until_cut(way: Way, between: Between, stored: Stored, client: Client) -> None:
+    cuts = between.cuts
+
+    def cut() -> bool:
+        hits = stored.get(client)
+        assert hits < len(stored.keys) or between.cuts == cuts, "what did not come was a hit"
+        return between.cuts > cuts or way.name in ("shm", "nixl")  # their bytes go by another way
+
+    eventually(cut, "the connection is cut")
+
+
 def _is_cut(way: Way, limit: Limit) -> None:
     stored = Stored("cut")
     with way.server(MEMORY) as server, led(way, server) as between:
         with way.connect(way.address(server), DEADLINE_S) as direct:
-            assert stored.put(direct)
+            _is_known(stored, direct)
         with (
             way.connect(between.address, DEADLINE_S) as known,
             way.connect(between.address, DEADLINE_S, lazy=True) as unknown,
         ):
-            assert stored.reads(known)
+            eventually(partial(stored.reads, known), "it hits")
             for client in (known, unknown):
                 between.limit(limit)
-                cuts = between.cuts
-                hits = stored.get(client)
-                assert hits < len(stored.keys) or between.cuts == cuts, "what did not come was a hit"
-                if way.name not in ("shm", "nixl"):  # their bytes go by another way
-                    assert between.cuts > cuts
+                _asks_until_cut(way, between, stored, client)
             between.limit(FREE)
             for client in (known, unknown):
                 eventually(partial(stored.reads, client), "it hits again")
@@ -162,10 +182,10 @@ def a_peer_too_slow_costs_one_deadline_and_one_in_dribbles_is_read(way: Way) -> 
     large, small = Stored("slow"), Stored("dribbles", nbytes=20_000)
     with way.server(MEMORY) as server, led(way, server) as between:
         with way.connect(way.address(server), DEADLINE_S) as direct:
-            assert large.put(direct)
-            assert small.put(direct)
+            _is_known(large, direct)
+            _is_known(small, direct)
         with way.connect(between.address, DEADLINE_S) as cache:
-            assert small.reads(cache)
+            eventually(partial(small.reads, cache), "it hits")
             between.limit(Limit(piece_nbytes=16 << 10, pause_s=0.1))  # 2 MiB would take 13 s
             hits = large.get(cache)
             assert hits < len(large.keys) or way.name in ("shm", "nixl"), "it came faster than it could"

@@ -39,9 +39,12 @@ def blanks(count: int, nbytes: int) -> list[Bytes]:
 
 
 def eventually(holds: Callable[[], Any], what: str, patience_s: float = PATIENCE_S) -> Any:
-    """Wait until `holds()` is true and return it. Raises AssertionError, naming `what`, if it never is."""
+    """Wait until `holds()` is true and return it. Raises AssertionError, naming `what`, if it never is: if it was asked
+    once more when the time was over, as a machine may stand still meanwhile."""
     deadline = time.monotonic() + patience_s
-    while not (answer := holds()):
-        assert time.monotonic() < deadline, f"never happened: {what}"
+    while True:
+        last = time.monotonic() >= deadline
+        if answer := holds():
+            return answer
+        assert not last, f"never happened: {what}"
         time.sleep(0.02)
-    return answer

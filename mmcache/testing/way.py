@@ -13,6 +13,7 @@ import numpy as np
 
 import mmcache
 from mmcache.client.blocking import Client
+from mmcache.errors import TransportError
 from mmcache.keyset import Keys
 from mmcache.testing.between import Between
 from mmcache.testing.process import ServerProcess
@@ -23,6 +24,7 @@ NBYTES: Final = 1 << 20
 DEADLINE_S: Final = 1.0
 LEASE_S: Final = 4 * DEADLINE_S  # whoever is cut off from the answer that leased has nothing to give back
 SLACK_S: Final = 1.5  # a machine that runs other tests too may be that late
+STILL_S: Final = 3.0  # and may stand still for so long: once, not at every call
 
 
 @dataclass(frozen=True)
@@ -46,8 +48,15 @@ class Way:
         return ServerProcess(str(memory_nbytes), *self.arguments(address), environment=settings)
 
     def connect(self, address: str, deadline_s: float, *, lazy: bool = False) -> Client:
-        """A client of whoever listens there."""
-        return mmcache.connect(self.url(address), deadline_s=deadline_s, lazy=lazy)
+        """A client of whoever listens there; who is slow to answer is asked again."""
+
+        def connected() -> Client | None:
+            with contextlib.suppress(TransportError):
+                return mmcache.connect(self.url(address), deadline_s=deadline_s, lazy=lazy)
+            return None
+
+        client: Client = eventually(connected, f"{address} answers")
+        return client
 
 
 class Stored:
@@ -56,18 +65,22 @@ class Stored:
     def __init__(self, label: str, count: int = 2, nbytes: int = NBYTES) -> None:
         self.keys: Keys = keys_of(count, f"trouble/{label}")
         self.values: list[Bytes] = values_of(self.keys, nbytes)
-        self._nbytes = nbytes
+        self._nbytes, self._late = nbytes, 0
 
     def put(self, cache: Client) -> bool:
         """Store them all."""
         return all(cache.put(self.keys, self.values))
 
     def get(self, cache: Client) -> int:
-        """How many are hits. A hit that is not the value is an AssertionError, as is a call that takes too long."""
+        """How many are hits. A hit that is not the value is an AssertionError, as is a call that takes too long, but
+        for one: the machine may have stood still."""
         buffers = blanks(len(self.keys), self._nbytes)
         began = time.monotonic()
         results = cache.get_into(self.keys, buffers)
-        assert time.monotonic() - began < cache.config.deadline_s + SLACK_S
+        late_s = time.monotonic() - began - cache.config.deadline_s
+        self._late += late_s > SLACK_S
+        assert late_s < SLACK_S + STILL_S
+        assert self._late < 2, "calls take longer than their deadline, again and again"
         for result, buffer, value in zip(results, buffers, self.values, strict=True):
             assert not result or np.array_equal(buffer, value), "a hit with another value"
         return sum(map(bool, results))

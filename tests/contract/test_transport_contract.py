@@ -52,6 +52,7 @@ def cache(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
             way = way_of("shm" if name == "shm in Python" else name, tmp_path_factory.mktemp("way"))
             server = stack.enter_context(replace(way, environment={**LIMITS, "MMCACHE_LEASE_S": "60"}).server(MEMORY))
             url = way.url(way.address(server)) + ("&native=no" if name == "shm in Python" else "")
+            url += "&connect_s=20" if "?" in url else "?connect_s=20"
             connect = mmcache.connect if waits == "blocking" else lambda *w, **o: OnALoop(mmcache.AsyncClient(*w, **o))
             client = stack.enter_context(connect(url, deadline_s=20))
         assert client.stat()["transport"] == dict.fromkeys(("cluster", "embedded", "shm in Python"), "shm").get(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -12,8 +13,9 @@ import mmcache
 from mmcache.client.blocking import Client
 from mmcache.config import parse_url
 from mmcache.testing.leaks import GROWTH_NBYTES, Reader, Taken
+from mmcache.testing.process import ServerProcess
 from mmcache.testing.trouble import TROUBLES, Trouble
-from mmcache.testing.way import Way
+from mmcache.testing.way import SLACK_S, Stored, Way
 from mmcache.transport.base import HIT, Result
 from tests.contract.ways import WAYS, way_of
 from tests.integration.on_a_loop import OnALoop
@@ -70,7 +72,24 @@ def test_a_client_that_lies_breaks_it(trouble: Trouble, tmp_path: Path) -> None:
         trouble.run(Believed(way.name, way.arguments, way.address, way.url))
 
 
-@pytest.mark.parametrize("less", [Taken(1, 0, 0), Taken(0, 1, 0), Taken(0, 0, GROWTH_NBYTES)])
+class Late(Client):
+    """Takes longer than a machine that runs other tests, too, would."""
+
+    def get_into(self, keys: Any, buffers: Any, **options: Any) -> list[Result]:
+        """Right, and late."""
+        time.sleep(self.config.deadline_s + SLACK_S)
+        return super().get_into(keys, buffers, **options)
+
+
+def test_a_client_that_is_late_again_and_again_is_noticed() -> None:
+    stored = Stored("late")
+    with ServerProcess("64MiB") as server, Late(parse_url(server.url, deadline_s=0.5)) as cache:
+        stored.get(cache)  # once, a machine may have stood still
+        with pytest.raises(AssertionError, match="again and again"):
+            stored.get(cache)
+
+
+@pytest.mark.parametrize("less", [Taken(1, 0, 0), Taken(0, 1, 0), Taken(0, 0, GROWTH_NBYTES + (1 << 20))])
 def test_what_is_not_given_back_is_noticed(less: Taken) -> None:
     with Reader("mmcache://127.0.0.1:1") as reader:
         now = Taken(*reader.tell("taken"))

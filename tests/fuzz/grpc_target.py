@@ -7,7 +7,6 @@ of an input picks the method, the rest is the body.
 from __future__ import annotations
 
 import importlib.util
-import time
 from dataclasses import fields
 from random import Random
 from typing import Any, Final
@@ -20,7 +19,7 @@ from mmcache.pb import cache_pb2 as pb
 from mmcache.server.serve import Server
 from tests.fuzz.bed import ANSWER_S, Complaints, Mutate, in_time, resident_below
 from tests.fuzz.edits import edit_body
-from tests.fuzz.server_target import KEYS, KNOWN, NAMESPACE, ROOM_NBYTES, VALUE
+from tests.fuzz.server_target import KEYS, KNOWN, NAMESPACE, ROOM_NBYTES, VALUE, nothing_claimed
 
 SETTING: Final = "grpc"  # of ServerConfig: HOST:PORT where gRPC is served, like `metrics`
 ADDRESS: Final = "grpc_address"  # of Server, once started: where that came to be
@@ -135,10 +134,7 @@ class GrpcTarget:
         with resident_below(ROOM_NBYTES):
             in_time(lambda: self._methods.ask(number, data[1:]), "an answer over gRPC")
         self._complaints.check()
-        deadline = time.monotonic() + ANSWER_S
-        while any((claimed := self._server.service.counters())[name] for name in ("reservations", "inflight_bytes")):
-            assert time.monotonic() < deadline, f"something stays claimed: {claimed}"
-            time.sleep(0.001)
+        nothing_claimed(self._server)
         shard = self._server.shard
         with shard.lock:
             shard.index.check_integrity()

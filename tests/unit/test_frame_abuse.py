@@ -265,6 +265,11 @@ def test_a_payload_may_hold_a_whole_frame() -> None:
 
 
 def peak_nbytes(call: Callable[[], object]) -> int:
+    """Of memory, the least of some calls: what other threads of this process take meanwhile counts, too."""
+    return min(_peak_nbytes(call) for _ in range(5))
+
+
+def _peak_nbytes(call: Callable[[], object]) -> int:
     tracemalloc.start()
     try:
         call()

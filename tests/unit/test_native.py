@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 import threading
+import time
 import types
 from typing import Any
 
@@ -11,6 +12,7 @@ import numpy as np
 import pytest
 import xxhash
 
+from mmcache.testing.values import PATIENCE_S
 from mmcache.transport import native
 from mmcache.transport.base import HIT, Outcome, Result
 from mmcache.transport.planned import Move, Planned
@@ -81,10 +83,11 @@ def test_what_was_hashed_is_what_was_written_though_the_source_changes_meanwhile
     thread = threading.Thread(target=disturb)
     thread.start()
     try:
-        mixed = False
-        for _ in range(20):
+        mixed, rounds, give_up_s = False, 0, time.monotonic() + PATIENCE_S
+        while rounds < 20 or not (mixed or time.monotonic() > give_up_s):  # the other thread may be kept from running
             assert copy(source, target, stream) == digest(target)
             mixed |= bool(np.any(target != target[0]))
+            rounds += 1
     finally:
         stop.set()
         thread.join()

@@ -13,6 +13,7 @@ import pytest
 from mmcache.identity import directory_digest
 from mmcache_connectors.vllm import adapters
 from mmcache_connectors.vllm.adapters import AdapterIdentities
+from tests.unit.heard import heard
 
 
 def make_adapter(folder: Path, content: bytes = b"lora weights") -> Path:
@@ -47,7 +48,7 @@ def test_retrained_under_one_path_is_another_adapter_under_a_new_id_and_none_und
     retrain(path)
     with caplog.at_level(logging.WARNING):
         assert [known.identity(1, "name 1", str(path)) for _ in range(3)] == [None] * 3
-    assert len(caplog.records) == 1
+    assert len(heard(caplog)) == 1
     assert "adapter 1" in caplog.text
     second = known.identity(2, "name 2", str(path))
     assert second == directory_digest(path) != first
@@ -89,7 +90,7 @@ def test_what_cannot_be_found_is_not_cached(path: str, caplog: pytest.LogCapture
         patch.chdir(tmp_path)  # empty, so "" finds no adapter files here
         assert known.identity(1, "name 1", path) is None
         assert known.identity(1, "name 1", path) is None
-    assert len(caplog.records) == 1
+    assert len(heard(caplog)) == 1
 
 
 def test_an_adapter_that_was_never_whole_stays_none(tmp_path: Path) -> None:
@@ -146,7 +147,7 @@ def test_memory_is_bounded_and_known_ids_keep_their_answer(tmp_path: Path, caplo
     ]
     assert known.identity(0, "name 0", str(path))
     assert known.identity(5, "name 5", "/nowhere") is None
-    assert len(caplog.records) == 1
+    assert len(heard(caplog)) == 1
 
 
 def test_before_storing_one_can_ask_whether_the_files_are_still_the_same(tmp_path: Path) -> None:

@@ -11,6 +11,7 @@ import torch
 
 from mmcache_connectors.buffers import BufferPool
 from mmcache_connectors.vllm.background import Background
+from tests.unit.heard import heard
 
 
 def test_results_come_back_and_an_exception_is_none_and_logged(caplog: pytest.LogCaptureFixture) -> None:
@@ -30,11 +31,15 @@ def test_flush_waits_for_all_work_and_says_when_it_took_too_long() -> None:
     assert background.flush(0)
     go = threading.Event()
     done: list[int] = []
-    background.submit(lambda: go.wait(5))
+    background.submit(lambda: go.wait(60))
     background.submit(lambda: done.append(1))
-    started = time.monotonic()
-    assert not background.flush(0.05)
-    assert time.monotonic() - started < 2
+    waits = []
+    for _ in range(3):  # a busy machine is late once
+        started = time.monotonic()
+        assert not background.flush(0.05)
+        waits.append(time.monotonic() - started)
+    assert min(waits) < 2
+    assert done == []
     go.set()
     assert background.flush(5)
     assert done == [1]
@@ -72,7 +77,7 @@ def test_without_page_locked_memory_loads_use_ordinary_and_saves_none(caplog: py
         assert must.take() is None
         assert must.take() is None
     assert must.free_share() == 1
-    assert [record.message.rsplit("; ")[-1] for record in caplog.records] == [
+    assert [record.message.rsplit("; ")[-1] for record in heard(caplog)] == [
         "ordinary memory is used",
         "blocks are not stored without one",
     ]

@@ -24,6 +24,7 @@ import mmcache  # noqa: E402
 from mmcache.encoding import canonical, digest  # noqa: E402
 from mmcache_connectors.vllm import items  # noqa: E402
 from mmcache_connectors.vllm.items import ItemIdentities, embed_spans  # noqa: E402
+from tests.unit.heard import heard  # noqa: E402
 
 try:
     from vllm.multimodal.inputs import (
@@ -206,7 +207,7 @@ def test_features_without_canonical_form_are_not_cached_and_said_once(
     with caplog.at_level(logging.WARNING, "mmcache.vllm"):
         for _ in range(3):
             assert engine.spans([feature(picture(), "a", 0, 2), feature(fields(x=value), "b")])[1] == 4
-    assert [record.getMessage()[:40] for record in caplog.records] == ["image items like this one are not cached"]
+    assert [record.getMessage()[:40] for record in heard(caplog)] == ["image items like this one are not cached"]
 
 
 def test_the_log_is_not_for_clients_to_fill(caplog: pytest.LogCaptureFixture) -> None:
@@ -214,7 +215,7 @@ def test_the_log_is_not_for_clients_to_fill(caplog: pytest.LogCaptureFixture) ->
     with caplog.at_level(logging.WARNING, "mmcache.vllm"):
         for place in range(2 * items.MAX_WARNINGS):
             engine.spans([feature(fields(**{f"field{place}": object()}))])
-    assert len(caplog.records) == items.MAX_WARNINGS
+    assert len(heard(caplog)) == items.MAX_WARNINGS
 
 
 def test_an_identifier_of_two_pictures_is_never_trusted_again(caplog: pytest.LogCaptureFixture) -> None:
@@ -224,7 +225,7 @@ def test_an_identifier_of_two_pictures_is_never_trusted_again(caplog: pytest.Log
     with caplog.at_level(logging.WARNING, "mmcache.vllm"):
         for data in (second, first, picture(0.1), None, picture(0.2)):
             assert engine.spans([feature(data)]) == ([], 4)
-    assert len(caplog.records) == 1
+    assert len(heard(caplog)) == 1
     assert "one identifier" in caplog.text
     assert engine.spans([feature(picture(0.2), "other")])[1] is None
 
@@ -321,8 +322,9 @@ def test_an_object_is_hashed_once_and_not_kept_alive(monkeypatch: pytest.MonkeyP
 
 def test_large_pictures_are_hashed_without_copies_and_near_the_speed_of_blake3() -> None:
     pixels = torch.rand(6 << 20)
-    alone, ours = [], []
-    for _ in range(5):
+    alone: list[float] = []
+    ours: list[float] = []
+    while len(ours) < 5 or (len(ours) < 50 and min(ours) > 2 * min(alone) + 0.01):  # others may have the CPU for long
         started = time.perf_counter()
         blake3(pixels.view(torch.uint8).numpy().data).digest()
         alone.append(time.perf_counter() - started)
