@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import importlib.util
 import os
+import random
 import re
 import shutil
 import signal
@@ -31,6 +32,8 @@ from tests.engines.inside import Inside
 SHARDS: Final = int(os.environ.get("MMCACHE_TEST_SHARDS", "1"))
 DEADLINE_S: Final = 5.0  # of what is asked of a server here
 READY_S: Final = 120.0  # on a busy machine
+LOOK_S: Final = 0.02
+_given: Final[set[int]] = set()
 T = TypeVar("T")
 
 
@@ -41,12 +44,12 @@ class Cache(ServerProcess):
     one, which is gone.
     """
 
-    quiet_s = 0.3  # nothing stored for so long: an engine has stored everything it will
+    quiet_s = 0.5  # nothing stored for so long: an engine has stored everything it will
 
     def __init__(
         self, memory: str = "256MiB", *, pinned_share: float = 0.5, serving: bool = True, at: Cache | None = None
     ) -> None:
-        self.ports: list[int] = at.ports if at else _ports(SHARDS)
+        self.ports: list[int] = at.ports if at else free_ports(SHARDS)
         self._redis: Any = at._redis if at else _redis() if SHARDS > 1 else None
         self._serving, self._owner = serving, at is None
         self._leases = contextlib.ExitStack()
@@ -166,18 +169,20 @@ class Cache(ServerProcess):
         return {name for facts in declared for name, _ in facts - shared}
 
     def settle(self, patience_s: float = 20.0) -> int:
-        """Wait until nothing more is stored for a while; how many frames were, since the start."""
+        """Wait until nothing more is stored for a while; how many frames were, since the start.
+
+        The while is counted in looks: of a machine that stands still, the clock alone says nothing.
+        """
         deadline = time.monotonic() + patience_s
-        last, since = -1, time.monotonic()
+        last, same = -1, 0
         with contextlib.ExitStack() as stack:
             clients = [stack.enter_context(mmcache.connect(url, deadline_s=DEADLINE_S)) for url in self.urls]
             while time.monotonic() < deadline:
                 now = sum(client.stat()["counters"]["stored"] for client in clients)
-                if now != last:
-                    last, since = now, time.monotonic()
-                elif time.monotonic() - since > self.quiet_s:
+                last, same = now, same + 1 if now == last else 0
+                if same * LOOK_S > self.quiet_s:
                     break
-                time.sleep(0.02)
+                time.sleep(LOOK_S)
         return last
 
     # ------------------------------------------------------------------ what is done to it
@@ -237,14 +242,18 @@ def _bare(digests: Sequence[bytes]) -> list[Key]:
     return [Key(digest, digest, digest, digest) for digest in digests]
 
 
-def _ports(count: int) -> list[int]:
-    """So many in a row that nobody has now."""
+def free_ports(count: int) -> list[int]:
+    """So many in a row that nobody has now, nor is given by a kernel while an engine starts or a server is away: those
+    it gives are 32768 and more (ip(7)). None is given twice here."""
     while True:
-        with contextlib.ExitStack() as stack, contextlib.suppress(OSError, OverflowError):
-            first = stack.enter_context(socket.create_server(("127.0.0.1", 0))).getsockname()[1]
-            for port in range(first + 1, first + count):
+        first = random.randrange(20_000, 30_000)
+        ports = range(first, first + count)
+        with contextlib.ExitStack() as stack, contextlib.suppress(OSError):
+            for port in ports:
                 stack.enter_context(socket.create_server(("127.0.0.1", port)))
-            return list(range(first, first + count))
+            if _given.isdisjoint(ports):
+                _given.update(ports)
+                return list(ports)
 
 
 def _redis() -> Any:

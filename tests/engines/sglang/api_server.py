@@ -6,7 +6,6 @@ import contextlib
 import json
 import os
 import signal
-import socket
 import subprocess
 import sys
 import tempfile
@@ -15,6 +14,7 @@ import urllib.request
 from pathlib import Path
 from typing import Self
 
+from tests.engines.cache import free_ports
 from tests.engines.sglang.harness import BACKEND, HERE, START_S, shim_environment
 from tests.engines.sglang.prompts import PAGE
 
@@ -26,9 +26,7 @@ class ApiServer:
     """
 
     def __init__(self, model: Path, url: str, *flags: str) -> None:
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            port = probe.getsockname()[1]
+        (port,) = free_ports(1)
         self.address = f"http://127.0.0.1:{port}"
         self.url = f"{self.address}/v1"
         self.command = [sys.executable, "-W", "ignore", str(HERE / "launch.py"), "--model-path", str(model)]

@@ -7,7 +7,6 @@ import http.client
 import json
 import os
 import signal
-import socket
 import subprocess
 import sys
 import tempfile
@@ -22,7 +21,8 @@ from typing import Any, NamedTuple
 import zmq
 
 from mmcache_connectors.sglang.plugin import PREFIX
-from tests.engines.sglang.harness import ANSWER_S, HERE, START_S, shim_environment
+from tests.engines.cache import free_ports
+from tests.engines.sglang.harness import ANSWER_S, DEADLINE_S, HERE, START_S, shim_environment
 
 GLOBAL_CACHE = ("--enable-mm-global-cache",)
 ROW_NBYTES = 64 * 2  # of one token's embedding: the model's width, bfloat16
@@ -40,14 +40,16 @@ class Encoder:
     """An encoder server. `settings`: of mmcache, as variables of its environment without their prefix."""
 
     def __init__(self, model: Path, settings: Mapping[str, str] | None, *arguments: str, pool_nbytes: int = 0) -> None:
-        with socket.create_server(("127.0.0.1", 0)) as free:
-            self._port = free.getsockname()[1]
+        (self._port,) = free_ports(1)
         words = [
             *("--model-path", str(model), "--encoder-only", "--device", "cpu", "--mm-attention-backend", "sdpa"),
             *("--encoder-transfer-backend", "zmq_to_tokenizer", "--host", "127.0.0.1", "--port", str(self._port)),
             *(arguments if "--dtype" in arguments else (*arguments, "--dtype", "bfloat16")),
         ]
-        environment = shim_environment() | {PREFIX + name: text for name, text in (settings or {}).items()}
+        told = dict(settings or {})
+        if "URL" in told:
+            told.setdefault("DEADLINE_S", str(DEADLINE_S))
+        environment = shim_environment() | {PREFIX + name: text for name, text in told.items()}
         if pool_nbytes:
             environment |= {"ENCODER_POOL_NBYTES": str(pool_nbytes), "ENCODER_PAGE_NBYTES": str(4 * ROW_NBYTES)}
         self._log = tempfile.TemporaryFile()  # noqa: SIM115

@@ -23,10 +23,10 @@ from mmcache.transport.base import Outcome
 from mmcache_connectors.sglang.encoder_items import digest_of
 from tests.engines.cache import SHARDS, most_said
 from tests.engines.sglang.encoders import GLOBAL_CACHE, ROW_NBYTES, Encoder, encoding
-from tests.engines.sglang.harness import Cache
+from tests.engines.sglang.harness import DEADLINE_S, Cache
 from tests.engines.sglang.stored import flip, forget
 
-DEADLINE_S = 1.0  # the store's default
+SLACK_S = 3.5  # what a busy machine adds to a request
 TILE = 28  # pixels that become one token, across and down
 # Name: tokens down and across.
 SIZES = {
@@ -221,7 +221,7 @@ def test_nothing_changes_when_the_cache_stops_dies_and_comes_back_full(
     slowest_s = max(ask_in_turn())
     cache.suspend()
     stopped_s = ask_in_turn() + ask_in_turn()
-    assert max(stopped_s) < DEADLINE_S + 0.5 + 2 * slowest_s
+    assert max(stopped_s) < DEADLINE_S + SLACK_S + 2 * slowest_s
     assert sum(took_s > DEADLINE_S for took_s in stopped_s) <= SHARDS
     cache.kill()  # as it is: resumed first, it could still answer
     time.sleep(2.5)  # the longest pause before a server that failed is asked again

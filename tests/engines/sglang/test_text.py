@@ -12,12 +12,11 @@ import pytest
 import mmcache
 from mmcache.keys import Keys
 from tests.engines.cache import most_said
-from tests.engines.sglang.harness import Answer, Cache, Engine
+from tests.engines.sglang.harness import DEADLINE_S, Answer, Cache, Engine
 from tests.engines.sglang.prompts import MANY, PAGE, TEXTS, ids
 from tests.engines.sglang.stored import flip, forget, keys_of, reshape
 
 MiB = 1 << 20
-DEADLINE_S = 1.0  # the backend's default
 
 
 @pytest.mark.parametrize("name", TEXTS)

@@ -6,7 +6,6 @@ import json
 import os
 import re
 import signal
-import socket
 import subprocess
 import sys
 import tempfile
@@ -14,7 +13,8 @@ import time
 import urllib.request
 from typing import Any, Self
 
-from tests.engines.vllm.harness import BLOCK, ENVIRONMENT, START_S, made
+from tests.engines.cache import free_ports
+from tests.engines.vllm.harness import BLOCK, DEADLINE_S, ENVIRONMENT, START_S, made
 from tests.engines.vllm.models import ROOT
 
 ANSWER_S = 60.0
@@ -31,11 +31,9 @@ class ApiServer:
             "kv_connector": "MMCacheKVConnector",
             "kv_connector_module_path": "mmcache_connectors.vllm",
             "kv_role": "kv_both",
-            "kv_connector_extra_config": {"url": url, "deadline_s": 4.0},  # a busy machine's
+            "kv_connector_extra_config": {"url": url, "deadline_s": DEADLINE_S},
         }
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            self.port = probe.getsockname()[1]
+        (self.port,) = free_ports(1)
         self.url = f"http://127.0.0.1:{self.port}/v1"
         self.command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", str(made(model))]
         self.command += ["--served-model-name", "m", "--host", "127.0.0.1", "--port", str(self.port)]

@@ -15,7 +15,6 @@ import pytest
 from tests.engines.cache import Cache
 from tests.engines.vllm.harness import VISION, WRITTEN, Engine, Expected, FirstRun, Settings
 
-DEADLINE_S = 4.0  # of the cache, on a busy machine
 TIMEOUT_S = 900  # an engine start, and every case it serves, may be one test's fixture
 # Nothing of this may reach a key: the second engine is another process in every way it can be.
 OTHER_HASHES = {"prefix_caching_hash_algo": "sha256_cbor"}
@@ -40,7 +39,7 @@ def first_run() -> Iterator[FirstRun]:
     """The plain engine's answers to everything, then the first engine's run over WRITTEN, before an empty cache."""
     Expected.plan(VISION, *WRITTEN).prepare()
     with Cache() as cache:
-        with Engine(VISION, {"url": cache.url, "deadline_s": DEADLINE_S}, {"PYTHONHASHSEED": "1"}) as writer:
+        with Engine(VISION, {"url": cache.url}, {"PYTHONHASHSEED": "1"}) as writer:
             answers = writer.generate(*WRITTEN)
             cache.settle()
             counters = writer.counters()["worker"]
@@ -57,7 +56,7 @@ def store(first_run: FirstRun) -> Cache:
 def reader(request: pytest.FixtureRequest, store: Cache) -> Iterator[Engine]:
     """A fresh engine before the filled cache, one for each load mode."""
     settings = Settings(VISION.model, VISION.llm | OTHER_HASHES)
-    cache: dict[str, Any] = {"url": store.url, "load_mode": request.param, "deadline_s": DEADLINE_S}
+    cache: dict[str, Any] = {"url": store.url, "load_mode": request.param}
     with Engine(settings, cache, OTHER_PROCESS) as engine:
         yield engine
 

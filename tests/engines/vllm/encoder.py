@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 import mmcache
 from mmcache.frame import parse_header
 from tests.engines.cache import Cache, stored_keys
-from tests.engines.vllm.harness import Answer, Ask, Engine, Expected, Settings
+from tests.engines.vllm.harness import DEADLINE_S, Answer, Ask, Engine, Expected, Settings
 
 ALONE = {
     "enable_prefix_caching": False,
@@ -33,7 +33,7 @@ def sharing(
         "ec_connector": "MMCacheECConnector",
         "ec_connector_module_path": "mmcache_connectors.vllm",
         "ec_role": role,
-        "ec_connector_extra_config": {"url": url, **extra},
+        "ec_connector_extra_config": {"url": url, "deadline_s": DEADLINE_S, **extra},
     }
     return Settings(settings.model, settings.llm | {"ec_transfer_config": connector} | (llm or {}))
 

@@ -6,7 +6,6 @@ import json
 import os
 import subprocess
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
@@ -38,7 +37,7 @@ def test_after_a_restart_the_prompts_are_cached_and_the_answers_the_same(tmp_pat
         with ApiServer(cache.url, *FLAGS, PYTHONHASHSEED="1") as first:
             for workload in WORKLOADS:
                 cold[workload] = serve("--url", first.url, "--workload", workload)
-            time.sleep(1.0)  # what is left of its blocks is stored
+            cache.settle()
         with ApiServer(cache.url, *FLAGS, PYTHONHASHSEED="2") as again:
             both = ["--url", plain.url, "--url", again.url, "--name", "plain", "--name", "mmcache"]
             for workload in WORKLOADS:

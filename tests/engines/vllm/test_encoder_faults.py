@@ -9,12 +9,11 @@ import pytest
 
 from tests.engines.cache import Cache
 from tests.engines.vllm.encoder import SIGHT, Encoding, sharing
-from tests.engines.vllm.harness import Expected, Settings, ask, words
+from tests.engines.vllm.harness import DEADLINE_S, Expected, Settings, ask, words
 from tests.engines.vllm.models import IMAGE, VIDEO
 
 pytestmark = pytest.mark.full
-DEADLINE_S = 1.0
-SLACK_S = 1.5  # what a busy machine adds to a request
+SLACK_S = 3.5  # what a busy machine adds to a request
 PATIENCE_S = 30.0
 CLIP = {"kind": "frames", "seed": 33}
 FEW = [ask(words(700, 40) + IMAGE, 31), ask(IMAGE + words(701, 40) + VIDEO, 32, videos=[CLIP])]
@@ -48,7 +47,7 @@ def test_a_server_that_comes_stops_dies_and_comes_back() -> None:
     EXPECTED.prepare()
     with (
         Cache("64MiB", serving=False) as cache,
-        Encoding(SIGHT, sharing(SIGHT, cache.url, deadline_s=DEADLINE_S, load_buffer_mib=1)) as engine,
+        Encoding(SIGHT, sharing(SIGHT, cache.url, load_buffer_mib=1)) as engine,
     ):
         assert engine.right(*FEW) == 3, "nobody is there"
         _soon(engine)

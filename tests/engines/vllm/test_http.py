@@ -8,7 +8,6 @@ import io
 import re
 import subprocess
 import sys
-import time
 import urllib.error
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -153,7 +152,7 @@ def test_the_server_over_http(tmp_path: Path) -> None:
         with ApiServer(cache.url, *EMBEDS, PYTHONHASHSEED="1") as server:
             for name in (*CHATS, "named"):
                 assert server.chat(*known[name])[:3] == truths[name], name
-            time.sleep(1.0)  # what is left of its blocks is stored
+            cache.settle()
         with ApiServer(cache.url, *EMBEDS, PYTHONHASHSEED="2") as server:
             loaded = 0
             for name, parts in CHATS.items():
