@@ -40,6 +40,10 @@ class Redis:
 
     def __init__(self, *words: str, port: int = 0, sentinel: str = "", **settings: Any) -> None:
         self.port = port or free_port()
+        # Bound and not listening: nobody else is given the port, also while Redis is killed and not back yet.
+        self._keeper = socket.socket()
+        self._keeper.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        self._keeper.bind(("127.0.0.1", self.port))
         self._words, self._sentinel, self._settings = words, sentinel, settings
         self.folder = tempfile.TemporaryDirectory(prefix="mmcache-redis-")
         self.process: subprocess.Popen[bytes] | None = None
@@ -83,6 +87,7 @@ class Redis:
 
     def __exit__(self, *error: object) -> None:
         self.kill()
+        self._keeper.close()
         self.folder.cleanup()
 
 
@@ -146,5 +151,5 @@ def registered(url: str, *ports: int, **changed: Any) -> list[Any]:
         } | changed
         found.append(Registration(parse_members_url(url), **settings))
         found[-1].start(3.0)
-        assert not found[-1].why_not
+        eventually(lambda: not found[-1].why_not, "it has joined")
     return found

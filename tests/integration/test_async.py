@@ -7,6 +7,7 @@ import gc
 import os
 import random
 import signal
+import threading
 import time
 from collections.abc import Awaitable, Iterator
 from functools import partial
@@ -23,7 +24,8 @@ from mmcache.errors import UsageError
 from mmcache.testing.process import ServerProcess
 from mmcache.transport.base import Outcome
 from tests.integration.on_a_loop import OnALoop, eventually, reaching
-from tests.integration.support import PATIENCE_S, Bytes, MiB, blanks, keys_of, value_of, values_of
+from tests.integration.support import PATIENCE_S, Bytes, MiB, blanks, in_time, keys_of, value_of, values_of
+from tests.integration.support import eventually as wait_until
 
 LEASE_S = 1.0
 LARGE_NBYTES = 8 * MiB
@@ -149,6 +151,7 @@ def test_who_waits_for_a_connection_until_the_deadline_misses_and_the_server_is_
             assert {result.outcome for result in results} == {Outcome.UNAVAILABLE}
             assert all("raise max_connections" in result.reason for result in results)
             assert cache.answering
+            cache.config = ClientConfig(deadline_s=20)
             given_up = asyncio.ensure_future(cache.match_prefix(keys_of(1, "busy")))
             last = asyncio.ensure_future(cache.get_into(keys_of(1, "busy"), blanks(1, 8)))
             await asyncio.sleep(0.01)
@@ -200,7 +203,8 @@ def test_calls_cancelled_anywhere_leave_a_client_that_works_and_nothing_held(ser
     fds = open_fds()
     asyncio.run(main())
     gc.collect()
-    assert open_fds() == fds
+    # Earlier tests' threads may still close some of their own.
+    wait_until(lambda: open_fds() <= fds, "no more files are open")
 
 
 @PATHS
@@ -227,26 +231,33 @@ def test_nothing_is_written_after_a_cancelled_read(server: ServerProcess, path: 
 
 
 def test_cancelling_waits_for_work_that_has_begun_and_drops_what_has_not() -> None:
-    ran = []
+    ran: list[str] = []
+    began, go_on = threading.Event(), threading.Event()
 
     def work(label: str) -> None:
-        time.sleep(0.1)
+        began.set()
+        assert go_on.wait(PATIENCE_S)
         ran.append(label)
 
     async def main() -> None:
         workers = Workers(1)
-        tasks = [
-            asyncio.ensure_future(workers.run(Work(lambda label=label: work(label), 2 * INLINE_NBYTES)))  # type: ignore[misc]
-            for label in ("begun", "queued")
-        ]
-        await asyncio.sleep(0.03)
+
+        def started(label: str) -> asyncio.Task[Any]:
+            return asyncio.ensure_future(workers.run(Work(partial(work, label), 2 * INLINE_NBYTES)))
+
+        tasks = [started(label) for label in ("begun", "queued")]
+        await eventually(lambda: asyncio.sleep(0, began.is_set()), "the first has begun")
         for task in tasks:
             task.cancel()
+        await asyncio.wait(tasks[1:])
+        await asyncio.sleep(0.05)
+        assert not tasks[0].done()
+        go_on.set()
         await asyncio.wait(tasks)
         assert all(task.cancelled() for task in tasks)
         assert ran == ["begun"]
-        await asyncio.sleep(0.15)
-        assert ran == ["begun"]
+        await started("next")  # the one thread would do what is queued first
+        assert ran == ["begun", "next"]
         workers.close()
 
     asyncio.run(main())
@@ -281,15 +292,17 @@ def test_a_flow_that_never_has_to_wait_still_gives_other_tasks_their_turns() -> 
 def test_the_loop_goes_on_while_much_is_read_and_written(server: ServerProcess, path: str) -> None:
     keys, nbytes = keys_of(1, f"lag/{path}"), 64 * MiB
     value = np.resize(value_of(keys.digests[0], MiB), nbytes)
-    buffer: Bytes = np.zeros(nbytes, np.uint8)
 
-    async def main() -> list[float]:
+    async def main() -> float:
+        buffer: Bytes = np.zeros(nbytes, np.uint8)
         async with reaching(server, path) as cache:
+            await cache.delete(keys)
             written = await worst_lag_s(cache.put(keys, [value]))
-            return [written, await worst_lag_s(cache.get_into(keys, [buffer]))]
+            read = await worst_lag_s(cache.get_into(keys, [buffer]))
+        assert np.array_equal(buffer, value)
+        return max(written, read)
 
-    assert max(asyncio.run(main())) < 0.25
-    assert np.array_equal(buffer, value)
+    in_time(lambda: asyncio.run(main()), 0.25, tries=5)
 
 
 def test_a_client_is_one_loops_until_that_is_closed(server: ServerProcess) -> None:

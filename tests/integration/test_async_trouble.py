@@ -14,7 +14,7 @@ import mmcache
 from mmcache.errors import LeaseLost, TransportError
 from mmcache.testing.process import ServerProcess
 from tests.integration.on_a_loop import eventually, reaching
-from tests.integration.support import MiB, blanks, keys_of, suspend, values_of
+from tests.integration.support import MiB, blanks, keys_of, reserved_address, suspend, values_of
 
 LEASE_S = 0.8
 
@@ -37,10 +37,14 @@ def test_a_lease_that_expired_is_told_on_leaving_and_after_an_error_only_the_err
                     await hold(cache, None)
                 with pytest.raises(ZeroDivisionError):
                     await hold(cache, ZeroDivisionError())
-                async with cache.acquire(keys) as lease:
-                    assert lease.frames[0] is not None
-                    lease.frames[0].verify()
-                    assert await lease.release()
+
+                async def holds() -> bool:  # a machine that stands still may lose one lease, not all
+                    async with cache.acquire(keys) as lease:
+                        assert lease.frames[0] is not None
+                        lease.frames[0].verify()
+                        return await lease.release()
+
+                await eventually(holds, "a lease is given back in time")
                 assert (await cache.stat())["counters"]["leases"] == 0
 
     asyncio.run(main())
@@ -51,12 +55,19 @@ def test_a_server_that_dies_under_many_tasks_is_misses_in_time_and_answers_when_
     end: str, path: str, caplog: pytest.LogCaptureFixture
 ) -> None:
     caplog.set_level(logging.WARNING, "mmcache.client")
-    server = ServerProcess("64MiB").start()
-    servers = [server]
-    listen = server.url.removeprefix("mmcache://")
-    keys = keys_of(4, "dying")
-    values, deadline_s = values_of(keys, MiB), 0.6
+    with reserved_address() as listen:
+        dies_under_many_tasks(end, path, listen)
+    told = [record.message for record in caplog.records if "answer" in record.message]
+    assert len(told) == 2
+    assert "does not answer" in told[0]
+    assert "answers again" in told[1]
 
+
+def dies_under_many_tasks(end: str, path: str, listen: str) -> None:
+    server = ServerProcess("64MiB", listen=listen).start()
+    servers = [server]
+    keys = keys_of(4, "dying")
+    values, deadline_s = values_of(keys, MiB), 5.0
     read = 0
 
     async def read_until_it_fails(cache: mmcache.AsyncClient) -> float:
@@ -81,7 +92,7 @@ def test_a_server_that_dies_under_many_tasks_is_misses_in_time_and_answers_when_
                 server.stop(signal.SIGKILL)
             else:
                 suspend(server.pid)
-            assert max(await asyncio.gather(*readers)) < deadline_s + 2.0
+            assert max(await asyncio.gather(*readers)) < 1.8 * deadline_s  # never two of them
             assert not cache.answering or cache.counters["skipped"]
             with pytest.raises(TransportError):
                 await cache.stat()
@@ -101,10 +112,6 @@ def test_a_server_that_dies_under_many_tasks_is_misses_in_time_and_answers_when_
     finally:
         for started in servers:
             started.stop()
-    told = [record.message for record in caplog.records if "answer" in record.message]
-    assert len(told) == 2
-    assert "does not answer" in told[0]
-    assert "answers again" in told[1]
 
 
 def test_without_a_server_opening_raises_and_a_lazy_client_misses() -> None:

@@ -119,7 +119,7 @@ def test_descriptors_nobody_asked_for_are_not_kept(server: ServerProcess) -> Non
 
 @pytest.mark.parametrize("note", [0, (1 << 32) - 1, 1 << 31, Ring().slot_nbytes + 1])
 def test_a_slot_note_outside_its_slot_ends_the_put(server: ServerProcess, bystander: Client, note: int) -> None:
-    keys = keys_of(1, "bad note")
+    keys = keys_of(1, f"bad note {note}")  # the one before may not have been given up yet
     with RawRing(server) as raw:
         raw.reserve_through_ring(keys, 100_000)
         raw.send(SLOT_NOTE.pack(note))

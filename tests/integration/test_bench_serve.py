@@ -18,7 +18,7 @@ import pytest
 from aiohttp import web
 
 from mmcache.bench.serving import ServeOptions, run
-from tests.integration.support import Ended, run_cli
+from tests.integration.support import Ended, in_time, run_cli
 
 QUICK = ["--requests", "4", "--images", "0", "--text-tokens", "5", "--warm-up", "0", "--json", "-"]
 Answer = Callable[[web.Request, "Talk"], Awaitable[web.StreamResponse]]
@@ -179,7 +179,7 @@ FAULTS: dict[str, tuple[Answer, str]] = {
     "no JSON": (no_json, "no JSON object: {'a'}"),
     "fails": (fails, "HTTP 500: the model is on fire"),
     "redirects": (redirects, "HTTP 307, a redirect, which is not followed"),
-    "hangs": (hangs, "no whole answer within 1 s (--timeout-s)"),
+    "hangs": (hangs, "no whole answer within 5 s (--timeout-s)"),
     "a long line": (long_line, "a line of the answer is longer than 1 MiB"),
     "a long refusal": (long_refusal, "it sent more than 1 MiB"),
     "packed": (packed, "no event came; does it stream?"),
@@ -196,7 +196,8 @@ def serve(*words: str) -> tuple[Ended, dict[str, Any]]:
 def test_a_fault_is_an_error_with_its_reason_and_the_exit_status(fault: str) -> None:
     answer, reason = FAULTS[fault]
     with Talk(answer) as talk:
-        ended, found = serve("--url", talk.url, "--timeout-s", "1" if fault == "hangs" else "20")
+        words = ("--timeout-s", "5", "--concurrency", "4") if fault == "hangs" else ("--timeout-s", "20")
+        ended, found = serve("--url", talk.url, *words)
     assert ended.returncode == 1
     (server,) = found["servers"]
     assert server["answered"] == 0
@@ -208,10 +209,14 @@ def test_a_fault_is_an_error_with_its_reason_and_the_exit_status(fault: str) -> 
 
 
 def test_an_answer_that_goes_on_after_its_end_is_left() -> None:
-    with Talk(never_ends) as talk:
-        ended, found = serve("--url", talk.url, "--requests", "2")
-    assert (ended.returncode, found["servers"][0]["answered"]) == (0, 2)
-    assert found["servers"][0]["total_s"]["most"] < 1.0 < found["wall_s"]
+    def most_s() -> float:
+        with Talk(never_ends) as talk:
+            ended, found = serve("--url", talk.url, "--requests", "2")
+        assert (ended.returncode, found["servers"][0]["answered"]) == (0, 2)
+        assert found["wall_s"] > 1.0
+        return float(found["servers"][0]["total_s"]["most"])
+
+    in_time(most_s, 1.0)
 
 
 def test_the_warm_up_says_at_once_what_does_not_work() -> None:
@@ -251,7 +256,7 @@ def test_two_servers_take_turns_at_the_same_requests(tmp_path: Path) -> None:
     page = tmp_path / "serve.html"
 
     async def slow(request: web.Request, talk: Talk) -> web.StreamResponse:
-        return await say(request, wait_s=0.05)
+        return await say(request, wait_s=0.25)
 
     with Talk(slow) as one, Talk(right) as other:
         words = ["--url", one.url, "--url", other.url, "--name", "slow", "--name", "fast", "--html", str(page)]
@@ -263,7 +268,7 @@ def test_two_servers_take_turns_at_the_same_requests(tmp_path: Path) -> None:
     assert all((body["top_k"], body["temperature"], body["stream"]) == (1, 0, True) for body in one.asked)
     order = [first < second for first, second in zip(one.moments_s[2:], other.moments_s[2:], strict=True)]
     assert order == [True, False] * 4
-    assert found["servers"][0]["ttft_s"]["median"] > 0.05 > found["servers"][1]["ttft_s"]["median"]
+    assert found["servers"][0]["ttft_s"]["median"] > 0.25 > found["servers"][1]["ttft_s"]["median"]
     assert found["pairs"]["ttft_s"]["of_medians"] < 1
     assert (found["pairs"]["same_answers"], found["servers"][0]["cached_share"]) == (8, 0.96)
     assert found["workload"]["characters_per_token"] == pytest.approx(4, rel=0.05)
@@ -284,7 +289,12 @@ def test_no_cached_tokens_are_believed_of_a_server_that_says_so_of_text_too(
 
 
 def test_an_open_loop_counts_from_when_a_request_was_due() -> None:
-    """A server that stops for a second, one request at a time: those that arrive meanwhile waited, too."""
+    """A server that stops for a second, one request at a time: those that arrive meanwhile waited, too. When that is
+    may be off where the machine stops as well, but not each time."""
+    assert any(waits_count_from_when_requests_were_due() for _ in range(4))
+
+
+def waits_count_from_when_requests_were_due() -> bool:
     one_at_a_time = asyncio.Lock()
 
     async def stops(request: web.Request, talk: Talk) -> web.StreamResponse:
@@ -296,18 +306,22 @@ def test_an_open_loop_counts_from_when_a_request_was_due() -> None:
         found = run(options).to_dict()
     waits_s = [request["samples"][0]["ttft_s"] for request in found["requests"]]
     assert found["ok"]
-    assert sum(wait_s > 0.3 for wait_s in waits_s) >= 10
-    assert waits_s[0] > waits_s[5] > waits_s[10]
-    assert found["servers"][0]["late_s"]["median"] < 0.1
+    waited = sum(wait_s > 0.3 for wait_s in waits_s) >= 10
+    late_s: float = found["servers"][0]["late_s"]["median"]
+    return waited and waits_s[0] > waits_s[5] > waits_s[10] and late_s < 0.1
 
 
 def test_askers_each_have_one_request_under_way() -> None:
     under_way = most = 0
+    all_there = asyncio.Event()
 
     async def counts(request: web.Request, talk: Talk) -> web.StreamResponse:
         nonlocal under_way, most
         under_way += 1
         most = max(most, under_way)
+        if under_way == 3:
+            all_there.set()
+        await asyncio.wait_for(all_there.wait(), 10)
         answer = await say(request, wait_s=0.05)
         under_way -= 1
         return answer

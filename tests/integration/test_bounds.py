@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import socket
@@ -25,7 +26,7 @@ from mmcache.testing.process import ServerProcess
 from mmcache.transport.base import PLACE, PRELUDE_NBYTES, Op, pack_prelude, parse_prelude
 from mmcache.transport.resolve import resolve
 from mmcache.transport.tcp import Channel, connect_tcp
-from tests.integration.support import MiB, Raw, blanks, eventually, keys_of, suspend, values_of
+from tests.integration.support import MiB, Raw, blanks, eventually, in_time, keys_of, suspend, values_of
 
 
 @pytest.fixture(scope="module")
@@ -50,9 +51,16 @@ def test_a_receive_ends_at_its_deadline_not_before_and_not_much_later() -> None:
     with ours, theirs:
         channel = Channel(ours)
         channel.spin_s = 0.0
-        for seconds in (0.2, 0.19, 0.5):  # the kernel's timeout stays from one to the next where it fits
-            took = took_s(channel.recv, 10, time.monotonic() + seconds)
-            assert seconds * 0.99 <= took < seconds + SLACK_S
+
+        def late_s() -> float:
+            worst = 0.0
+            for seconds in (0.2, 0.19, 0.5):  # the kernel's timeout stays from one to the next where it fits
+                took = took_s(channel.recv, 10, time.monotonic() + seconds)
+                assert seconds * 0.99 <= took
+                worst = max(worst, took - seconds)
+            return worst
+
+        in_time(late_s, SLACK_S)
 
 
 def test_several_silent_addresses_share_one_deadline() -> None:
@@ -62,10 +70,10 @@ def test_several_silent_addresses_share_one_deadline() -> None:
         for sock in waiting:
             sock.setblocking(False)
             sock.connect_ex(address)
-        took = took_s(connect_tcp, [(socket.AF_INET, address)] * 3, 5.0, time.monotonic() + 0.4)
+        addresses = [(socket.AF_INET, address)] * 3
+        in_time(lambda: took_s(connect_tcp, addresses, 5.0, time.monotonic() + 0.4), 0.4 + SLACK_S)
         for sock in waiting:
             sock.close()
-    assert took < 0.4 + SLACK_S
 
 
 def test_a_resolver_that_hangs_does_not_hang_the_caller(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -83,8 +91,9 @@ def test_signals_do_not_put_a_deadline_off() -> None:
     try:
         with ours, theirs:
             channel = Channel(ours)
-            assert took_s(channel.recv, 10, time.monotonic() + 0.4) < 0.4 + SLACK_S
-            assert took_s(channel.send, [bytes(64 * MiB)], time.monotonic() + 0.4) < 0.4 + SLACK_S
+            data = bytes(64 * MiB)
+            in_time(lambda: took_s(channel.recv, 10, time.monotonic() + 0.4), 0.4 + SLACK_S)
+            in_time(lambda: took_s(channel.send, [data], time.monotonic() + 0.4), 0.4 + SLACK_S)
     finally:
         signal.setitimer(signal.ITIMER_REAL, 0)
         signal.signal(signal.SIGALRM, before)
@@ -93,7 +102,7 @@ def test_signals_do_not_put_a_deadline_off() -> None:
 def test_an_address_of_a_family_this_host_lacks_is_passed_over() -> None:
     with socket.create_server(("127.0.0.1", 0)) as listener:
         addresses = [(9999, ("nowhere", 1)), (socket.AF_INET, listener.getsockname())]
-        connect_tcp(addresses, 1.0, time.monotonic() + 1).close()
+        connect_tcp(addresses, 20.0, time.monotonic() + 20).close()
 
 
 def test_a_name_that_cannot_be_one_is_said_at_once() -> None:
@@ -105,17 +114,18 @@ def test_many_leases_are_given_back_within_one_deadline() -> None:
     environment = {"MMCACHE_MAX_INLINE_NBYTES": "2MiB"}
     with (
         ServerProcess("64MiB", environment=environment) as stopped,
-        mmcache.connect(stopped.url + "?deadline_s=1") as cache,
+        mmcache.connect(stopped.url + "?deadline_s=20") as patient,
+        mmcache.connect(stopped.url + "?deadline_s=5") as cache,
     ):
         keys = keys_of(60, "many leases")
-        assert all(cache.put(keys, values_of(keys, MiB // 2)))
+        assert all(patient.put(keys, values_of(keys, MiB // 2)))
         leased = cache.acquire(keys)
         assert len(leased._lease_ids) > 10
         suspend(stopped.pid)
         try:
             start = time.monotonic()
             assert not leased.release()
-            assert time.monotonic() - start < 1 + SLACK_S
+            assert time.monotonic() - start < 9  # never two of them
         finally:
             os.kill(stopped.pid, signal.SIGCONT)
 
@@ -124,7 +134,7 @@ def test_many_leases_are_given_back_within_one_deadline() -> None:
 def lying_server(listener: socket.socket, announced_nbytes: int) -> None:
     """Joins like a server, then announces one frame of that size and sends nothing."""
     peer, _ = listener.accept()
-    with peer:
+    with peer, contextlib.suppress(ConnectionError):  # a client that waits no longer
         while True:
             head = peer.recv(PRELUDE_NBYTES, socket.MSG_WAITALL)
             if len(head) < PRELUDE_NBYTES:
@@ -147,17 +157,21 @@ def rss_nbytes() -> int:
 
 
 def test_announced_bytes_that_never_come_cost_no_memory_and_no_time() -> None:
-    with socket.create_server(("127.0.0.1", 0)) as listener:
-        thread = threading.Thread(target=lying_server, args=(listener, 1 << 30), daemon=True)
-        thread.start()
-        url = f"mmcache://127.0.0.1:{listener.getsockname()[1]}?transport=tcp&deadline_s=0.5"
-        with mmcache.connect(url, lazy=True) as cache:
-            before, start = rss_nbytes(), time.monotonic()
-            leased = cache.acquire(keys_of(1, "announced"))
-            assert time.monotonic() - start < 0.5 + SLACK_S
-            assert leased.frames == [None]
-            assert rss_nbytes() - before < 64 * MiB
-        thread.join(5)
+    def waits_s() -> float:
+        with socket.create_server(("127.0.0.1", 0)) as listener:
+            thread = threading.Thread(target=lying_server, args=(listener, 1 << 30), daemon=True)
+            thread.start()
+            url = f"mmcache://127.0.0.1:{listener.getsockname()[1]}?transport=tcp&deadline_s=0.5"
+            with mmcache.connect(url, lazy=True) as cache:
+                before, start = rss_nbytes(), time.monotonic()
+                leased = cache.acquire(keys_of(1, "announced"))
+                took = time.monotonic() - start
+                assert leased.frames == [None]
+                assert rss_nbytes() - before < 64 * MiB
+            thread.join(5)
+        return took
+
+    in_time(waits_s, 0.5 + SLACK_S)
 
 
 def test_facts_of_namespaces_are_kept_within_a_budget(monkeypatch: pytest.MonkeyPatch) -> None:

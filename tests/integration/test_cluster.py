@@ -10,6 +10,7 @@ from collections.abc import Iterator
 import pytest
 
 import mmcache
+import mmcache.client.cluster
 from mmcache.client.cluster import ClusterClient
 from mmcache.client.operations import Operations
 from mmcache.cluster.heat import LEAST_CALLS
@@ -27,7 +28,7 @@ from tests.integration.support import eventually, run_cli
 @pytest.fixture(scope="module")
 def three() -> Iterator[Cluster]:
     """Three servers that nobody kills."""
-    with cluster(3, deadline_s=10.0) as made:
+    with cluster(3) as made:
         yield made
 
 
@@ -144,7 +145,8 @@ def test_prompts_that_part_ways_inside_a_run_are_spread_and_found_by_those_who_d
     assert all(hits(reader, one) == len(one) for one in keys[::10])
 
 
-def test_a_hot_beginning_is_copied_to_where_it_is_read(three: Cluster) -> None:
+def test_a_hot_beginning_is_copied_to_where_it_is_read(three: Cluster, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(mmcache.client.cluster, "COPY_S", three.deadline_s)
     keys = prompt(7, 512)
     put(three.connect(), keys)
     copied = 0
@@ -195,7 +197,7 @@ def test_a_member_whose_address_cannot_be_used_costs_its_own_keys(
 
 
 def test_a_miss_is_not_asked_again_at_once_but_what_is_put_is_found(three: Cluster) -> None:
-    cache, keys = three.connect(absent_s=5), prompt(11, 160)
+    cache, keys = three.connect(absent_s=60), prompt(11, 160)
     lookups = three.connect()
 
     def asked() -> int:
@@ -211,7 +213,7 @@ def test_a_miss_is_not_asked_again_at_once_but_what_is_put_is_found(three: Clust
 
 
 def test_what_another_stores_after_one_miss_is_found_at_once(three: Cluster) -> None:
-    cache, keys = three.connect(absent_s=5), prompt(13, 160)
+    cache, keys = three.connect(absent_s=60), prompt(13, 160)
     assert cache.match_prefix(keys) == 0
     put(three.connect(), keys)
     assert cache.match_prefix(keys) == len(keys)

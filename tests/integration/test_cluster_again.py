@@ -32,11 +32,17 @@ def keys_by_owner(cache: mmcache.Client, wanted: int) -> list[Keys]:
 
 @pytest.mark.alone
 def test_each_shard_that_hangs_costs_a_deadline_once_however_long_it_hangs() -> None:
-    with cluster(SHARDS, deadline_s=DEADLINE_S) as made:
-        cache = made.connect()
+    # A call may be slow because the machine stood still, but not at each try.
+    assert SHARDS in (slow_calls() for _ in range(3))
+
+
+def slow_calls() -> int:
+    """How many took long before three shards that hang, for many deadlines."""
+    with cluster(SHARDS) as made:
+        patient, cache = made.connect(), made.connect(deadline_s=DEADLINE_S)
         wanted = keys_by_owner(cache, 30)
         for keys in wanted:
-            assert all(put(cache, keys))
+            assert all(put(patient, keys))
         for server in made.servers:
             assert server.pid
             suspend(server.pid)
@@ -48,19 +54,24 @@ def test_each_shard_that_hangs_costs_a_deadline_once_however_long_it_hangs() -> 
                 slow += time.monotonic() - began_s > DEADLINE_S / 2
             assert not cache.answering
             time.sleep(0.05)
-        assert slow == SHARDS
         for server in made.servers:
             os.kill(server.pid or 0, signal.SIGCONT)
         eventually(lambda: sum(hits(cache, keys) for keys in wanted) == len(wanted), "all are asked again")
         assert cache.answering
-        assert not [thread for thread in threading.enumerate() if thread.name == "mmcache-again"]
+        eventually(lambda: not asking_again(), "who asked again has ended")
+        return slow
+
+
+def asking_again() -> list[threading.Thread]:
+    return [thread for thread in threading.enumerate() if thread.name == "mmcache-again"]
 
 
 def test_who_only_asks_whether_any_shard_answers_hears_of_one_that_is_back() -> None:
-    with cluster(2, deadline_s=DEADLINE_S) as made:
-        cache = made.connect()
-        assert all(put(cache, prompt(1)))
-        assert len(entries(cache)) == 2
+    with cluster(2) as made:
+        cache = made.connect(deadline_s=DEADLINE_S)
+        assert all(put(made.connect(), prompt(1)))
+        assert len(entries(made.connect())) == 2
+        eventually(lambda: hits(cache, prompt(1)) == len(prompt(1)), "both answer")
         for server in made.servers:
             suspend(server.pid or 0)
         hits(cache, prompt(1))

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+import operator
 import os
 import signal
 import threading
 import time
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,13 +18,17 @@ import mmcache.client.cluster
 from mmcache.client.blocking import Client
 from mmcache.client.cluster import COPY_S, LARGEST_COPY_NBYTES, ClusterClient
 from mmcache.client.cluster_fill import copy
+from mmcache.client.plan import LONGEST_PAUSE_S
 from mmcache.cluster.settings import ClusterConfig, parse_cluster_url
 from mmcache.errors import TransportError
 from mmcache.keyset import Keys
 from mmcache.testing.process import ServerProcess, suspend
 from mmcache.transport.base import Outcome
-from tests.integration.cluster_bed import DEADLINE_S, SLACK_S, Told, cluster, entries, hits, prompt, put
-from tests.integration.support import NAMESPACE, eventually
+from tests.integration.cluster_bed import Told, cluster, entries, hits, prompt, put
+from tests.integration.support import NAMESPACE, eventually, in_time
+
+HANGS_S = 5.0  # a deadline where shards hang
+ONE_DEADLINE_S = 1.7 * HANGS_S  # what takes longer had two, even where the machine stood still for seconds
 
 
 # ------------------------------------------------------------------------------------------ some are not
@@ -56,12 +60,13 @@ def test_with_two_replicas_a_killed_shard_costs_nothing_and_is_filled_again_when
     with cluster(3) as made:
         writer, keys = made.connect(replicas=2), [prompt(label) for label in range(4)]
         assert all(all(put(writer, one)) for one in keys)
-        address = made.address(0)
+        address, killed_s = made.address(0), time.monotonic()
         made.servers[0].stop(signal.SIGKILL)
         for cache in (writer, made.connect(replicas=2)):
             assert [cache.match_prefix(one) for one in keys] == [len(one) for one in keys]
             assert [hits(cache, one) for one in keys] == [len(one) for one in keys]
-            assert cache.counters["failures"] <= 8  # then it is left alone
+            asked_again = (time.monotonic() - killed_s) / LONGEST_PAUSE_S
+            assert cache.counters["failures"] <= 8 + asked_again  # then it is left alone
         results = put(writer, prompt(50))
         assert all(results)
         assert any("not on s0" in result.reason for result in results)
@@ -74,14 +79,14 @@ def test_with_two_replicas_a_killed_shard_costs_nothing_and_is_filled_again_when
 
 
 def test_a_shard_that_hangs_leaves_time_for_its_replica() -> None:
-    with cluster(2) as made:
+    with cluster(2, deadline_s=8.0) as made:  # half of it for each
         cache, keys = made.connect(replicas=2), prompt(1)
         assert all(put(cache, keys))
         suspend(made.servers[0].pid)
         try:
             assert hits(cache, keys) == len(keys)
             assert cache.match_prefix(keys) == len(keys)
-            alone = made.connect()
+            alone = made.connect(deadline_s=4.0)
             assert hits(alone, keys) <= len(keys)
             assert alone.match_prefix(keys) <= len(keys)
         finally:
@@ -92,23 +97,31 @@ def test_killing_a_shard_under_load_is_never_an_error_nor_wrong() -> None:
     with cluster(3) as made:
         keys, stop = [prompt(label, 3000) for label in range(8)], threading.Event()
         errors: list[BaseException] = []
+        rounds = [0] * 3
 
-        def work(cache: Client, own: Sequence[Keys]) -> None:
+        def work(cache: Client, number: int) -> None:
             try:
                 while not stop.is_set():
-                    for one in own:
+                    for one in keys[number::3]:
                         hits(cache, one)
                         put(cache, one)
+                    rounds[number] += 1
             except BaseException as error:
                 errors.append(error)
 
+        def go_on() -> None:
+            """Until each has been through all of its own at least once from now on."""
+            time.sleep(0.5)
+            begun = [count + 2 for count in rounds]
+            eventually(lambda: errors or all(map(operator.ge, rounds, begun)), "all go on")
+
         cache = made.connect(replicas=2)
-        workers = [threading.Thread(target=work, args=(cache, keys[at::3])) for at in range(3)]
+        workers = [threading.Thread(target=work, args=(cache, number)) for number in range(3)]
         for worker in workers:
             worker.start()
-        time.sleep(0.5)
+        go_on()
         made.servers[1].stop(signal.SIGKILL)
-        time.sleep(1.5)
+        go_on()
         stop.set()
         for worker in workers:
             worker.join()
@@ -117,7 +130,8 @@ def test_killing_a_shard_under_load_is_never_an_error_nor_wrong() -> None:
 
 
 # ------------------------------------------------------------------------------------------ views that change
-def test_a_newcomer_is_read_through_and_takes_over_what_is_asked_for() -> None:
+def test_a_newcomer_is_read_through_and_takes_over_what_is_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(mmcache.client.cluster, "COPY_S", 10.0)
     with cluster(4) as made:
         membership = Told(made.view(0, 1, 2))
         config: ClusterConfig = parse_cluster_url(made.url())
@@ -207,6 +221,11 @@ def test_a_token_file_that_is_just_being_written_costs_a_shard_for_a_moment_only
 def test_a_newcomer_that_hangs_while_it_is_given_copies_does_not_hold_up_who_read(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    in_time(lambda: copies_to_who_hangs_s(monkeypatch), COPY_S + 1.0)
+
+
+def copies_to_who_hangs_s(monkeypatch: pytest.MonkeyPatch) -> float:
+    """How long who reads is held up."""
     with cluster(2, deadline_s=8.0) as made:
         told, keys = Told(made.view(0)), prompt(1)
         with ClusterClient(parse_cluster_url(made.url()), told) as cache:
@@ -220,15 +239,20 @@ def test_a_newcomer_that_hangs_while_it_is_given_copies_does_not_hold_up_who_rea
             monkeypatch.setattr(mmcache.client.cluster, "copy", copy_to_who_hangs)
             began = time.monotonic()
             assert hits(cache, keys) == len(keys)
-            assert COPY_S - 0.1 < time.monotonic() - began < COPY_S + SLACK_S
+            took_s = time.monotonic() - began
             os.kill(made.servers[1].pid, signal.SIGCONT)
+    assert took_s > COPY_S - 0.1
+    return took_s
 
 
-def test_a_value_that_is_too_large_to_pass_through_this_process_is_not_copied() -> None:
+def test_a_value_that_is_too_large_to_pass_through_this_process_is_not_copied(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(mmcache.client.cluster, "COPY_S", 20.0)
     with cluster(2) as made:
         told = Told(made.view(0))
         keys = Keys.of([mmcache.opaque_key(NAMESPACE, b"%d" % number) for number in range(2)])
-        with ClusterClient(parse_cluster_url(made.url(deadline_s=8)), told) as cache:
+        with ClusterClient(parse_cluster_url(made.url(deadline_s=20)), told) as cache:
             for nbytes, copied in ((LARGEST_COPY_NBYTES + 1, False), (LARGEST_COPY_NBYTES, True)):
                 cache.delete(keys)
                 told.now = made.view(0)
@@ -244,7 +268,7 @@ def test_a_value_that_is_too_large_to_pass_through_this_process_is_not_copied() 
 @pytest.mark.alone
 @pytest.mark.parametrize("call", ["pin_prefix", "acquire"])
 def test_leases_on_shards_that_hang_are_given_back_within_one_deadline(call: str) -> None:
-    with cluster(3) as made:
+    with cluster(3, deadline_s=HANGS_S) as made:
         cache, keys = made.connect(), prompt(5, 40_000)
         assert all(put(cache, keys))
         held = getattr(cache, call)(keys)
@@ -254,7 +278,7 @@ def test_leases_on_shards_that_hang_are_given_back_within_one_deadline(call: str
         try:
             began_s = time.monotonic()
             assert not held.release()
-            assert time.monotonic() - began_s < 1.7 * DEADLINE_S
+            assert time.monotonic() - began_s < ONE_DEADLINE_S
         finally:
             for server in made.servers:
                 os.kill(server.pid, signal.SIGCONT)
@@ -263,7 +287,7 @@ def test_leases_on_shards_that_hang_are_given_back_within_one_deadline(call: str
 
 @pytest.mark.alone
 def test_what_was_pinned_behind_a_shard_that_hangs_is_not_waited_for_beyond_the_deadline() -> None:
-    with cluster(3) as made:
+    with cluster(3, deadline_s=HANGS_S) as made:
         cache, keys = made.connect(), prompt(5, 40_000)
         assert all(put(cache, keys))
         first = next(iter(cache._router.routes(keys, time.monotonic())[0].owners))
@@ -271,7 +295,7 @@ def test_what_was_pinned_behind_a_shard_that_hangs_is_not_waited_for_beyond_the_
         suspend(made.servers[int(first[1:])].pid)
 
         def later() -> None:
-            time.sleep(0.4 * DEADLINE_S)
+            time.sleep(0.4 * HANGS_S)
             for server in others:
                 suspend(server.pid)
 
@@ -280,7 +304,7 @@ def test_what_was_pinned_behind_a_shard_that_hangs_is_not_waited_for_beyond_the_
         try:
             began_s = time.monotonic()
             assert cache.pin_prefix(keys).count == 0
-            assert time.monotonic() - began_s < 1.5 * DEADLINE_S
+            assert time.monotonic() - began_s < ONE_DEADLINE_S
         finally:
             thread.join()
             for server in made.servers:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import subprocess
@@ -10,6 +11,7 @@ import threading
 import time
 from collections.abc import Iterator
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -21,7 +23,8 @@ from mmcache_connectors.vllm.shelf import MAX_ITEMS, Shelf
 from tests.integration.support import suspend
 from tests.integration.toy_encoder import WIDTH, Toy, output, request, toys_of_one_server
 
-DEADLINE_S = 0.5
+DEADLINE_S = 4.0
+ONE_DEADLINE_S = 1.8 * DEADLINE_S  # never two of them, even where the machine stands still for a while
 
 
 @pytest.fixture
@@ -79,6 +82,7 @@ def test_an_aborted_request_gives_back_what_was_fetched_for_it(toys: Any) -> Non
 def test_what_comes_long_after_the_deadline_is_given_back_too(toys: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """Or host memory would be taken by it for good, and at some time nothing were loaded any more."""
     first, second = toys(), toys(deadline_s=0.5)
+    second.client.config = replace(second.client.config, deadline_s=8.0)
     first.run(request("a", 1))
     assert first.worker.flush(5)
     names, go = second.scheduler._namer.names, threading.Event()
@@ -122,12 +126,12 @@ def test_a_cache_that_stops_and_dies_delays_a_request_by_the_deadline_at_most() 
         assert toy.worker.flush(5)
         suspend(server.pid)
         for name in ("b", "c"):
-            assert toy.run(request(name, 1, 2)) < DEADLINE_S + 0.3
+            assert toy.run(request(name, 1, 2)) < ONE_DEADLINE_S
         assert toy.encoded >= 3
         server.process.send_signal(signal.SIGCONT)  # type: ignore[union-attr]
         _until_hit(toy)
         server.stop(signal.SIGKILL)
-        assert toy.run(request("e", 1)) < DEADLINE_S + 0.3
+        assert toy.run(request("e", 1)) < ONE_DEADLINE_S
         toy.close()
     finally:
         server.stop(signal.SIGKILL)
@@ -187,8 +191,18 @@ def test_small_items_do_not_take_all_open_files(toys: Any) -> None:
     for seed in range(MAX_ITEMS + 8):
         first.run(request(f"a{seed}", seed))
     assert first.worker.flush(10)
-    before = len(os.listdir("/proc/self/fd"))
+    before = set(embeddings())
     for seed in range(MAX_ITEMS + 8):
         second.run(request(f"b{seed}", seed))
     assert second.encoded == 0
-    assert 2 * MAX_ITEMS <= len(os.listdir("/proc/self/fd")) - before <= 2 * MAX_ITEMS + 8
+    assert len([inode for inode in embeddings() if inode not in before]) == 2 * MAX_ITEMS
+
+
+def embeddings() -> list[int]:
+    """The memory of embeddings that this process has open, by inode, as often as it has."""
+    found = []
+    for path in Path("/proc/self/fd").iterdir():
+        with contextlib.suppress(FileNotFoundError):  # closed since it was listed
+            if "mmcache-embedding" in os.readlink(path):
+                found.append(path.stat().st_ino)
+    return found

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import re
 import time
@@ -55,10 +56,10 @@ class Bed:
 
 @pytest.fixture
 def bed() -> Iterator[Bed]:
-    server = Server(ServerConfig(listen="127.0.0.1:0", memory_nbytes=MiB, lease_s=1.0, io_timeout_s=1.0))
+    server = Server(ServerConfig(listen="127.0.0.1:0", memory_nbytes=MiB))
     server.start()
     assert server.address is not None
-    with mmcache.connect("mmcache://{}:{}?deadline_s=0.2".format(*server.address)) as client:
+    with mmcache.connect("mmcache://{}:{}?deadline_s=10".format(*server.address)) as client:
         yield Bed(server, client)
     server.stop()
 
@@ -75,8 +76,13 @@ def evicted(bed: Bed) -> Keys:
 
 
 def expired(bed: Bed) -> Keys:
-    keys = keys_of(1, "brief")
-    bed.put(keys, ttl_s=0.05)
+    tries = itertools.count()
+
+    def stored() -> Keys | None:
+        keys = keys_of(1, f"brief/{next(tries)}")
+        return keys if all(bed.client.put(keys, values_of(keys, NBYTES), ttl_s=0.05)) else None
+
+    keys: Keys = eventually(stored, "it arrives before it expires")
     time.sleep(0.06)
     return keys
 

@@ -29,14 +29,14 @@ from mmcache_connectors.paged import PagedGroup  # noqa: E402
 from mmcache_kernels import TorchMover, TritonMover  # noqa: E402
 
 LAYERS, BLOCKS, HEADS, TOKENS, CONTENT = 3, 12, 2, 16, 64
-LEASE_S = 1.0
+SHORT_S = 0.5  # of a lease that is to be lost; others last as long as a machine may stand still
 IDS, TARGETS = [5, 1, 9, 2], [3, 8, 1, 11]
 MOVERS: dict[str, Any] = {"kernels": TritonMover, "torch": TorchMover}
 
 
 @pytest.fixture
 def server() -> Iterator[Server]:
-    running = Server(ServerConfig(listen="127.0.0.1:0", memory_nbytes=16 << 20, lease_s=LEASE_S, prefault=True))
+    running = Server(ServerConfig(listen="127.0.0.1:0", memory_nbytes=16 << 20, prefault=True))
     running.start()
     yield running
     running.stop()
@@ -89,7 +89,7 @@ def bed(request: pytest.FixtureRequest, server: Server) -> Iterator[Bed]:
     stored = blocks(source, IDS)
     with mmcache.connect(url(server), deadline_s=20) as patient:
         assert all(patient.put(keys, source.rows(stored)))
-    with mmcache.connect(f"{url(server)}?transport={request.param}", deadline_s=LEASE_S) as client:
+    with mmcache.connect(f"{url(server)}?transport={request.param}", deadline_s=10) as client:
         yield Bed(client, keys, stored, BufferPool(4 * source.spec().nbytes, 1, pinned="no"))
 
 
@@ -136,7 +136,9 @@ def test_entries_that_change_places_are_not_taken_for_each_other(bed: Bed, serve
     assert bed.fill(group(1, "kernels"))[0] == "corrupt"
 
 
-def test_a_lease_that_was_lost_makes_every_block_a_miss(bed: Bed, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_lease_that_was_lost_makes_every_block_a_miss(
+    bed: Bed, server: Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
     if bed.client.stat()["transport"] != "shm":
         pytest.skip("what is received needs no lease")
     paged = group(1, "kernels")
@@ -144,8 +146,9 @@ def test_a_lease_that_was_lost_makes_every_block_a_miss(bed: Bed, monkeypatch: p
 
     def late(self: PagedGroup, *given: Any) -> None:
         scatter(self, *given)
-        time.sleep(1.5 * LEASE_S)
+        time.sleep(1.5 * SHORT_S)
 
+    monkeypatch.setattr(server.shard.index, "_lease_s", SHORT_S)
     monkeypatch.setattr(PagedGroup, "scatter_from", late)
     assert bed.fill(paged) == ["miss"] * 4
     monkeypatch.undo()

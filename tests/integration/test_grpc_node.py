@@ -195,7 +195,7 @@ def test_the_sample_of_the_page_runs(server: ServerProcess, tmp_path: Path) -> N
 def test_a_peer_that_takes_no_answer_is_let_go_and_its_memory_comes_back() -> None:
     """Answers wait for HTTP/2's flow control, which only a client other than gRPC's can leave shut."""
     with (
-        ServerProcess("32MiB", "--grpc", "127.0.0.1:0", environment={"MMCACHE_IO_TIMEOUT_S": "0.5"}) as server,
+        ServerProcess("32MiB", "--grpc", "127.0.0.1:0", environment={"MMCACHE_IO_TIMEOUT_S": "5"}) as server,
         rpc_to(server.grpc_address) as rpc,
     ):
         key = keys_of(1, "silent")[0]

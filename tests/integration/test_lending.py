@@ -55,6 +55,12 @@ def filled(nbytes: int, seed: int) -> Bytes:
     return buffer
 
 
+def maps_what_is_lent(server: ServerProcess) -> bool:
+    """Whether the server maps memory of any client's: of a connection that ended, until it has noticed."""
+    with open(f"/proc/{server.pid}/maps") as file:
+        return any(name in line for line in file for name in ("memfd:mmcache-shared", "memfd:lent"))
+
+
 def lent(client: Client) -> int:
     return int(client.stat()["counters"]["bytes_lent"])
 
@@ -152,20 +158,16 @@ def test_what_changes_during_a_put_is_never_stored_wrong(client: Client) -> None
 
 
 def test_memory_goes_when_its_user_does(server: ServerProcess) -> None:
-    def mapped() -> bool:
-        with open(f"/proc/{server.pid}/maps") as file:
-            return "mmcache-shared" in file.read()
-
-    eventually(lambda: not mapped(), "what earlier clients lent is unmapped")
+    eventually(lambda: not maps_what_is_lent(server), "what earlier clients lent is unmapped")
     with mmcache.connect(server.url, deadline_s=20) as client:
         assert all(client.put(keys_of(1, "maps"), [filled(4096, 6)]))
-        assert mapped()
-    eventually(lambda: not mapped(), "lent memory is unmapped when its connection ends")
+        assert maps_what_is_lent(server)
+    eventually(lambda: not maps_what_is_lent(server), "lent memory is unmapped when its connection ends")
     before = len(os.listdir("/proc/self/fd"))
     for number in range(50):
         filled(4096, number)
     gc.collect()
-    assert len(os.listdir("/proc/self/fd")) <= before
+    eventually(lambda: len(os.listdir("/proc/self/fd")) <= before, "no descriptor stays")  # others' come and go
 
 
 def test_a_child_lends_what_it_inherited(server: ServerProcess, client: Client) -> None:
@@ -278,6 +280,7 @@ def test_memory_with_holes_is_not_mapped(server: ServerProcess) -> None:
 
 
 def test_a_server_maps_only_so_many(server: ServerProcess) -> None:
+    eventually(lambda: not maps_what_is_lent(server), "what earlier clients lent is unmapped")
     lenders = [Lender(server) for _ in range(MAX_VIEWS // LENT_MEMORIES + 1)]
     said = []
     for raw in lenders:
@@ -289,6 +292,7 @@ def test_a_server_maps_only_so_many(server: ServerProcess) -> None:
     assert all("lent to this server already" in why for why in said[MAX_VIEWS:])
     for raw in lenders:
         raw.sock.close()
+    eventually(lambda: not maps_what_is_lent(server), "there is room for the next tests")
 
 
 def test_what_is_no_memfd_is_not_mapped(server: ServerProcess) -> None:

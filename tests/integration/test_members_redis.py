@@ -16,9 +16,11 @@ import pytest
 
 import mmcache
 from mmcache.client.cluster import ClusterClient
+from mmcache.cluster import redis_members
 from mmcache.cluster.beats import MAX_BEAT_NBYTES, TTL_S
 from mmcache.cluster.membership import Watched
 from mmcache.cluster.redis_link import RedisLink
+from mmcache.cluster.redis_members import POLL_S
 from mmcache.cluster.registration import Registration
 from mmcache.cluster.seen import CONFIRM_S
 from mmcache.cluster.urls import open_membership, parse_members_url
@@ -26,9 +28,9 @@ from mmcache.connect import GATHER_S
 from mmcache.errors import ConfigError, TransportError
 from tests.integration.members_bed import becomes, ids, leave, stays, watched
 from tests.integration.redis_bed import Redis, registered, url_of
-from tests.integration.support import eventually
+from tests.integration.support import eventually, in_time
 
-GONE_S = TTL_S + CONFIRM_S + 3.0
+GONE_S = TTL_S + CONFIRM_S + POLL_S + 10.0  # a machine may stop us for some seconds
 
 
 @pytest.fixture
@@ -37,6 +39,13 @@ def there() -> Iterator[Redis]:
         yield one
 
 
+@pytest.fixture
+def no_poll(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever is seen in time is seen because somebody was woken."""
+    monkeypatch.setattr(redis_members, "POLL_S", 600.0)
+
+
+@pytest.mark.usefixtures("no_poll")
 def test_who_joins_is_in_at_once_and_who_leaves_is_out_at_once(there: Redis) -> None:
     url = url_of(there)
     servers = registered(url, 1, 2)
@@ -45,9 +54,9 @@ def test_who_joins_is_in_at_once_and_who_leaves_is_out_at_once(there: Redis) -> 
         view = members.view()
         assert view is members.view()
         servers += registered(url, 3)
-        assert becomes(members, "1", "2", "3") < 2.0  # woken: far below the poll and the time to live
+        becomes(members, "1", "2", "3")
         assert servers[0].leave()
-        assert becomes(members, "2", "3") < 2.0
+        becomes(members, "2", "3")
         assert [one.why for one in members.seen.left_out] == ["draining"]
         servers[0].gone()
         eventually(lambda: not members.seen.left_out, "it is forgotten")
@@ -65,7 +74,7 @@ def test_who_is_stopped_without_a_word_is_out_after_a_time_and_no_sooner(there: 
         servers[0]._leaving = True  # its thread ends and says nothing, as after SIGKILL
         servers[0]._wake.set()
         stays(lambda: ids(members) == ["1", "2"], TTL_S - 2.5)
-        assert becomes(members, "2", patience_s=GONE_S) < GONE_S
+        becomes(members, "2", patience_s=GONE_S)
     leave(servers[1:])
 
 
@@ -97,13 +106,21 @@ def test_a_redis_that_hangs_delays_nobody(there: Redis) -> None:
     servers = registered(url, 1)
     with watched(url) as members:
         there.signal(signal.SIGSTOP)
-        began_s = time.monotonic()
-        for _ in range(1000):
-            members.view()
-        assert time.monotonic() - began_s < 0.5
-        with pytest.raises(TransportError, match="does not do as asked"):
-            open_membership(url)
-        assert time.monotonic() - began_s < 6.0
+
+        def views_s() -> float:
+            began_s = time.monotonic()
+            for _ in range(1000):
+                members.view()
+            return time.monotonic() - began_s
+
+        def hangs_s() -> float:
+            began_s = time.monotonic()
+            with pytest.raises(TransportError, match="does not do as asked"):
+                open_membership(url)
+            return time.monotonic() - began_s
+
+        in_time(views_s, 0.5)
+        in_time(hangs_s, 5.5)
         there.signal(signal.SIGCONT)
         servers += registered(url, 2)
         becomes(members, "1", "2")
@@ -118,7 +135,7 @@ def test_a_server_starts_without_redis_and_joins_when_it_is_there(caplog: pytest
         began_s = time.monotonic()
         one.start(3.0)
         assert time.monotonic() - began_s < 3.5
-        assert "start it, or correct the URL" in one.why_not
+        eventually(lambda: "start it, or correct the URL" in one.why_not, "it knows that Redis is not there")
         assert "is not told of this server, it is tried again" in caplog.text
         there.start()
         eventually(lambda: not one.why_not, "it has joined")
@@ -200,11 +217,12 @@ def test_a_burst_of_changes_is_looked_at_a_few_times(there: Redis, monkeypatch: 
         eventually(lambda: looks, "it follows")
         time.sleep(0.5)
         before = len(looks)
-        client = there.client()
+        burst = there.client().pipeline(transaction=True)  # a machine that stops us would spread it over seconds
         for _ in range(200):
-            client.publish("mmcache:{test}:changed", b"")
+            burst.publish("mmcache:{test}:changed", b"")
+        assert burst.execute() == [1] * 200
         servers += registered(url, 2)
-        becomes(members, "1", "2", patience_s=2.0)
+        becomes(members, "1", "2")
         time.sleep(2.0)
         assert len(looks) - before <= 10
     leave(servers)
@@ -216,7 +234,7 @@ def test_what_is_of_another_type_in_redis_is_an_error_and_then_the_last_view(the
     with watched(url) as members:
         there.client().delete("mmcache:{test}:beats")
         there.client().set("mmcache:{test}:beats", "not a sorted set")
-        eventually(lambda: members.counters["source_losses"], "it is noticed", 10.0)
+        eventually(lambda: members.counters["source_losses"], "it is noticed")
         assert ids(members) == ["1"]
         with pytest.raises(TransportError, match="WRONGTYPE"):
             open_membership(url)
@@ -238,18 +256,19 @@ def test_two_servers_with_one_id_are_told_to_all_and_the_last_one_is_used(
     leave(old + new)
 
 
+@pytest.mark.usefixtures("no_poll")
 def test_drained_is_out_until_it_is_undone_whether_it_restarts_or_not(there: Redis) -> None:
     url = url_of(there)
     servers = registered(url, 1, 2)
     link = RedisLink(parse_members_url(url))
     with watched(url) as members, link.open() as connection:
         link.drain(connection, "127.0.0.1:1", undo=False)
-        assert becomes(members, "2") < 2.0
+        becomes(members, "2")
         leave(servers[:1])
         servers[:1] = registered(url, 1)
         stays(lambda: ids(members) == ["2"], 0.5)
         link.drain(connection, "127.0.0.1:1", undo=True)
-        assert becomes(members, "1", "2") < 2.0
+        becomes(members, "1", "2")
     leave(servers)
 
 
@@ -276,7 +295,7 @@ def test_a_forked_child_follows_by_itself(there: Redis) -> None:
         child.start()
         assert hear.recv() == ["1"]
         servers += registered(url, 2)
-        assert hear.poll(10.0)
+        assert hear.poll(30.0)
         assert hear.recv() == ["1", "2"]
         child.join(5.0)
         becomes(members, "1", "2")
@@ -289,7 +308,7 @@ def test_close_ends_the_thread_and_the_last_view_stays(there: Redis) -> None:
     others = set(threading.enumerate())
     with watched(url) as members:
         (thread,) = (one for one in set(threading.enumerate()) - others if one.name == "mmcache-members")
-    thread.join(5.0)
+    thread.join(20.0)
     assert not thread.is_alive()
     assert ids(members) == ["1"]
     leave(servers)
@@ -302,7 +321,7 @@ def test_a_client_that_starts_while_redis_hears_of_its_servers_waits_for_as_many
         stack.callback(registered(url, 7601)[0].gone)
 
         def join() -> None:
-            time.sleep(1.0)
+            time.sleep(0.3)
             stack.callback(registered(url, 7602)[0].gone)
 
         thread = threading.Thread(target=join)
@@ -310,7 +329,13 @@ def test_a_client_that_starts_while_redis_hears_of_its_servers_waits_for_as_many
         with mmcache.connect(f"{url}&replicas=2", lazy=True) as cache:
             assert isinstance(cache, ClusterClient)
         thread.join()
-        began_s = time.monotonic()
-        with pytest.raises(ConfigError, match="replicas=3 needs as many shards, and there are 2"):
-            mmcache.connect(f"{url}&replicas=3", lazy=True)
-        assert GATHER_S <= time.monotonic() - began_s < GATHER_S + 2
+
+        def refused_s() -> float:
+            began_s = time.monotonic()
+            with pytest.raises(ConfigError, match="replicas=3 needs as many shards, and there are 2"):
+                mmcache.connect(f"{url}&replicas=3", lazy=True)
+            took_s = time.monotonic() - began_s
+            assert took_s >= GATHER_S
+            return took_s
+
+        in_time(refused_s, GATHER_S + 2)

@@ -15,6 +15,8 @@ from mmcache.testing.process import ServerProcess
 from tests.integration.support import MiB, blanks, eventually, keys_of, values_of
 from tests.integration.wire_bed import NAMESPACE, NOTHING, SLOW, THERE, Wire, network
 
+pytestmark = pytest.mark.alone  # one network of these addresses at a time
+
 DEADLINE_S, SLACK_S = 1.5, 2.0
 NBYTES, COUNT = 8 * MiB, 2
 
@@ -51,25 +53,32 @@ def test_a_get_that_is_cut_off_is_a_miss_in_time_and_holds_nothing(
     wire: Wire, server: ServerProcess, neighbour: Client
 ) -> None:
     keys = keys_of(COUNT, "cut get")
-    values, buffers = values_of(keys, NBYTES), blanks(COUNT, NBYTES)
-    assert all(neighbour.put(keys, values))
+    assert all(neighbour.put(keys, values_of(keys, NBYTES)))
     with mmcache.connect(server.url, deadline_s=DEADLINE_S) as cache:
-        assert cache.contains(keys) == [True] * COUNT
+        eventually(lambda: cache.contains(keys) == [True] * COUNT, "it is there")
 
-        def cut() -> None:
-            while np.array_equal(buffers[0][:64], blanks(1, 64)[0]):
-                time.sleep(0.001)
-            wire.limit(NOTHING)
+        def cut_off() -> float:
+            """How long the get took; 0 if it ended before it was cut off, as on a machine that pauses."""
+            wire.limit(SLOW)
+            buffers, over = blanks(COUNT, NBYTES), threading.Event()
 
-        thread = threading.Thread(target=cut)
-        thread.start()
-        try:
+            def cut() -> None:
+                while np.array_equal(buffers[0][:64], blanks(1, 64)[0]) and not over.wait(0.001):
+                    pass
+                wire.limit(NOTHING)
+
+            thread = threading.Thread(target=cut)
+            thread.start()
             begin = time.monotonic()
             results = cache.get_into(keys, buffers)
             took_s = time.monotonic() - begin
+            over.set()
             thread.join()
-            assert not results[-1]
-            assert took_s < DEADLINE_S + SLACK_S
+            began = not np.array_equal(buffers[0][:64], blanks(1, 64)[0])
+            return took_s if began and not results[-1] else 0.0
+
+        try:
+            assert eventually(cut_off, "a get is cut off") < DEADLINE_S + SLACK_S
             assert not any(cache.get_into(keys, blanks(COUNT, NBYTES)))  # cut off still
             eventually(lambda: neighbour.stat()["counters"]["leases"] == 0, "what was being sent is let go of")
             assert all(neighbour.get_into(keys, blanks(COUNT, NBYTES)))
@@ -86,21 +95,31 @@ def test_a_put_that_is_cut_off_is_refused_in_time_and_leaves_nothing(
     keys = keys_of(COUNT, "cut put")
     values = values_of(keys, NBYTES)
     with mmcache.connect(server.url, deadline_s=DEADLINE_S) as cache:
-        assert cache.match_prefix(keys) == 0
 
-        def cut() -> None:
-            eventually(lambda: neighbour.stat()["counters"]["reservations"] > 0, "the put has begun")
-            wire.limit(NOTHING)
+        def cut_off() -> float:
+            """How long the put took; 0 if some of it was stored before it was cut off, or it had not begun."""
+            wire.limit(SLOW)
+            neighbour.delete(keys)
+            cache.match_prefix(keys)
+            over, begun = threading.Event(), threading.Event()
 
-        thread = threading.Thread(target=cut)
-        thread.start()
-        try:
+            def cut() -> None:
+                while not begun.is_set() and not over.wait(0.01):
+                    if neighbour.stat()["counters"]["reservations"] > 0:
+                        begun.set()
+                wire.limit(NOTHING)
+
+            thread = threading.Thread(target=cut)
+            thread.start()
             begin = time.monotonic()
             results = cache.put(keys, values)
             took_s = time.monotonic() - begin
+            over.set()
             thread.join()
-            assert not any(results)
-            assert took_s < DEADLINE_S + SLACK_S
+            return took_s if begun.is_set() and not any(results) else 0.0
+
+        try:
+            assert eventually(cut_off, "a put is cut off") < DEADLINE_S + SLACK_S
             eventually(
                 lambda: (now := neighbour.stat()["counters"])["reservations"] == now["inflight_bytes"] == 0,
                 "the server gives up what stopped arriving",

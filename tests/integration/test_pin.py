@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import signal
 from collections.abc import Iterator
 
@@ -13,19 +14,29 @@ from mmcache.client.blocking import Client
 from mmcache.client.pin import Pinned
 from mmcache.keyset import Keys
 from mmcache.testing.process import ServerProcess
-from tests.integration.support import blanks, eventually, keys_of, values_of
+from tests.integration.support import blanks, eventually, keys_of, reserved_address, values_of
 
 NBYTES = 60_000
 
 
-@pytest.fixture(params=["unix", "tcp"])
-def cache(request: pytest.FixtureRequest) -> Iterator[Client]:
+@contextlib.contextmanager
+def served(path: str, lease_s: int) -> Iterator[Client]:
+    environment = {"MMCACHE_LEASE_S": str(lease_s), "MMCACHE_MAX_BATCH_KEYS": "16"}
     with (
-        ServerProcess("4MiB", environment={"MMCACHE_LEASE_S": "3", "MMCACHE_MAX_BATCH_KEYS": "16"}) as server,
-        mmcache.connect(
-            f"{server.url}?transport={'shm' if request.param == 'unix' else 'tcp'}&deadline_s=0.7"
-        ) as cache,
+        ServerProcess("4MiB", environment=environment) as server,
+        mmcache.connect(f"{server.url}?transport={path}", deadline_s=7) as cache,
     ):
+        yield cache
+
+
+@pytest.fixture(params=["shm", "tcp"], ids=["unix", "tcp"])
+def path(request: pytest.FixtureRequest) -> str:
+    return str(request.param)
+
+
+@pytest.fixture
+def cache(path: str) -> Iterator[Client]:
+    with served(path, lease_s=60) as cache:
         yield cache
 
 
@@ -52,12 +63,13 @@ def test_what_is_pinned_survives_pressure_until_it_is_released(cache: Client) ->
     assert cache.contains(keys) == [False] * 10
 
 
-def test_a_pin_that_is_forgotten_ends_with_the_lease(cache: Client) -> None:
-    keys = keys_of(10, "forgotten")
-    assert all(cache.put(keys, values_of(keys, NBYTES)))
-    pinned = cache.pin_prefix(keys)
-    eventually(lambda: cache.stat()["counters"]["leases"] == 0, "the lease has ended")
-    assert not pinned.release()
+def test_a_pin_that_is_forgotten_ends_with_the_lease(path: str) -> None:
+    with served(path, lease_s=3) as cache:
+        keys = keys_of(10, "forgotten")
+        assert all(cache.put(keys, values_of(keys, NBYTES)))
+        pinned = cache.pin_prefix(keys)
+        eventually(lambda: cache.stat()["counters"]["leases"] == 0, "the lease has ended")
+        assert not pinned.release()
 
 
 def test_a_prefix_longer_than_a_batch_and_than_may_be_pinned_is_counted_whole(cache: Client) -> None:
@@ -85,26 +97,29 @@ def test_contains_says_which(cache: Client) -> None:
 def test_without_a_server_nothing_is_there_and_nothing_raises(caplog: pytest.LogCaptureFixture) -> None:
     server = ServerProcess("4MiB").start()
     keys = keys_of(3, "gone")
-    with mmcache.connect(server.url, deadline_s=0.5) as cache:
+    with mmcache.connect(server.url, deadline_s=7) as cache:
         assert all(cache.put(keys, values_of(keys, 100)))
         assert server.stop() == 0
         for _ in range(5):
             assert cache.contains(keys) == [False] * 3
             assert cache.pin_prefix(keys).count == 0
         assert isinstance(cache.pin_prefix(keys), Pinned)
-    said = [record.getMessage() for record in caplog.records if "does not answer" in record.getMessage()]
+        said = [one.getMessage() for one in caplog.records if f"{cache!r} does not answer" in one.getMessage()]
     assert len(said) == 1  # one line for the change, not one for each call
 
 
 def test_a_server_that_comes_back_is_said_once(caplog: pytest.LogCaptureFixture) -> None:
-    server = ServerProcess("4MiB").start()
     keys = keys_of(3, "back")
-    with mmcache.connect(server.url, deadline_s=0.5) as cache:
+    with (
+        reserved_address() as place,
+        ServerProcess("4MiB", listen=place) as server,
+        mmcache.connect(server.url, deadline_s=7) as cache,
+    ):
         assert server.stop(signal.SIGKILL) == -signal.SIGKILL
         assert cache.contains(keys) == [False] * 3
-        with ServerProcess("4MiB", listen=server.url.removeprefix("mmcache://")):
+        with ServerProcess("4MiB", listen=place):
             eventually(lambda: all(cache.put(keys, values_of(keys, 100))), "the server is found again")
             assert cache.contains(keys) == [True] * 3
-    said = [record.getMessage() for record in caplog.records]
-    assert len([line for line in said if "does not answer" in line]) == 1
-    assert len([line for line in said if "answers again" in line]) == 1
+        said = [record.getMessage() for record in caplog.records]
+        assert len([line for line in said if f"{cache!r} does not answer" in line]) == 1
+        assert len([line for line in said if f"{cache!r} answers again" in line]) == 1

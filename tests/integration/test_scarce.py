@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
-import gc
+import json
 import os
 import resource
 import socket
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -21,7 +23,17 @@ from mmcache.client.blocking import Client
 from mmcache.pb import cache_pb2 as pb
 from mmcache.testing.process import ServerProcess
 from mmcache.transport.base import PRELUDE_NBYTES, PROTOCOL, Op, pack_prelude
-from tests.integration.support import MiB, Raw, blanks, eventually, frame_bytes, keys_of, reserve_request, values_of
+from tests.integration.support import (
+    ROOT,
+    MiB,
+    Raw,
+    blanks,
+    eventually,
+    frame_bytes,
+    keys_of,
+    reserve_request,
+    values_of,
+)
 
 IO_TIMEOUT_S = 1.0
 SLACK_S = 3.0
@@ -49,36 +61,6 @@ def is_served(client: Client) -> bool:
 
 
 # ------------------------------------------------------------------------------------------- descriptors
-def descriptors(pid: int) -> int:
-    return len(os.listdir(f"/proc/{pid}/fd"))
-
-
-def test_a_server_out_of_descriptors_serves_who_is_connected_and_later_the_others(
-    server: ServerProcess, bystander: Client
-) -> None:
-    usual = resource.prlimit(server.pid, resource.RLIMIT_NOFILE)
-    resource.prlimit(server.pid, resource.RLIMIT_NOFILE, (descriptors(server.pid) + 6, usual[1]))
-    try:
-        with contextlib.ExitStack() as stack:
-            answered = 0
-            with contextlib.suppress(TimeoutError):
-                while answered < 12:  # more than there are descriptors: who comes last waits, unanswered
-                    raw = stack.enter_context(Raw(server))
-                    raw.sock.settimeout(1.0)
-                    raw.join()
-                    answered += 1
-            assert 0 < answered < 12
-            assert is_served(bystander)
-            late = stack.enter_context(mmcache.connect(server.url, deadline_s=0.3, lazy=True))
-            began = time.monotonic()
-            assert not any(late.get_into(keys_of(1, "kept"), blanks(1, NBYTES)))
-            assert time.monotonic() - began < 0.3 + SLACK_S
-        with mmcache.connect(server.url, deadline_s=7, lazy=True) as cache:
-            eventually(lambda: is_served(cache), "another client is served once some have left")
-    finally:
-        resource.prlimit(server.pid, resource.RLIMIT_NOFILE, usual)
-
-
 def numbers(pid: int) -> set[int]:
     return set(map(int, os.listdir(f"/proc/{pid}/fd")))
 
@@ -93,10 +75,35 @@ def settled_numbers(pid: int) -> set[int]:
     return found
 
 
-def limit_with_one_free(taken: set[int]) -> int:
+def limit_with_free(count: int, taken: set[int]) -> int:
     """The limit is one of numbers, not of how many there are: between those in use there are free ones."""
-    _, second = sorted(set(range(max(taken) + 3)) - taken)[:2]
-    return second
+    return sorted(set(range(max(taken) + count + 2)) - taken)[count]
+
+
+def test_a_server_out_of_descriptors_serves_who_is_connected_and_later_the_others(
+    server: ServerProcess, bystander: Client
+) -> None:
+    usual = resource.prlimit(server.pid, resource.RLIMIT_NOFILE)
+    resource.prlimit(server.pid, resource.RLIMIT_NOFILE, (limit_with_free(6, settled_numbers(server.pid)), usual[1]))
+    try:
+        with contextlib.ExitStack() as stack:
+            answered = 0
+            with contextlib.suppress(TimeoutError):
+                while answered < 12:  # more than there are descriptors: who comes last waits, unanswered
+                    raw = stack.enter_context(Raw(server))
+                    raw.sock.settimeout(5.0)
+                    raw.join()
+                    answered += 1
+            assert 0 < answered < 12
+            assert is_served(bystander)
+            late = stack.enter_context(mmcache.connect(server.url, deadline_s=0.3, lazy=True))
+            began = time.monotonic()
+            assert not any(late.get_into(keys_of(1, "kept"), blanks(1, NBYTES)))
+            assert time.monotonic() - began < 0.3 + SLACK_S
+        with mmcache.connect(server.url, deadline_s=7, lazy=True) as cache:
+            eventually(lambda: is_served(cache), "another client is served once some have left")
+    finally:
+        resource.prlimit(server.pid, resource.RLIMIT_NOFILE, usual)
 
 
 def test_a_server_with_no_descriptor_left_for_a_ring_says_so_and_goes_on(
@@ -106,7 +113,7 @@ def test_a_server_with_no_descriptor_left_for_a_ring_says_so_and_goes_on(
     assert is_served(bystander)
     eventually(lambda: bystander.stat()["counters"]["connections"] == 1, "connections of other tests ended")
     # One for the connection: the descriptor that comes beside Join, or its map's own, has no place.
-    limit = limit_with_one_free(settled_numbers(server.pid))
+    limit = limit_with_free(1, settled_numbers(server.pid))
     resource.prlimit(server.pid, resource.RLIMIT_NOFILE, (limit, usual[1]))
     try:
         url = f"mmcache+unix://{server.unix_path}"
@@ -223,28 +230,36 @@ def test_an_arena_that_could_vanish_under_a_reader_is_not_mapped(tmp_path: Path,
         listener.listen()
         thread = threading.Thread(target=offering, args=(listener, fd, MiB), daemon=True)
         thread.start()
-        with mmcache.connect(f"mmcache+unix://{path}", deadline_s=2, lazy=True) as cache:
+        with mmcache.connect(f"mmcache+unix://{path}", deadline_s=20, lazy=True) as cache:
             (result,) = cache.get_into(keys_of(1, "offered"), blanks(1, 100))
         assert "was not mapped" in result.reason
         thread.join(5)
     os.close(fd)
 
 
+# A process of its own, where no other test's maps and descriptors come and go.
+CLOSED = """
+import gc, json, os, sys
+import mmcache
+def held():
+    with open("/proc/self/maps") as file:
+        return sum("mmcache-arena" in line for line in file), len(os.listdir("/proc/self/fd"))
+mmcache.connect(sys.argv[1], deadline_s=20).close()  # what is taken once, with the first use, is no leak
+gc.collect()
+gc.disable()
+before = held()
+cache = mmcache.connect(sys.argv[1], deadline_s=20)
+during = held()
+cache.close()
+print(json.dumps([before, during, held()]))
+"""
+
+
 def test_a_closed_client_does_not_hold_the_servers_memory_until_it_is_collected(server: ServerProcess) -> None:
     """Engines freeze the collector: what waits for it stays for ever, and with it the memory of a server that ended."""
-
-    def maps() -> int:
-        with open("/proc/self/maps") as file:
-            return sum("mmcache-arena" in line for line in file)
-
-    gc.collect()
-    gc.disable()
-    try:
-        before, open_before = maps(), descriptors(os.getpid())
-        cache = mmcache.connect(f"{server.url}?transport=shm", deadline_s=7)
-        assert maps() == before + 1
-        cache.close()
-        assert maps() == before
-        assert descriptors(os.getpid()) == open_before
-    finally:
-        gc.enable()
+    command = [sys.executable, "-c", CLOSED, f"{server.url}?transport=shm"]
+    ended = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60, check=False)
+    assert ended.returncode == 0, ended.stderr
+    before, during, after = json.loads(ended.stdout)
+    assert during[0] == before[0] + 1
+    assert after == before

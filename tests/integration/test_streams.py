@@ -34,7 +34,6 @@ def test_values_arrive_in_order_over_several_connections(server: ServerProcess, 
     values = values_of(keys, NBYTES)
     with mmcache.connect(server.url + options, deadline_s=30) as cache:
         assert [one.outcome for one in cache.put(keys, values)] == [Outcome.STORED] * COUNT
-        assert cache.stat()["counters"]["connections"] == 3
         assert [one.outcome for one in cache.put(keys, values)] == [Outcome.PRESENT] * COUNT
         asked = Keys.of([*keys[:20], *missing, *keys[20:]])
         into = blanks(len(asked), NBYTES)
@@ -43,6 +42,14 @@ def test_values_arrive_in_order_over_several_connections(server: ServerProcess, 
         assert all(map(np.array_equal, values, into[:20] + into[24:]))
         assert (cache.counters["hits"], cache.counters["misses"]) == (COUNT, 4)
         assert cache.counters["put_stored"] == COUNT
+        cache.delete(keys)
+
+        def connections() -> int:  # a thread that begins late finds that of another, which is done already
+            assert all(cache.put(keys, values))
+            cache.delete(keys)
+            return int(cache.stat()["counters"]["connections"])
+
+        eventually(lambda: connections() == 3, "each of three has a connection of its own")
 
 
 def test_small_batches_go_over_one(server: ServerProcess) -> None:
@@ -57,16 +64,16 @@ def test_small_batches_go_over_one(server: ServerProcess) -> None:
 def test_a_server_that_dies_ends_every_stream_within_the_deadline(server: ServerProcess) -> None:
     keys = keys_of(COUNT, "dies")
     values = values_of(keys, NBYTES)
-    with mmcache.connect(server.url + "?transport=tcp&streams=4", deadline_s=5) as cache:
+    with mmcache.connect(server.url + "?transport=tcp&streams=4", deadline_s=10) as cache:
         assert all(cache.put(keys, values))
         stopping = threading.Timer(0.3, os.kill, (server.pid, signal.SIGKILL))
         stopping.start()
         began, lost = time.monotonic(), False
-        while not lost and time.monotonic() - began < 20:
+        while not lost and time.monotonic() - began < 30:
             into = blanks(COUNT, NBYTES)
             asked = time.monotonic()
             results = cache.get_into(keys, into)
-            assert time.monotonic() - asked < 5 + 1
+            assert time.monotonic() - asked < 10 + 1
             for value, found, result in zip(values, into, results, strict=True):
                 assert result.outcome in (Outcome.HIT, Outcome.UNAVAILABLE)
                 assert result.outcome is Outcome.UNAVAILABLE or np.array_equal(value, found)

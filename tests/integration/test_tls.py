@@ -179,7 +179,7 @@ def test_a_plain_client_and_a_browser_are_told_and_a_plain_server_too(bed: Bed) 
 
 def test_a_handshake_that_stalls_holds_up_nobody_and_ends_in_time(tmp_path: Path) -> None:
     authority, arguments = bed_arguments(tmp_path)
-    with ServerProcess("1MiB", *arguments, environment={"MMCACHE_IO_TIMEOUT_S": "0.8"}) as server:
+    with ServerProcess("1MiB", *arguments, environment={"MMCACHE_IO_TIMEOUT_S": "3"}) as server:
         host, port = server.url.removeprefix("mmcaches://").split(":")
         silent = [socket.create_connection((host, int(port)), 20) for _ in range(4)]
         silent[1].sendall(b"\x16")
@@ -251,14 +251,14 @@ def test_a_client_uses_its_renewed_certificate_for_the_next_connection(bed: Bed,
 
 
 def test_a_connection_ends_with_its_client_certificate(bed: Bed) -> None:
-    cert, key = bed.authority.issue("engine-1", left=timedelta(seconds=2), file="short")
+    cert, key = bed.authority.issue("engine-1", left=timedelta(seconds=6), file="short")
     context = client_context(bed.authority.ca, cert, key)
     host, port = bed.server.url.removeprefix("mmcaches://").split(":")
     channel = TlsChannel(Channel(socket.create_connection((host, int(port)), 10)), context, "localhost")
     channel.handshake(time.monotonic() + 10)
     raw = object.__new__(Raw)
     raw.sock = channel.sock
-    channel.sock.settimeout(10)
+    channel.sock.settimeout(20)
     assert ask_join(raw, "")[0] == Op.JOIN
     assert raw.closed_by_peer()
     channel.close()
@@ -310,5 +310,9 @@ def test_a_peer_that_resets_before_its_handshake_is_no_internal_error(
             sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))  # close with a reset
             sock.sendall(b"\x16\x03\x01")
             sock.close()
-        eventually(lambda: len(caplog.records) >= 10 and not server.service.connections, "all are noticed and gone")
-    assert {record.levelno for record in caplog.records} == {logging.DEBUG}, caplog.text
+
+        def said() -> list[int]:  # by the server; what tests before this one left behind may have something to say, too
+            return [record.levelno for record in caplog.records if record.name.startswith("mmcache.server")]
+
+        eventually(lambda: len(said()) >= 10 and not server.service.connections, "all are noticed and gone")
+    assert set(said()) == {logging.DEBUG}, caplog.text

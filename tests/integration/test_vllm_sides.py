@@ -23,7 +23,7 @@ from mmcache_connectors.vllm.plan import Blocks, Job
 from mmcache_connectors.vllm.settings import Settings
 from mmcache_connectors.vllm.worker import GroupMemory, WorkerSide
 from mmcache_kernels import TorchMover, TritonMover
-from tests.integration.support import suspend
+from tests.integration.support import eventually, in_time, suspend
 from tests.integration.toy_blocks import Request
 from tests.integration.toy_cases import (
     CONFIGURATIONS,
@@ -156,33 +156,44 @@ def test_a_block_of_another_form_is_never_used(
     assert engine.counts["loads_failed"] >= 1
 
 
-def test_a_dead_server_costs_no_request_more_than_the_deadline(server: ServerProcess) -> None:
-    engine = ToyEngine(server.url, ONE, deadline_s=1.0)
+def test_a_dead_server_costs_no_request_more_than_the_deadline() -> None:
     tokens = prompt(1, 50)
-    run_one(engine, "cold", tokens)
-    server.stop(signal.SIGKILL)
-    for turn in range(3):
-        started = time.monotonic()
-        assert run_one(engine, f"dead {turn}", tokens).external == 0
-        assert time.monotonic() - started < 3.0
-    assert engine.wrong == 0
+
+    def longest_s() -> float:
+        with ServerProcess("16MiB") as server:
+            engine = ToyEngine(server.url, ONE, deadline_s=1.0)
+            run_one(engine, "cold", tokens)
+            server.stop(signal.SIGKILL)
+        took = []
+        for turn in range(3):
+            started = time.monotonic()
+            assert run_one(engine, f"dead {turn}", tokens).external == 0
+            took.append(time.monotonic() - started)
+        assert engine.wrong == 0
+        return max(took)
+
+    in_time(longest_s, 3.0)
 
 
 def test_a_stopped_server_costs_no_request_more_than_the_deadline(server: ServerProcess) -> None:
-    engine = ToyEngine(server.url, ONE, deadline_s=1.0)
     tokens = prompt(1, 50)
-    run_one(engine, "cold", tokens)
-    assert engine.forget_local()
-    request = engine.add(Request("while loading", tokens))
-    answered(engine, request)
-    suspend(server.pid)
-    started = time.monotonic()
-    try:
-        engine.run(request, steps=10**6)
-    finally:
-        os.kill(server.pid, signal.SIGCONT)
-    assert time.monotonic() - started < 4.0
-    assert engine.wrong == 0
+
+    def stopped_s() -> float:
+        engine = ToyEngine(server.url, ONE, deadline_s=1.0)
+        run_one(engine, "cold", tokens)
+        assert engine.forget_local()
+        request = engine.add(Request("while loading", tokens))
+        answered(engine, request)
+        suspend(server.pid)
+        started = time.monotonic()
+        try:
+            engine.run(request)
+            return time.monotonic() - started
+        finally:
+            os.kill(server.pid, signal.SIGCONT)
+            assert engine.wrong == 0
+
+    in_time(stopped_s, 4.0)
 
 
 def test_an_aborted_load_gives_its_blocks_back(server: ServerProcess, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -249,6 +260,11 @@ def test_a_question_covers_no_more_than_may_arrive_in_time_and_may_be_pinned(
         assert worker.flush(30)
         monkeypatch.setattr(Client, "get_into", noted)
         load = Job("load", (Blocks(0, keys, list(range(count + 1, 2 * count + 1))),))
-        worker.start_loads([load], asynchronous=False)
-    assert sum(asked) == count
+
+        def asks_for_all() -> bool:  # a machine that pauses within the little time there is ends a load
+            asked.clear()
+            worker.start_loads([load], asynchronous=False)
+            return sum(asked) == count
+
+        eventually(asks_for_all, "a load goes on to its end")
     assert max(asked) == most_nbytes // paged.spec().nbytes < count

@@ -123,7 +123,7 @@ class Toy:
         self.scheduler.step_done(step, {})
 
     def close(self) -> None:
-        assert self.worker.flush(5)
+        assert self.worker.flush(20)
         self.scheduler.close(5)
         self.client.close()
 
