@@ -17,7 +17,7 @@ from typing import IO, Any, Final, NamedTuple, Self
 import mmcache
 from mmcache.testing.between import FREE, Between, Limit
 from mmcache.testing.values import eventually
-from mmcache.testing.way import DEADLINE_S, MEMORY, NBYTES, Stored, Way, holds_nothing, led
+from mmcache.testing.way import DEADLINE_S, MEMORY, NBYTES, LateError, Stored, Way, holds_nothing, led
 
 WARM: Final = 8  # what is taken once, by gRPC's or NIXL's own threads too, is no leak
 FAILURES: Final = 24
@@ -51,7 +51,7 @@ class Reader:
         self._process = subprocess.Popen(words, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=quiet, text=True)
 
     def tell(self, command: str) -> Any:
-        """A command's answer."""
+        """A command's answer. Raises LateError if a call was late."""
         there, back = self._process.stdin, self._process.stdout
         assert there is not None
         assert back is not None
@@ -59,7 +59,10 @@ class Reader:
         there.flush()
         line = back.readline()
         assert line, f"the reader ended at {command!r}"
-        return json.loads(line)
+        answer = json.loads(line)
+        if isinstance(answer, str):
+            raise LateError(answer)
+        return answer
 
     def settles(self, before: Taken, patience_s: float = 5.0) -> None:
         """Its descriptors and threads are what they were, soon, and its memory is about as much."""
@@ -142,7 +145,10 @@ def main(url: str, commands: IO[str], answers: IO[str]) -> None:
         if command == "connect":
             cache = mmcache.connect(url, deadline_s=DEADLINE_S, lazy=True)
         elif command == "get":
-            answer = stored.get(cache)
+            try:
+                answer = stored.get(cache)
+            except LateError as error:
+                answer = str(error)
         elif command == "close":
             cache.close()
         elif command == "taken":

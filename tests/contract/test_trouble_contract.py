@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -13,9 +14,8 @@ import mmcache
 from mmcache.client.blocking import Client
 from mmcache.config import parse_url
 from mmcache.testing.leaks import GROWTH_NBYTES, Reader, Taken
-from mmcache.testing.process import ServerProcess
-from mmcache.testing.trouble import TROUBLES, Trouble
-from mmcache.testing.way import SLACK_S, Stored, Way
+from mmcache.testing.trouble import TRIES, TROUBLES, Trouble
+from mmcache.testing.way import SLACK_S, LateError, Way
 from mmcache.transport.base import HIT, Result
 from tests.contract.ways import WAYS, way_of
 from tests.integration.on_a_loop import OnALoop
@@ -73,20 +73,36 @@ def test_a_client_that_lies_breaks_it(trouble: Trouble, tmp_path: Path) -> None:
 
 
 class Late(Client):
-    """Takes longer than a machine that runs other tests, too, would."""
+    """So many of its calls take longer than a machine that runs other tests, too, would."""
+
+    late = 0
 
     def get_into(self, keys: Any, buffers: Any, **options: Any) -> list[Result]:
         """Right, and late."""
-        time.sleep(self.config.deadline_s + SLACK_S)
+        if Late.late:
+            Late.late -= 1
+            time.sleep(self.config.deadline_s + SLACK_S)
         return super().get_into(keys, buffers, **options)
 
 
-def test_a_client_that_is_late_again_and_again_is_noticed() -> None:
-    stored = Stored("late")
-    with ServerProcess("64MiB") as server, Late(parse_url(server.url, deadline_s=0.5)) as cache:
-        stored.get(cache)  # once, a machine may have stood still
-        with pytest.raises(AssertionError, match="again and again"):
-            stored.get(cache)
+class Dawdling(Way):
+    """A way by which a Late goes."""
+
+    def connect(self, address: str, deadline_s: float, *, lazy: bool = False) -> Client:
+        """The Late."""
+        return Late(replace(parse_url(self.url(address)), deadline_s=deadline_s))
+
+
+@pytest.mark.parametrize("lates", [TRIES - 1, TRIES])
+def test_a_call_that_is_late_at_every_try_is_noticed(
+    lates: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    way = way_of("tcp", tmp_path)
+    (trouble,) = (one for one in TROUBLES if one.name.startswith("a_stopped_server"))
+    monkeypatch.setattr(Late, "late", lates)
+    with pytest.raises(LateError) if lates == TRIES else contextlib.nullcontext():
+        trouble.run(Dawdling(way.name, way.arguments, way.address, way.url))
+    assert Late.late == 0
 
 
 @pytest.mark.parametrize("less", [Taken(1, 0, 0), Taken(0, 1, 0), Taken(0, 0, GROWTH_NBYTES + (1 << 20))])

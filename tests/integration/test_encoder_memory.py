@@ -20,7 +20,7 @@ import torch
 from mmcache.testing.process import ServerProcess
 from mmcache_connectors.vllm.ec_items import Form, Named, Save
 from mmcache_connectors.vllm.shelf import MAX_ITEMS, Shelf
-from tests.integration.support import suspend
+from tests.integration.support import eventually, suspend
 from tests.integration.toy_encoder import WIDTH, Toy, output, request, toys_of_one_server
 
 DEADLINE_S = 4.0
@@ -191,11 +191,12 @@ def test_small_items_do_not_take_all_open_files(toys: Any) -> None:
     for seed in range(MAX_ITEMS + 8):
         first.run(request(f"a{seed}", seed))
     assert first.worker.flush(10)
-    before = set(embeddings())
+    before, opened = set(embeddings()), len(os.listdir("/proc/self/fd"))
     for seed in range(MAX_ITEMS + 8):
         second.run(request(f"b{seed}", seed))
     assert second.encoded == 0
     assert len([inode for inode in embeddings() if inode not in before]) == 2 * MAX_ITEMS
+    eventually(lambda: len(os.listdir("/proc/self/fd")) <= opened + 2 * MAX_ITEMS + 8, "nothing else stays open")
 
 
 def embeddings() -> list[int]:

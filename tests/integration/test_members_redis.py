@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import json
 import logging
 import multiprocessing
@@ -20,7 +21,6 @@ from mmcache.cluster import redis_members
 from mmcache.cluster.beats import MAX_BEAT_NBYTES, TTL_S
 from mmcache.cluster.membership import Watched
 from mmcache.cluster.redis_link import RedisLink
-from mmcache.cluster.redis_members import POLL_S
 from mmcache.cluster.registration import Registration
 from mmcache.cluster.seen import CONFIRM_S
 from mmcache.cluster.urls import open_membership, parse_members_url
@@ -30,7 +30,7 @@ from tests.integration.members_bed import becomes, ids, leave, stays, watched
 from tests.integration.redis_bed import Redis, registered, url_of
 from tests.integration.support import eventually, in_time
 
-GONE_S = TTL_S + CONFIRM_S + POLL_S + 10.0  # a machine may stop us for some seconds
+GONE_S = TTL_S + CONFIRM_S + 3.0
 
 
 @pytest.fixture
@@ -67,15 +67,40 @@ def test_who_joins_is_in_at_once_and_who_leaves_is_out_at_once(there: Redis) -> 
         open_membership(url)
 
 
-def test_who_is_stopped_without_a_word_is_out_after_a_time_and_no_sooner(there: Redis) -> None:
-    url = url_of(there)
-    servers = registered(url, 1, 2)
+@pytest.mark.usefixtures("no_poll")
+def test_a_change_takes_no_longer_than_to_be_woken(there: Redis) -> None:
+    url, numbers = url_of(there), itertools.count(2)
+    servers = registered(url, 1)
     with watched(url) as members:
-        servers[0]._leaving = True  # its thread ends and says nothing, as after SIGKILL
-        servers[0]._wake.set()
-        stays(lambda: ids(members) == ["1", "2"], TTL_S - 2.5)
-        becomes(members, "2", patience_s=GONE_S)
-    leave(servers[1:])
+
+        def seen_s() -> float:
+            number = next(numbers)
+            newcomer = registered(url, number)
+            joined_s = becomes(members, "1", str(number))
+            newcomer[0].leave()
+            left_s = becomes(members, "1")
+            newcomer[0].gone()
+            return max(joined_s, left_s)
+
+        in_time(seen_s, 2.0)
+    leave(servers)
+
+
+def test_who_is_stopped_without_a_word_is_out_after_a_time_and_no_sooner(there: Redis) -> None:
+    url, numbers = url_of(there), itertools.count(1)
+
+    def gone_s() -> float:
+        dies, stays_on = str(next(numbers)), str(next(numbers))
+        servers = registered(url, int(dies), int(stays_on))
+        with watched(url) as members:
+            servers[0]._leaving = True  # its thread ends and says nothing, as after SIGKILL
+            servers[0]._wake.set()
+            stays(lambda: ids(members) == sorted([dies, stays_on]), TTL_S - 2.5)
+            took_s = becomes(members, stays_on, patience_s=2 * GONE_S)
+        leave(servers[1:])
+        return took_s
+
+    in_time(gone_s, GONE_S)
 
 
 @pytest.mark.alone
@@ -104,22 +129,27 @@ def test_redis_killed_and_back_empty_changes_no_view(there: Redis, caplog: pytes
 def test_a_redis_that_hangs_delays_nobody(there: Redis) -> None:
     url = url_of(there)
     servers = registered(url, 1)
-    with watched(url) as members:
-        there.signal(signal.SIGSTOP)
 
-        def views_s() -> float:
+    def views_s() -> float:
+        """Of who has not met a Redis that hangs before."""
+        with watched(url) as members:
+            there.signal(signal.SIGSTOP)
             began_s = time.monotonic()
             for _ in range(1000):
                 members.view()
-            return time.monotonic() - began_s
+            took_s = time.monotonic() - began_s
+            there.signal(signal.SIGCONT)
+        return took_s
 
-        def hangs_s() -> float:
-            began_s = time.monotonic()
-            with pytest.raises(TransportError, match="does not do as asked"):
-                open_membership(url)
-            return time.monotonic() - began_s
+    def hangs_s() -> float:
+        began_s = time.monotonic()
+        with pytest.raises(TransportError, match="does not do as asked"):
+            open_membership(url)
+        return time.monotonic() - began_s
 
-        in_time(views_s, 0.5)
+    in_time(views_s, 0.5)
+    with watched(url) as members:
+        there.signal(signal.SIGSTOP)
         in_time(hangs_s, 5.5)
         there.signal(signal.SIGCONT)
         servers += registered(url, 2)
@@ -202,6 +232,7 @@ def test_who_was_heard_of_in_a_time_to_come_is_not_in_for_as_long(there: Redis) 
     leave(servers)
 
 
+@pytest.mark.usefixtures("no_poll")
 def test_a_burst_of_changes_is_looked_at_a_few_times(there: Redis, monkeypatch: pytest.MonkeyPatch) -> None:
     """As when all servers of a large cluster start: each wakes every client."""
     url, looks, seen = url_of(there), [], RedisLink.seen

@@ -105,7 +105,8 @@ def test_a_killed_agent_is_unavailable_in_time_and_then_used_again(server: Serve
             # Until the server knows that it is gone, it sends clients to it; these read by TCP for some seconds.
             eventually(partial(is_another, server, pid), "the agent is started again")
             eventually(lambda: outcomes(cache, keys) == {"hit"} and by_nixl(cache), "reads go by NIXL again")
-    assert min(took) < 7  # the machine may stop us in one
+    assert min(took) < 7  # the machine may stop us in one,
+    assert max(took) < 10  # and not for as long as a second deadline
 
 
 @pytest.mark.alone
@@ -256,6 +257,7 @@ def test_clients_that_come_and_go_leave_nothing(server: ServerProcess) -> None:
     # Of peers that nobody uses any may go.
     eventually(lambda: all(now <= then for now, then in zip(held()[:3], first[:3], strict=True)), "no more is held")
     assert not any(held()[3:])
+    assert len(held()) <= len(first)
 
 
 def test_a_forked_child_reads_by_an_agent_of_its_own(server: ServerProcess) -> None:

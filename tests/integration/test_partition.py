@@ -53,7 +53,8 @@ def test_a_get_that_is_cut_off_is_a_miss_in_time_and_holds_nothing(
     wire: Wire, server: ServerProcess, neighbour: Client
 ) -> None:
     keys = keys_of(COUNT, "cut get")
-    assert all(neighbour.put(keys, values_of(keys, NBYTES)))
+    values = values_of(keys, NBYTES)
+    assert all(neighbour.put(keys, values))
     with mmcache.connect(server.url, deadline_s=DEADLINE_S) as cache:
         eventually(lambda: cache.contains(keys) == [True] * COUNT, "it is there")
 
@@ -74,6 +75,8 @@ def test_a_get_that_is_cut_off_is_a_miss_in_time_and_holds_nothing(
             took_s = time.monotonic() - begin
             over.set()
             thread.join()
+            for result, buffer, value in zip(results, buffers, values, strict=True):
+                assert not result or np.array_equal(buffer, value), "what did not come was a hit"
             began = not np.array_equal(buffers[0][:64], blanks(1, 64)[0])
             return took_s if began and not results[-1] else 0.0
 
@@ -116,6 +119,8 @@ def test_a_put_that_is_cut_off_is_refused_in_time_and_leaves_nothing(
             took_s = time.monotonic() - begin
             over.set()
             thread.join()
+            there = neighbour.contains(keys)
+            assert not any(result and not found for result, found in zip(results, there, strict=True)), "not stored"
             return took_s if begun.is_set() and not any(results) else 0.0
 
         try:

@@ -152,7 +152,7 @@ def test_clients_miss_while_the_server_is_dead_and_recover_when_it_is_back(tmp_p
             assert client.match_prefix(keys) == 0
             with client.acquire(keys) as lease:
                 assert lease.frames == [None] * 3
-            assert time.monotonic() - began < 4 * deadline_s
+            assert time.monotonic() - began < 1.6 * deadline_s  # nobody is there to be waited for
         with ServerProcess("16MiB", *words, listen=place):
             for client in (cache, late):
                 eventually(partial(stores, client, keys, values), "the client stores again")

@@ -21,11 +21,13 @@ from mmcache_connectors.vllm.groups import Group, all_parts, rank_part
 from mmcache_connectors.vllm.identities import Identities
 from mmcache_connectors.vllm.lookup import STORED_LAYOUT, Namespaces
 from mmcache_connectors.vllm.scheduler import SchedulerSide
-from mmcache_connectors.vllm.settings import Settings
+from mmcache_connectors.vllm.settings import LOOKUP_SHARE, Settings
 from mmcache_connectors.vllm.worker import GroupMemory, WorkerSide
 from tests.integration.toy_blocks import NULL_BLOCK, BlockPool, Request
 from tests.integration.toy_memory import BLOCK, FACTS, GARBAGE, Memory, adapter_bytes, values
 
+DEADLINE_S = 60.0
+LOST_S = 0.9 * LOOKUP_SHARE * DEADLINE_S  # what takes so long does not come: the connector gives it up only later
 OPEN: list[ToyEngine] = []  # to be closed by `close_all` at the end of a test, however it ends
 
 
@@ -46,7 +48,7 @@ class ToyEngine:
         draw: Callable[[], float] = random.random,
         **settings: Any,
     ) -> None:  # fmt: skip
-        self.settings = Settings(url=url, **{"deadline_s": 40.0, **settings})
+        self.settings = Settings(url=url, **{"deadline_s": DEADLINE_S, **settings})
         self.groups, self.tp, self.load_async, self.chunk_tokens = groups, tp, load_async, chunk_tokens
         self.client = mmcache.connect(url, deadline_s=self.settings.load_s, lazy=True)
         self.lookup_client = mmcache.connect(url, deadline_s=self.settings.lookup_s, lazy=True)
@@ -142,7 +144,7 @@ class ToyEngine:
 
     def run(self, *requests: Request) -> None:
         """Step until these have ended. Not so many steps: while an answer is late, they cost nothing."""
-        give_up_s = time.monotonic() + 60
+        give_up_s = time.monotonic() + LOST_S
         while any(request.request_id in self.requests for request in requests):
             assert time.monotonic() < give_up_s, f"still there: {[(r.request_id, r.state) for r in requests]}"
             self.step()

@@ -221,7 +221,7 @@ def test_nothing_changes_when_the_cache_stops_dies_and_comes_back_full(
     slowest_s = max(ask_in_turn())
     cache.suspend()
     stopped_s = ask_in_turn() + ask_in_turn()
-    assert max(stopped_s) < DEADLINE_S + SLACK_S + 2 * slowest_s
+    assert max(stopped_s) < DEADLINE_S + SLACK_S + slowest_s  # one that has two takes that and its own time
     assert sum(took_s > DEADLINE_S for took_s in stopped_s) <= SHARDS
     cache.kill()  # as it is: resumed first, it could still answer
     time.sleep(2.5)  # the longest pause before a server that failed is asked again
