@@ -99,7 +99,7 @@ def lateness(calls: Calls, run: Run, stopped: Sequence[tuple[float, float]]) -> 
 def still_s(calls: Calls, naps: Any) -> Any:
     """For how long the machine stood still during each call: a kernel that a hypervisor stops counts no wait.
 
-    A row of the sleeper's is the worst of its naps in ROW_S, so this is the least that it can have been.
+    A row of the sleeper's is the worst of its naps in ROW_S, wherever in them: this is the most that it can have been.
     """
     still = np.zeros(len(calls))
     for began_s, worst_s in naps[naps[:, 1] > STOP_S]:
