@@ -9,11 +9,9 @@ from __future__ import annotations
 import contextlib
 import importlib.util
 import os
-import random
 import re
 import shutil
 import signal
-import socket
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
@@ -26,6 +24,7 @@ from mmcache.errors import FrameError
 from mmcache.frame import Kind, parse_header
 from mmcache.keyset import Key, Keys, NamespaceId
 from mmcache.pb import cache_pb2 as pb
+from mmcache.testing.ports import OWN, own_ports
 from mmcache.testing.process import ServerProcess, children_of, suspend
 from tests.engines.inside import Inside
 
@@ -33,7 +32,8 @@ SHARDS: Final = int(os.environ.get("MMCACHE_TEST_SHARDS", "1"))
 DEADLINE_S: Final = 5.0  # of what is asked of a server here
 READY_S: Final = 120.0  # on a busy machine
 LOOK_S: Final = 0.02
-_given: Final[set[int]] = set()
+VLLM_PORTS: Final = OWN[:5000]
+SGLANG_PORTS: Final = OWN[5000:]
 T = TypeVar("T")
 
 
@@ -243,17 +243,8 @@ def _bare(digests: Sequence[bytes]) -> list[Key]:
 
 
 def free_ports(count: int) -> list[int]:
-    """So many in a row that nobody has now, nor is given by a kernel while an engine starts or a server is away: those
-    it gives are 32768 and more (ip(7)). None is given twice here."""
-    while True:
-        first = random.randrange(20_000, 30_000)
-        ports = range(first, first + count)
-        with contextlib.ExitStack() as stack, contextlib.suppress(OSError):
-            for port in ports:
-                stack.enter_context(socket.create_server(("127.0.0.1", port)))
-            if _given.isdisjoint(ports):
-                _given.update(ports)
-                return list(ports)
+    """So many in a row. The suites of both engines run at the same time: each has ports of its own."""
+    return own_ports(count, VLLM_PORTS if importlib.util.find_spec("vllm") else SGLANG_PORTS)
 
 
 def _redis() -> Any:

@@ -13,7 +13,6 @@ from collections.abc import Iterator
 
 import pytest
 
-from tests.faults.fault.bed import own_port
 from tests.faults.fault.kinds import kinds
 from tests.faults.fault.memory import NoLimit, check, limited
 from tests.faults.fault.relay import Relay
@@ -56,10 +55,6 @@ def test_the_kernel_kills_what_is_limited_once_it_takes_memory() -> None:
             process.stdin.write(b"\n")
             process.stdin.flush()
             assert process.wait(10) == -signal.SIGKILL
-
-
-def test_no_port_is_given_twice() -> None:
-    assert len({own_port() for _ in range(300)}) == 300
 
 
 @pytest.fixture

@@ -14,6 +14,7 @@ from typing import Any, Self
 import pytest
 
 from mmcache.cluster.urls import parse_members_url
+from mmcache.testing.ports import keeper
 from mmcache.testing.values import eventually
 
 redis = pytest.importorskip("redis", reason="the extra cluster is not installed")
@@ -40,10 +41,7 @@ class Redis:
 
     def __init__(self, *words: str, port: int = 0, sentinel: str = "", **settings: Any) -> None:
         self.port = port or free_port()
-        # Bound and not listening: nobody else is given the port, also while Redis is killed and not back yet.
-        self._keeper = socket.socket()
-        self._keeper.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        self._keeper.bind(("127.0.0.1", self.port))
+        self._keeper = keeper(self.port)
         self._words, self._sentinel, self._settings = words, sentinel, settings
         self.folder = tempfile.TemporaryDirectory(prefix="mmcache-redis-")
         self.process: subprocess.Popen[bytes] | None = None

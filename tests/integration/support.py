@@ -22,6 +22,7 @@ from mmcache.frame import FrameMeta, Kind, frame_segments, pack_header
 from mmcache.keyset import Keys
 from mmcache.pb import cache_pb2 as pb
 from mmcache.tensors import named_tensors, specs_of
+from mmcache.testing.ports import keeper
 from mmcache.testing.process import ServerProcess
 from mmcache.testing.process import suspend as suspend
 from mmcache.testing.values import NAMESPACE as NAMESPACE
@@ -202,14 +203,9 @@ def child(*words: str) -> Iterator[Child]:
 
 @contextlib.contextmanager
 def reserved_address() -> Iterator[str]:
-    """An address for servers that end and come back at it: nobody else is given its port meanwhile.
-
-    A socket that is bound and does not listen keeps others from being given it, not those who ask for it by number.
-    """
-    with socket.socket() as keeper:
-        keeper.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        keeper.bind(("127.0.0.1", 0))
-        yield "{}:{}".format(*keeper.getsockname())
+    """An address for servers that end and come back at it: nobody else is given its port meanwhile."""
+    with keeper() as kept:
+        yield "{}:{}".format(*kept.getsockname())
 
 
 def in_time(took_s: Callable[[], float], bound_s: float, tries: int = 3) -> None:

@@ -8,8 +8,6 @@ s4  joins and leaves, with hardly any memory
 from __future__ import annotations
 
 import contextlib
-import random
-import socket
 import threading
 import time
 from collections.abc import Sequence
@@ -17,6 +15,7 @@ from typing import Any, Final
 
 import mmcache
 from mmcache.errors import MMCacheError
+from mmcache.testing.ports import own_ports
 from mmcache.testing.process import ServerProcess, children_of
 from mmcache.testing.values import eventually
 from tests.faults.fault.memory import NoLimit, check
@@ -31,7 +30,6 @@ BACK_S: Final = 30.0  # until a healed shard must answer
 MEMORY: Final = "64MiB"
 TINY: Final = "4MiB"
 CLUSTER: Final = "faults"
-_given: Final[set[int]] = set()  # ports, of which nobody may listen on one yet
 
 
 class Shard:
@@ -52,9 +50,9 @@ class Shard:
         hold: bool = False,
     ) -> None:
         self.name, self.hold = name, hold
-        self.port = own_port()
+        (self.port,) = own_ports()
         self.direct = f"mmcache://{host}:{self.port}"
-        self.relay = Relay(own_port(), self.port) if relayed else None
+        self.relay = Relay(own_ports()[0], self.port) if relayed else None
         self.id = f"127.0.0.1:{self.relay.port}" if self.relay else self.direct.partition("://")[2]
         # Without a unix socket there is no shared memory, and so no way around the relay.
         arguments = ["--join", join, "--weight", "1", *words, *(["--unix", ""] if relayed else [])]
@@ -128,7 +126,7 @@ class Bed:
             except NoLimit as error:
                 self.left_out["out of memory"] = str(error)
             words = ("--bind", "127.0.0.1", HERE, "--protected-mode", "no") if self.network else ()
-            self.redis = stack.enter_context(Redis(*words, port=own_port()))
+            self.redis = stack.enter_context(Redis(*words, port=own_ports()[0]))
             self._make()
             for shard in self.shards.values():
                 if shard.relay is not None:
@@ -170,15 +168,3 @@ class Bed:
 def until(moment_s: float, over: threading.Event) -> bool:
     """Wait for a moment of the monotonic clock; False if the run was given up before."""
     return not over.wait(max(0.0, moment_s - time.monotonic()))
-
-
-def own_port() -> int:
-    """One that nobody has now, and that no outgoing connection is given while its server is away: those have 32768 and
-    more (ip(7)). Nobody is given one twice."""
-    while True:
-        port = random.randrange(20_000, 30_000)
-        with socket.socket() as sock, contextlib.suppress(OSError):
-            sock.bind(("127.0.0.1", port))
-            if port not in _given:
-                _given.add(port)
-                return port
