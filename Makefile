@@ -16,8 +16,8 @@ SEED ?=
 SEEDS ?= 1000
 # Tests wait for processes and sockets more than for the CPU.
 WORKERS ?= 3
-# Errors only: the rest of what pip says is noise here.
-PIP := $(BIN)/python -m pip --disable-pip-version-check -qq
+# Errors only: the rest of what pip says is noise here. It begins anew after a download that broke off.
+PIP := bash scripts/again.sh $(BIN)/python -m pip --disable-pip-version-check -qq
 CREATED := $(VENV)/.stamp-created
 BENCH := $(VENV)/.stamp-bench
 TEST := $(VENV)/.stamp-test

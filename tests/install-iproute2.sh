@@ -6,6 +6,5 @@ if ! command -v ip >/dev/null; then
         echo "partitions are not tested: install iproute2, and run as root" >&2
         exit 0
     fi
-    apt-get update -qq
-    DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends iproute2 >/dev/null
+    bash "$(dirname "${BASH_SOURCE[0]}")/../scripts/apt-install.sh" iproute2
 fi

@@ -7,6 +7,5 @@ if ! command -v redis-server >/dev/null; then
         exit 0
     fi
     # The package would start a server of its own; the tests start theirs.
-    apt-get update -qq
-    RUNLEVEL=1 DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends redis-server >/dev/null
+    RUNLEVEL=1 bash "$(dirname "${BASH_SOURCE[0]}")/../scripts/apt-install.sh" redis-server
 fi

@@ -10,9 +10,7 @@ buildable() {
 }
 if ! buildable; then
     if command -v apt-get >/dev/null && [ "$(id -u)" = 0 ]; then
-        apt-get update -qq
-        DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends gcc libc6-dev libxxhash-dev \
-            python3-dev >/dev/null
+        bash ../../scripts/apt-install.sh gcc libc6-dev libxxhash-dev python3-dev || true
     fi
     if ! buildable; then
         echo "mmcache-native is not built or tested: install a C compiler, Python's headers and libxxhash's" >&2
@@ -20,7 +18,7 @@ if ! buildable; then
     fi
 fi
 echo "building mmcache-native"
-if ! "$python" -m pip --disable-pip-version-check -qq install --force-reinstall .; then
+if ! bash ../../scripts/again.sh "$python" -m pip --disable-pip-version-check -qq install --force-reinstall .; then
     echo "mmcache-native could not be built, and is not tested" >&2
 fi
 rm -rf build ./*.egg-info

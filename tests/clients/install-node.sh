@@ -8,12 +8,11 @@ if ! command -v node >/dev/null || ! command -v npm >/dev/null; then
         echo "the Node client is not tested: install Node 18 or newer, with npm" >&2
         exit 0
     fi
-    apt-get update -qq
-    DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends nodejs npm >/dev/null
+    bash ../../scripts/apt-install.sh nodejs npm
 fi
 stamp=node_modules/.stamp
 if [ ! -e "$stamp" ] || ! cmp -s package.json "$stamp"; then
     echo "installing the Node client's packages into clients/node/node_modules"
-    npm install --no-audit --no-fund --no-progress --loglevel=error
+    bash ../../scripts/again.sh npm install --no-audit --no-fund --no-progress --loglevel=error
     cp package.json "$stamp"
 fi

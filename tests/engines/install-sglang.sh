@@ -17,12 +17,11 @@ if ! command -v g++ >/dev/null || ! echo '#include <openssl/sha.h>' | g++ -E -x 
         echo "error: SGLang needs g++ and OpenSSL's headers; install them (Debian, Ubuntu: g++ libssl-dev)" >&2
         exit 1
     fi
-    apt-get update -qq
-    apt-get install -y -qq --no-install-recommends g++ libssl-dev
+    bash scripts/apt-install.sh g++ libssl-dev
 fi
 echo "installing SGLang into $venv: minutes, 3 GB"
 [ -x "$venv/bin/python" ] || "${PYTHON:-python3}" -m venv "$venv"
-pip=("$venv/bin/python" -m pip --disable-pip-version-check -qq)
+pip=(bash scripts/again.sh "$venv/bin/python" -m pip --disable-pip-version-check -qq)
 "${pip[@]}" install torch==2.13.0
 "${pip[@]}" install --no-deps "${requirements[@]/#/--requirement=}"  # frozen: complete as it is
 "${pip[@]}" install --editable '.[bench,cluster]' pytest pytest-timeout

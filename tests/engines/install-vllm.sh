@@ -13,7 +13,7 @@ if [ -e "$stamp" ]; then
 fi
 echo "installing vLLM into $venv: minutes, 2.5 GB"
 [ -x "$venv/bin/python" ] || "${PYTHON:-python3}" -m venv "$venv"
-pip=("$venv/bin/python" -m pip --disable-pip-version-check -qq)
+pip=(bash scripts/again.sh "$venv/bin/python" -m pip --disable-pip-version-check -qq)
 "${pip[@]}" install torch==2.13.0
 "${pip[@]}" install --no-deps -r "$requirements"  # frozen: complete as it is
 # torchvision's wheel is linked against CUDA: without its operators, these two registrations break `import vllm`.

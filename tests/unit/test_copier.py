@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 import signal
-import threading
 import time
 
 import numpy as np
@@ -14,6 +14,7 @@ import xxhash
 from mmcache.transport.base import HIT, Outcome, Result
 from mmcache.transport.planned import Move, Planned
 from mmcache.transport.shm import PARALLEL_NBYTES, Copier
+from tests.unit.threads import without_threads
 
 
 def frames(count: int, nbytes: int) -> list[Planned]:
@@ -74,6 +75,7 @@ def test_a_signal_that_raises_does_not_end_the_call_before_its_threads() -> None
         raise KeyboardInterrupt
 
     before = signal.signal(signal.SIGALRM, interrupt)
+    gc.disable()  # what is raised in a callback of a collection gets nowhere
     try:
         for delay_s in (0.001, 0.003, 0.006, 0.01):
             plans = frames(48, 1 << 20)
@@ -86,15 +88,13 @@ def test_a_signal_that_raises_does_not_end_the_call_before_its_threads() -> None
             time.sleep(0.05)
             assert all((plan.moves[0].target == 0x77).all() for plan in plans)
     finally:
+        gc.enable()
         signal.setitimer(signal.ITIMER_REAL, 0)
         signal.signal(signal.SIGALRM, before)
 
 
 def test_without_threads_the_caller_copies_everything(monkeypatch: pytest.MonkeyPatch) -> None:
-    def no_thread(self: threading.Thread) -> None:
-        raise RuntimeError("can't start new thread")
-
-    monkeypatch.setattr(threading.Thread, "start", no_thread)
+    without_threads(monkeypatch)
     plans = frames(12, 1 << 20)
     assert Copier(2).copy(plans, verify=True) == [HIT] * 12
     assert all(np.array_equal(move.source, move.target) for plan in plans for move in plan.moves)

@@ -80,6 +80,7 @@ def test_a_kill_at_any_step_leaves_the_records_before_or_after_it() -> None:
         lambda: one.rewrite([b"y" * 50]),
         lambda: one.rewrite([b"z"]),
     ]
+    tracer = sys.gettrace()  # coverage's
     for work in works:
         before = tuple(one)
         images.clear()
@@ -87,7 +88,7 @@ def test_a_kill_at_any_step_leaves_the_records_before_or_after_it() -> None:
         try:
             assert work()
         finally:
-            sys.settrace(None)
+            sys.settrace(tracer)
         left = {tuple(Journal(memoryview(bytearray(image)))) for image in images | {bytes(over)}}
         assert left == {before, tuple(one)}
         steps.append(len(images))

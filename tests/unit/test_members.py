@@ -21,6 +21,7 @@ from mmcache.cluster.seen import CONFIRM_S, LeftOut, Roster, Seen, check_address
 from mmcache.cluster.urls import MembersUrl, open_membership, parse_members_url, redis_url
 from mmcache.errors import ConfigError
 from mmcache.testing.values import eventually
+from tests.unit.threads import without_threads
 
 
 def beat_of(id_: str = "a:1", **changed: Any) -> Beat:
@@ -274,12 +275,9 @@ def test_in_a_forked_child_one_thread_follows_however_many_ask_first() -> None:
 
 
 def test_where_no_thread_can_be_had_the_view_is_answered_all_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
-    def none_left(self: threading.Thread) -> None:
-        raise RuntimeError("can't start new thread")
-
     eventually(lambda: not followers(), "those of other tests have ended")
     with monkeypatch.context() as patch:
-        patch.setattr(threading.Thread, "start", none_left)
+        without_threads(patch)
         members = Watched(Nobody(), "nobody")
         assert [member.id for member in members.view().members] == ["a:1"]
     assert followers() == 0

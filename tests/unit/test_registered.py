@@ -14,6 +14,7 @@ import pytest
 torch: Any = pytest.importorskip("torch")
 
 from mmcache_connectors.registered import Registry  # noqa: E402
+from tests.unit.threads import without_threads  # noqa: E402
 
 CPU = torch.device("cpu")
 
@@ -129,12 +130,9 @@ def test_what_the_driver_does_not_let_go_stays_mapped_and_what_it_never_took_doe
 
 
 def test_where_no_thread_can_be_started_the_answer_is_no(monkeypatch: pytest.MonkeyPatch) -> None:
-    def refuse(self: threading.Thread) -> None:
-        raise RuntimeError("can't start new thread")
-
     driver, held = Driver(), Map()
     registry = driver.registry()
-    monkeypatch.setattr(threading.Thread, "start", refuse)
+    without_threads(monkeypatch)
     assert not allowed(registry, held)
     assert registry._entries[0].allowed is False
     assert driver.registered == []
