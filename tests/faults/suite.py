@@ -11,11 +11,11 @@ import threading
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Final
 
-from tests.faults.check.found import Happened, Run
+from tests.faults.check.found import STEP_S, Happened, Run, may_yet_be_back
 from tests.faults.check.held import open_of, what_is_held
 from tests.faults.fault.bed import DEADLINE_S, LEASE_S, Bed, until
 from tests.faults.fault.kinds import Kind, Scene, kinds
@@ -27,6 +27,7 @@ from tests.faults.traffic.sleeper import read_naps
 WARM_S: Final = 6.0  # until everything that is asked for is stored
 QUIET_S: Final = 6.0  # before the trouble, and at the end: what hit rates are compared between
 SETTLE_S: Final = 12.0  # after the last fault is healed: breakers, views, values to be stored again
+BACK_S: Final = 60.0  # after it, by which hit rates must be back however often the machine stood still
 SWEEP_S: Final = LEASE_S + 4.0  # until what nobody released must be free
 CLIENTS: Final = {"c0": (1, "auto"), "c1": (1, "tcp"), "c2": (2, "auto"), "c3": (2, "tcp")}  # replicas, transport
 Say = Callable[[str], None]
@@ -89,10 +90,39 @@ def run(seed: int, seconds: float, say: Say = lambda what: None) -> Run:
             trouble.run(plan(seed, max(seconds - around_s, seconds / 4), known), say)
             healed_s = time.monotonic()
             say("healed")
-            bed.wait(SETTLE_S)
-            quiet_s = time.monotonic()
-            bed.wait(QUIET_S)
-            ended_s = time.monotonic()
+
+            def seen(ended_s: float) -> Run:
+                """What was, until then."""
+                return Run(
+                    seed=seed,
+                    deadline_s=DEADLINE_S,
+                    began_s=began_s,
+                    trouble_s=trouble_s,
+                    healed_s=healed_s,
+                    quiet_s=ended_s - QUIET_S,
+                    ended_s=ended_s,
+                    happened=sorted(trouble.happened, key=lambda one: one.begin_s),
+                    lanes=[*bed.shards, "redis", *CLIENTS],
+                    populations={lane: population for lane, (_, population) in urls.items()},
+                    calls={life.stem: read_calls(folder / f"{life.stem}.calls") for life in clients.lives},
+                    troubles={life.stem: read_troubles(folder / f"{life.stem}.troubles") for life in clients.lives},
+                    lives=[
+                        {
+                            "stem": life.stem,
+                            "code": life.code,
+                            "killed": life.killed,
+                            "told": life.told,
+                            "said": life.said,
+                        }
+                        for life in clients.lives
+                    ],
+                    naps=read_naps(folder / "naps"),
+                    left_out=bed.left_out,
+                )
+
+            bed.wait(SETTLE_S + QUIET_S)
+            while may_yet_be_back(seen(ended_s := time.monotonic()), SETTLE_S) and ended_s < healed_s + BACK_S:
+                bed.wait(STEP_S)
             say("what is left")
             clients.end()
         held = {
@@ -101,28 +131,8 @@ def run(seed: int, seconds: float, say: Say = lambda what: None) -> Run:
         for shard in bed.shards.values():
             if shard.server.process is not None:
                 shard.end(signal.SIGTERM)
-        return Run(
-            seed=seed,
-            deadline_s=DEADLINE_S,
-            began_s=began_s,
-            trouble_s=trouble_s,
-            healed_s=healed_s,
-            quiet_s=quiet_s,
-            ended_s=ended_s,
-            happened=sorted(trouble.happened, key=lambda one: one.begin_s),
-            lanes=[*bed.shards, "redis", *CLIENTS],
-            populations={lane: population for lane, (_, population) in urls.items()},
-            calls={life.stem: read_calls(folder / f"{life.stem}.calls") for life in clients.lives},
-            troubles={life.stem: read_troubles(folder / f"{life.stem}.troubles") for life in clients.lives},
-            lives=[
-                {"stem": life.stem, "code": life.code, "killed": life.killed, "told": life.told, "said": life.said}
-                for life in clients.lives
-            ],
-            naps=read_naps(folder / "naps"),
-            held=held,
-            servers={shard.name: {"codes": shard.codes, "said": shard.said} for shard in bed.shards.values()},
-            left_out=bed.left_out,
-        )
+        servers = {shard.name: {"codes": shard.codes, "said": shard.said} for shard in bed.shards.values()}
+        return replace(seen(ended_s), held=held, servers=servers)
 
 
 @contextlib.contextmanager

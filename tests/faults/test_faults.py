@@ -20,7 +20,7 @@ import pytest
 import mmcache
 from mmcache.testing.process import ServerProcess, suspend
 from mmcache.testing.values import eventually
-from tests.faults.check.found import Happened, Run, violations
+from tests.faults.check.found import Happened, Run, may_yet_be_back, violations
 from tests.faults.check.held import open_of, what_is_held
 from tests.faults.report.page import page
 from tests.faults.report.summary import summary
@@ -54,9 +54,7 @@ def a_run(*calls: Any, **changes: Any) -> Run:
         calls={"c0-0": np.concatenate([*good, *calls])},
         troubles={"c0-0": []},
         lives=[{"stem": "c0-0", "code": 0, "killed": False, "told": {}, "said": ""}],
-        naps=np.array([[50.0, 0.003]]),
-        held={},
-        servers={},
+        naps=np.array([[50.0, 0.003, 0]]),
         left_out={},
     )
     return replace(run, **changes)
@@ -180,12 +178,16 @@ def test_a_call_is_late_only_by_its_own_time() -> None:
 
 
 def test_a_machine_that_stood_still_is_no_lateness() -> None:
-    naps = np.array([[49.9, 0.003], [50.0, 0.003], [51.1, 0.15], [51.3, 0.04], [70.0, 0.3]])
+    naps = np.array([[49.9, 0.003, 0], [50.0, 0.003, 0], [51.1, 0.15, 0], [51.3, 0.04, 0], [70.0, 0.3, 0]])
     assert found(a_run(a_call(50.0, DEADLINE_S + 0.24), naps=naps)) == []
     assert found(a_run(a_call(50.0, DEADLINE_S + 0.26), naps=naps)) == ["late"]
     assert found(a_run(a_call(60.0, DEADLINE_S + 0.2), naps=naps)) == ["late"]
     assert found(a_run(a_call(70.33, DEADLINE_S + 0.2), naps=naps)) == ["late"]  # hardly any of that stop was its own
     assert found(a_run(a_call(50.0, DEADLINE_S + 0.26, 0.15), naps=naps)) == ["late"]  # one wait is not taken off twice
+    one_cpu = np.array([[51.1, 0.15, 1], [50.0, 0.003, 0]])
+    assert found(a_run(a_call(50.0, DEADLINE_S + 0.24), naps=one_cpu)) == []
+    both = np.array([[51.1, 0.15, 0], [51.1, 0.12, 1]])
+    assert found(a_run(a_call(50.0, DEADLINE_S + 0.26), naps=both)) == ["late"]  # nor one stop of both CPUs
 
 
 def test_lateness_by_the_clock_is_told_beside_it() -> None:
@@ -202,6 +204,13 @@ def test_a_hit_rate_that_does_not_return_is_reported() -> None:
     assert summary(once, "command")["hit_rates"]["r1"]["back_s"] == 0.0
     assert found(a_run(a_call(50.0, 0.01, asked=1000, hits=0))) == []
     assert found(a_run(calls={"c0-0": a_call(5.0, 0.01, asked=10, hits=10)})) == ["not back"]
+
+
+def test_it_is_waited_for_where_the_machine_has_stood_still() -> None:
+    missed = (a_call(94.0, 0.01, asked=1), a_call(96.0, 0.01, asked=1))
+    for stop, waited in (([80.0, 0.6, 0], True), ([80.0, 0.4, 0], False), ([70.0, 0.6, 0], False)):
+        assert may_yet_be_back(a_run(*missed, naps=np.array([stop])), 12.0) == waited
+        assert not may_yet_be_back(a_run(naps=np.array([stop])), 12.0), "it is back"
 
 
 def test_other_things_that_may_not_be_are_reported() -> None:

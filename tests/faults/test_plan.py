@@ -48,9 +48,15 @@ def test_the_kernel_kills_what_is_limited_once_it_takes_memory() -> None:
         check()
     except NoLimit as error:
         pytest.skip(str(error))
-    words = [sys.executable, "-c", "input(); print(bytearray(b'x' * (64 << 20))[5], flush=True); input()"]
+    words = [
+        sys.executable,
+        "-c",
+        "print(flush=True); input(); print(bytearray(b'x' * (64 << 20))[5], flush=True); input()",
+    ]
     with subprocess.Popen(words, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
         assert process.stdin is not None
+        assert process.stdout is not None
+        assert process.stdout.readline() == b"\n"  # what it takes to start is not limited
         with limited(process.pid, "test"):
             process.stdin.write(b"\n")
             process.stdin.flush()

@@ -231,12 +231,13 @@ class ServerTarget:
             operations.set_mode("both", rule.of)
         operations.set_mode("both")
         keys = Keys.of([opaque_key(NAMESPACE, f"other/{self._inputs}".encode())])
-        results = [*self._other.put(KEYS[:3], [VALUE[:300]] * 3), *self._other.put(keys, [VALUE])]
-        assert results[-1], f"another client could not store: {results[-1]}"
-        assert all(result.outcome != "unavailable" for result in results)
+        assert all(result.outcome != "unavailable" for result in self._other.put(KEYS[:3], [VALUE[:300]] * 3))
+        while not (written := self._other.put(keys, [VALUE])[0]):  # leases are short here, and may end meanwhile
+            assert time.monotonic() < deadline, f"another client could not store: {written}"
+            assert written.outcome != "unavailable"
         found = np.empty_like(VALUE)
-        (read,) = self._other.get_into(keys, [found])
-        assert read, f"another client could not read: {read}"
+        while not (read := self._other.get_into(keys, [found])[0]):
+            assert time.monotonic() < deadline, f"another client could not read: {read}"
         assert np.array_equal(found, VALUE), "another client read wrong bytes"
         while self._server.service.connections > 1:
             assert time.monotonic() < deadline, "connections do not end"

@@ -56,6 +56,7 @@ def text_cache(made: Path) -> Iterator[Cache]:
                 assert engine.ask(prompt).tokens == truth.tokens
             engine.flush()
             cache.many = engine.ask_many(MANY)
+            engine.flush()  # refused until everything is stored
             cache.settle()
         yield cache
 
@@ -88,6 +89,7 @@ def vl_cache(made: Path, vl_truth: dict[str, Answer]) -> Iterator[Cache]:
         with running(made / "vl", {"url": cache.url}, environment={"MMCACHE_SGLANG_LEND": "1"}) as engine:
             for name in STORED:
                 cache.answers[name] = asked(engine, made, PICTURED[name])
+            engine.flush()  # refused until everything is stored
             cache.settle()
             assert cache.counters()["bytes_lent"] > 0.8 * cache.counters()["bytes_written"]
         yield cache

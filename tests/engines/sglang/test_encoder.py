@@ -22,7 +22,7 @@ from mmcache.testing.values import eventually
 from mmcache.transport.base import Outcome
 from mmcache_connectors.sglang.encoder_items import digest_of
 from tests.engines.cache import SHARDS, most_said
-from tests.engines.sglang.encoders import GLOBAL_CACHE, ROW_NBYTES, Encoder, encoding
+from tests.engines.sglang.encoders import GLOBAL_CACHE, ROW_NBYTES, Encoded, Encoder, encoding
 from tests.engines.sglang.harness import DEADLINE_S, Cache
 from tests.engines.sglang.stored import flip, forget
 
@@ -88,6 +88,7 @@ def cache(made: Path, shown: dict[str, Path], truth: Truth) -> Iterator[Cache]:
             for name in STORED:
                 answer = first.encode([shown[name]])
                 assert (answer.data, answer.encoded) == (truth[name], 1)
+            eventually(lambda: cache.counters()["stored"] >= len(STORED), "all are stored", 30)
             cache.settle()
         counters = cache.counters()
         assert counters["stored"] == counters["stored_image"] == len(STORED)
@@ -186,9 +187,16 @@ def _other(value: object) -> Callable[[Cache, Key], None]:
 def test_what_is_not_what_was_stored_is_encoded(
     encoder: Encoder, cache: Cache, shown: dict[str, Path], truth: Truth, damage: Callable[[Cache, Key], None]
 ) -> None:
+    def encode(name: str) -> Encoded:
+        before = encoder.lines("PUT Finished")
+        answer = encoder.encode([shown[name]])
+        if answer.encoded:  # until it is stored, it cannot leave the server's own memory
+            eventually(lambda: encoder.lines("PUT Finished") != before, "it is stored")
+        return answer
+
     def ask(encoded: int) -> str:
-        encoder.encode([shown[FILLS_POOL]])  # so that it lies in the server's own memory no more
-        answer = encoder.encode([shown["p0"]])
+        encode(FILLS_POOL)  # so that the other lies in the server's own memory no more
+        answer = encode("p0")
         assert (answer.data, answer.encoded) == (truth["p0"], encoded)
         return answer.names[0]
 

@@ -23,6 +23,7 @@ def filled(made: Path) -> Iterator[tuple[Engine, Cache]]:
     with Cache() as cache, running(made / "window", {"url": cache.url}, **SETTINGS) as engine:
         truth = cache.answers[NAME] = engine.ask(TEXTS[NAME])
         assert truth.cached == 0
+        engine.flush()  # refused until everything is stored
         cache.settle()
         yield engine, cache
 

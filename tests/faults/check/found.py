@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Final
 
 import numpy as np
@@ -15,6 +15,7 @@ SLACK_S: Final = 0.1  # a call may be that late
 POINTS: Final = 2.0  # of the hit rate that may be missing after healing
 STEP_S: Final = 0.5
 STOP_S: Final = 0.05  # a sleeper that is woken that late: the machine stood still
+LONG_STOP_S: Final = 0.5  # and calls may have failed by it
 BAD: Final = ("wrong", "raised", "late", "leaked", "died", "silent", "not healed", "not back")
 
 
@@ -58,9 +59,9 @@ class Run:
     troubles: dict[str, list[dict[str, Any]]]
     lives: list[dict[str, Any]]
     naps: Any
-    held: dict[str, dict[str, Any]]
-    servers: dict[str, dict[str, Any]]
     left_out: dict[str, str]
+    held: dict[str, dict[str, Any]] = field(default_factory=dict)
+    servers: dict[str, dict[str, Any]] = field(default_factory=dict)
 
 
 def violations(run: Run) -> list[Violation]:
@@ -85,8 +86,8 @@ def lateness(calls: Calls, run: Run, stopped: Sequence[tuple[float, float]]) -> 
     """By how much each call was longer than its deadline: by the clock, and by its own time. Seconds, below 0 if not.
 
     Of neither is the time in which this process was stopped on purpose. Its own time is without that in which its
-    thread could have run and others had all CPUs, as the kernel counts it, or, where that is more, in which the whole
-    machine stood still, as the sleeper saw it.
+    thread could have run and others had all CPUs, as the kernel counts it, or, where that is more, in which a CPU of
+    this machine stood still, as the sleeper saw it.
     """
     away = np.zeros(len(calls))
     for begin_s, end_s in stopped:
@@ -97,12 +98,18 @@ def lateness(calls: Calls, run: Run, stopped: Sequence[tuple[float, float]]) -> 
 
 
 def still_s(calls: Calls, naps: Any) -> Any:
-    """For how long the machine stood still during each call: a kernel that a hypervisor stops counts no wait.
+    """For how long a CPU stood still during each call, the one that did so longest: a kernel that a hypervisor stops
+    counts no wait.
 
     A row of the sleeper's is the worst of its naps in ROW_S, wherever in them: this is the most that it can have been.
     """
+    each = [_still_s(calls, naps[naps[:, 2] == cpu]) for cpu in np.unique(naps[:, 2])]
+    return np.max([np.zeros(len(calls)), *each], axis=0)
+
+
+def _still_s(calls: Calls, naps: Any) -> Any:
     still = np.zeros(len(calls))
-    for began_s, worst_s in naps[naps[:, 1] > STOP_S]:
+    for began_s, worst_s, _ in naps[naps[:, 1] > STOP_S]:
         ends = np.minimum(calls["began_s"] + calls["took_s"], began_s + ROW_S + NAP_S + worst_s)
         both_s = np.maximum(0.0, ends - np.maximum(calls["began_s"], began_s))
         still += np.minimum(both_s, worst_s)
@@ -215,3 +222,9 @@ def not_back(run: Run) -> Iterator[Violation]:
         elif back_s(run, population) is None:
             detail = f"hit rate {after:.1%} at the end, no better since all was healed, {before:.1%} before"
             yield Violation("not back", population, run.ended_s, detail)
+
+
+def may_yet_be_back(run: Run, settle_s: float) -> bool:
+    """Whether a hit rate has not returned, and the machine stood still so late that it could not within `settle_s`."""
+    stops = run.naps[run.naps[:, 1] > LONG_STOP_S]
+    return any(not_back(run)) and bool(np.any(stops[:, 0] > run.quiet_s - settle_s))
