@@ -17,7 +17,7 @@ from typing import Final, NamedTuple
 from mmcache.client.blocking import Client
 from mmcache.config import parse_url
 from mmcache.connect import connect
-from mmcache.errors import AccessDenied, MMCacheError, TransportError
+from mmcache.errors import AccessDenied, DeadlineExceeded, MMCacheError, TransportError
 from mmcache.store.arena import MEMORY_SHARE, Arena, memory_left_nbytes
 from mmcache.transport import native
 from mmcache.transport.nixl import DEVICES_VARIABLE, LOOPBACK, load_bindings
@@ -124,6 +124,9 @@ def _access(url: str) -> Iterable[Finding]:
         except TransportError:
             return  # the finding about the server says it
         else:
+            if isinstance(error, DeadlineExceeded):  # it proves nothing
+                yield Finding("access", "unknown", f"{encrypted}; a stranger was not answered in time: ask again")
+                return
             what = "a token or a client certificate" if isinstance(error, AccessDenied) else "a client certificate"
             yield Finding("access", GOOD, f"{encrypted}; {what} is needed, and the URL's is good")
     else:

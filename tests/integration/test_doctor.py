@@ -3,17 +3,27 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
+from dataclasses import replace
 from importlib import metadata
 from pathlib import Path
 
 import pytest
 
 from mmcache import doctor
+from mmcache.client.blocking import Client
+from mmcache.config import ClientConfig
 from mmcache.errors import StoreError
-from mmcache.testing.process import ServerProcess
+from mmcache.testing.process import ServerProcess, suspend
 from mmcache.transport import native
 from tests.integration.access_bed import TOKENS, bed_arguments
-from tests.integration.support import run_cli
+from tests.integration.support import PATIENCE_S, run_cli
+
+
+@pytest.fixture(autouse=True)
+def patient(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(doctor, "ASK_S", PATIENCE_S)
 
 
 def test_a_server_that_answers_and_how_it_is_reached() -> None:
@@ -54,6 +64,25 @@ def test_whether_a_server_asks_for_a_token_or_a_certificate(tmp_path: Path) -> N
         assert "token_file=PATH" in bad["server"].text
         assert "needed" in bad["access"].text
         assert "use mmcaches://" in found(server.url.replace("mmcaches", "mmcache"))["server"].text
+
+
+def test_who_is_not_answered_in_time_knows_nothing_of_access(monkeypatch: pytest.MonkeyPatch) -> None:
+    with ServerProcess("1MiB") as server:
+
+        def as_nobody(config: ClientConfig) -> Client:
+            suspend(server.pid)
+            monkeypatch.setattr(doctor, "Client", as_somebody)
+            return Client(replace(config, deadline_s=0.5))
+
+        def as_somebody(config: ClientConfig) -> Client:
+            os.kill(server.pid, signal.SIGCONT)
+            return Client(config)
+
+        monkeypatch.setattr(doctor, "Client", as_nobody)
+        found = {row.what: row for row in doctor.examine(server.url)}
+    assert found["server"].state == "yes"
+    assert found["access"].state == "unknown"
+    assert "needed" not in found["access"].text
 
 
 def test_what_is_not_there_says_what_to_do() -> None:
