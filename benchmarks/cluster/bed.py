@@ -17,6 +17,7 @@ import mmcache
 from mmcache.client.blocking import Client
 from mmcache.errors import ConfigError
 from mmcache.keyset import Keys
+from mmcache.testing.ports import keeper
 from mmcache.testing.process import ServerProcess
 from mmcache.testing.values import eventually
 
@@ -90,10 +91,8 @@ def redis_server() -> Iterator[str]:
     """HOST:PORT of one of our own, without persistence. Raises ConfigError where there is no program of that name."""
     if not shutil.which("redis-server"):
         raise ConfigError("there is no redis-server on PATH: install it (6 or newer), the shards join by it")
-    with socket.socket() as taken:
-        taken.bind(("127.0.0.1", 0))
-        port = taken.getsockname()[1]
-    with tempfile.TemporaryDirectory(prefix="mmcache-redis-") as folder:
+    with keeper() as kept, tempfile.TemporaryDirectory(prefix="mmcache-redis-") as folder:
+        port = kept.getsockname()[1]
         words = ["--port", str(port), "--bind", "127.0.0.1", "--dir", folder, "--save", "", "--appendonly", "no"]
         process = subprocess.Popen(["redis-server", *words], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
         try:

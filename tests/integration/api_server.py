@@ -17,6 +17,8 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any, Self
 from urllib.parse import parse_qs, urlsplit
 
+from mmcache.testing.ports import keeper
+
 TOKEN = "let-me-in"
 SERVICE_LABEL = "kubernetes.io/service-name"
 
@@ -35,7 +37,8 @@ class ApiServer:
         self.lists = self.watches = self.bookmarks = 0
         self._tls = tls
         self._server: ThreadingHTTPServer | None = None
-        self.port = 0
+        self._keeper = keeper()
+        self.port = self._keeper.getsockname()[1]
 
     # -------------------------------------------------------------------------------------- what a cluster does
     def apply(self, name: str, endpoints: list[dict[str, Any]] | None, service: str = "") -> None:
@@ -128,7 +131,7 @@ class ApiServer:
         return self.start()
 
     def start(self) -> Self:
-        """Serve, at the port that it had before, if any."""
+        """Serve; again at the same port."""
         handler = type("BoundHandler", (Handler,), {"api": self})
         self._server = ThreadingHTTPServer(("127.0.0.1", self.port), handler)
         self._server.daemon_threads = True
@@ -136,7 +139,6 @@ class ApiServer:
             context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
             context.load_cert_chain(*self._tls)
             self._server.socket = context.wrap_socket(self._server.socket, server_side=True)
-        self.port = self._server.server_port
         threading.Thread(target=self._server.serve_forever, args=(0.05,), daemon=True).start()
         return self
 
@@ -149,6 +151,7 @@ class ApiServer:
 
     def __exit__(self, *error: object) -> None:
         self.stop()
+        self._keeper.close()
 
     def kubeconfig(self, token: str = TOKEN) -> str:
         """What a client needs to reach it; JSON is YAML."""

@@ -22,33 +22,36 @@ if not shutil.which("redis-server"):
     pytest.skip("no redis-server on PATH", allow_module_level=True)
 
 
-def free_port() -> int:
-    """One that nobody has now, and whose partner for the cluster bus (10,000 above) nobody has either."""
+def keepers() -> list[socket.socket]:
+    """Of a free port, and of its partner for the cluster bus (10,000 above)."""
     while True:
-        with socket.socket() as one, socket.socket() as bus:
-            one.bind(("127.0.0.1", 0))
-            port: int = one.getsockname()[1]
-            with contextlib.suppress(OSError, OverflowError):
-                bus.bind(("127.0.0.1", port + 10000))
-                return port
+        kept = keeper()
+        bus_port = kept.getsockname()[1] + 10_000
+        with contextlib.suppress(OSError, OverflowError):
+            with socket.socket() as other:  # fails where it is kept for somebody else
+                other.bind(("127.0.0.1", bus_port))
+            return [kept, keeper(bus_port)]
+        kept.close()
 
 
 class Redis:
     """One redis-server, without persistence. Use as a context manager.
 
-    `words` go to it as they are; `settings` are how redis-py reaches it; `sentinel`, its lines, makes it one.
+    `words` go to it as they are; `settings` are how redis-py reaches it, with `ssl` at a TLS port; `sentinel`, its
+    lines, makes it one.
     """
 
     def __init__(self, *words: str, port: int = 0, sentinel: str = "", **settings: Any) -> None:
-        self.port = port or free_port()
-        self._keeper = keeper(self.port)
+        self._keepers = [keeper(port)] if port else keepers()
+        self.port = self._keepers[0].getsockname()[1]
         self._words, self._sentinel, self._settings = words, sentinel, settings
         self.folder = tempfile.TemporaryDirectory(prefix="mmcache-redis-")
         self.process: subprocess.Popen[bytes] | None = None
 
     def start(self) -> Self:
         """Start it, and wait until it answers."""
-        place = ["--port", str(self.port), "--bind", "127.0.0.1", "--dir", self.folder.name]
+        port = ["--port", "0", "--tls-port"] if self._settings.get("ssl") else ["--port"]
+        place = [*port, str(self.port), "--bind", "127.0.0.1", "--dir", self.folder.name]
         command = ["redis-server", *place, "--save", "", "--appendonly", "no", *self._words]
         if self._sentinel:
             file = Path(self.folder.name) / "sentinel.conf"
@@ -85,7 +88,8 @@ class Redis:
 
     def __exit__(self, *error: object) -> None:
         self.kill()
-        self._keeper.close()
+        for kept in self._keepers:
+            kept.close()
         self.folder.cleanup()
 
 

@@ -13,7 +13,7 @@ from mmcache.cluster.urls import open_membership
 from mmcache.errors import ConfigError, TransportError
 from tests.integration.certificates import Authority
 from tests.integration.members_bed import becomes, ids, leave, stays, watched
-from tests.integration.redis_bed import Redis, free_port, redis_cluster, redis_sentinels, registered, url_of
+from tests.integration.redis_bed import Redis, redis_cluster, redis_sentinels, registered, url_of
 from tests.integration.support import eventually
 
 
@@ -50,10 +50,8 @@ def test_a_password_comes_from_a_file_and_is_in_no_message(tmp_path: Path, caplo
 def test_tls_is_verified(tmp_path: Path) -> None:
     authority = Authority(tmp_path)
     cert, key = authority.issue("redis")
-    port = free_port()
     files = ["--tls-cert-file", cert, "--tls-key-file", key, "--tls-ca-cert-file", authority.ca]
-    words = ["--port", "0", "--tls-port", str(port), "--tls-auth-clients", "no", *files]
-    with Redis(*words, port=port, ssl=True, ssl_ca_certs=authority.ca) as there:
+    with Redis(*files, "--tls-auth-clients", "no", ssl=True, ssl_ca_certs=authority.ca) as there:
         url = url_of(there).replace("+redis:", "+rediss:")
         servers = registered(f"{url}&redis_ca={authority.ca}", 1)
         with watched(f"{url}&redis_ca={authority.ca}") as members:
