@@ -110,7 +110,7 @@ def readers_of(clients: int, alone: bool) -> list[int]:
 def row_of(peer: str, verified: bool, op: str, case: Case, clients: int, samples: Sequence[Sample]) -> Row:
     """Medians and quartiles over the samples; ratios are of each pair: sliced memcpy's time over the peer's."""
     ratios = [sample.sliced_ns / sample.op_ns for sample in samples]
-    q1, ratio, q3 = (round(float(cut), 3) for cut in np.percentile(ratios, [25, 50, 75]))
+    q1, ratio, q3 = (float(f"{cut:.4g}") for cut in np.percentile(ratios, [25, 50, 75]))  # however small
     each_us = np.array([ns for sample in samples for ns in sample.each_ns]) / 1e3
     p50, p99 = (round(float(cut), 1) for cut in np.percentile(each_us, [50, 99]))
     return Row(
