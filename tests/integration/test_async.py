@@ -27,7 +27,7 @@ from tests.integration.on_a_loop import OnALoop, eventually, reaching
 from tests.integration.support import PATIENCE_S, Bytes, MiB, blanks, in_time, keys_of, value_of, values_of
 from tests.integration.support import eventually as wait_until
 
-LEASE_S = 1.0
+LEASE_S = 6.0  # reservations end with it too: a machine that stands still for seconds loses none
 LARGE_NBYTES = 8 * MiB
 PATHS = pytest.mark.parametrize("path", ["shm", "tcp"])
 
@@ -54,10 +54,6 @@ async def worst_lag_s(work: Awaitable[Any]) -> float:
         worst = max(worst, time.monotonic() - start)
     await task
     return worst
-
-
-def open_fds() -> int:
-    return len(os.listdir("/proc/self/fd"))
 
 
 # ------------------------------------------------------------------------------------------ many at once
@@ -199,10 +195,12 @@ def test_calls_cancelled_anywhere_leave_a_client_that_works_and_nothing_held(ser
             await eventually(nothing_held, "leases and reservations of cancelled calls ended")
             assert cache.counters["failures"] == 0
 
-    gc.collect()
+    def open_fds() -> int:
+        gc.collect()
+        return len(os.listdir("/proc/self/fd"))
+
     fds = open_fds()
     asyncio.run(main())
-    gc.collect()
     # Earlier tests' threads may still close some of their own.
     wait_until(lambda: open_fds() <= fds, "no more files are open")
 
@@ -302,7 +300,7 @@ def test_the_loop_goes_on_while_much_is_read_and_written(server: ServerProcess, 
         assert np.array_equal(buffer, value)
         return max(written, read)
 
-    in_time(lambda: asyncio.run(main()), 0.25, tries=5)
+    in_time(lambda: asyncio.run(main()), 0.25, tries=12)
 
 
 def test_a_client_is_one_loops_until_that_is_closed(server: ServerProcess) -> None:

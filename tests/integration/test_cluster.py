@@ -92,7 +92,7 @@ def test_a_lease_that_one_shard_lost_is_lost() -> None:
         ]
         cache = Cluster(stack, servers).connect()
         keys = prompt(4)
-        put(cache, keys)
+        eventually(lambda: all(put(cache, keys)), "all are stored before their reservations end")
         leased = cache.acquire(keys)
         assert all(leased.frames)
         time.sleep(0.5)

@@ -82,7 +82,7 @@ def test_pieces_count_if_the_lease_outlived_their_copying(monkeypatch: pytest.Mo
         stack.callback(server.stop)
         client = stack.enter_context(any_client)
         keys = keys_of(2, "late")
-        assert all(client.put(keys, values_of(keys, nbytes)))
+        eventually(lambda: all(client.put(keys, values_of(keys, nbytes))), "they are stored before reservations end")
         memory = np.zeros((3, 2, nbytes // 3), np.uint8)
         places = [Pieces(memory[:, at], "uint8", (nbytes,)) for at in (0, 1)]
         eventually(lambda: all(client.get_into(keys, places)), "they are copied before the lease ends")
