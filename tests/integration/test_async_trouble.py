@@ -67,7 +67,7 @@ def dies_under_many_tasks(end: str, path: str, listen: str) -> None:
     server = ServerProcess("64MiB", listen=listen).start()
     servers = [server]
     keys = keys_of(4, "dying")
-    values, deadline_s = values_of(keys, MiB), 5.0
+    values, deadline_s = values_of(keys, MiB), 8.0
     read = 0
 
     async def read_until_it_fails(cache: mmcache.AsyncClient) -> float:
@@ -93,7 +93,7 @@ def dies_under_many_tasks(end: str, path: str, listen: str) -> None:
             else:
                 suspend(server.pid)
             assert max(await asyncio.gather(*readers)) < 1.8 * deadline_s  # never two of them
-            assert not cache.answering or cache.counters["skipped"]
+            assert cache._breaker.pause_s > 0
             with pytest.raises(TransportError):
                 await cache.stat()
             if end == "stopped":

@@ -23,7 +23,7 @@ SMALL = Size(requests=150, nbytes=4096, clients=2, think_s=0.0, memory_nbytes=25
 def killed(placed: str, replicas: int, what: str) -> dict[str, Any]:
     """A run that misses no bar. Who was served first where a process stood still cannot be predicted, so one of
     several has to do; nothing may go wrong in any."""
-    for _ in range(3):
+    for _ in range(5):
         seen: list[int] = []
         row = kill.run_case(Case("branches", placed, replicas, what), SMALL, seen.append)
         assert seen == sorted(seen), "progress goes on"

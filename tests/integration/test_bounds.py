@@ -60,9 +60,11 @@ def test_a_receive_ends_at_its_deadline_not_before_and_not_much_later() -> None:
         with silent_channel() as channel:
             channel.spin_s = 0.0
             for seconds in (0.2, 0.19, 0.5):  # the kernel's timeout stays from one to the next where it fits
-                took = took_s(channel.recv, 10, time.monotonic() + seconds)
-                assert seconds * 0.99 <= took
-                worst = max(worst, took - seconds)
+                deadline = time.monotonic() + seconds
+                took_s(channel.recv, 10, deadline)
+                late = time.monotonic() - deadline
+                assert late >= -0.01 * seconds
+                worst = max(worst, late)
         return worst
 
     in_time(late_s, SLACK_S)
@@ -126,7 +128,7 @@ def test_many_leases_are_given_back_within_one_deadline() -> None:
     with (
         ServerProcess("64MiB", environment=environment) as stopped,
         mmcache.connect(stopped.url + "?deadline_s=20") as patient,
-        mmcache.connect(stopped.url + "?deadline_s=5") as cache,
+        mmcache.connect(stopped.url + "?deadline_s=8") as cache,
     ):
         keys = keys_of(60, "many leases")
         assert all(patient.put(keys, values_of(keys, MiB // 2)))
@@ -136,7 +138,7 @@ def test_many_leases_are_given_back_within_one_deadline() -> None:
         try:
             start = time.monotonic()
             assert not leased.release()
-            assert time.monotonic() - start < 9  # never two of them
+            assert time.monotonic() - start < 14.4  # never two of them
         finally:
             os.kill(stopped.pid, signal.SIGCONT)
 

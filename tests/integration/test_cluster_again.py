@@ -33,7 +33,7 @@ def keys_by_owner(cache: mmcache.Client, wanted: int) -> list[Keys]:
 @pytest.mark.alone
 def test_each_shard_that_hangs_costs_a_deadline_once_however_long_it_hangs() -> None:
     # A call may be slow because the machine stood still, but not at each try.
-    assert SHARDS in (slow_calls() for _ in range(3))
+    assert SHARDS in (slow_calls() for _ in range(6))
 
 
 def slow_calls() -> int:
