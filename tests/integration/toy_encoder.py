@@ -21,6 +21,7 @@ from mmcache_connectors.vllm.ec_worker import EncoderWorker
 from mmcache_connectors.vllm.items import ItemIdentities
 from mmcache_connectors.vllm.settings import EncoderSettings
 from mmcache_connectors.vllm.shelf import Shelf
+from tests.integration.support import PATIENCE_S
 
 WIDTH = 64
 CPU = torch.device("cpu")
@@ -92,7 +93,7 @@ class Toy:
             self.step()
             if wanted.request_id in self.scheduler.take_hopeless():
                 raise LookupError(wanted.request_id)
-            assert time.monotonic() < began_s + 10
+            assert time.monotonic() < began_s + PATIENCE_S
         return time.monotonic() - began_s
 
     def run(self, wanted: Request) -> float:
