@@ -8,13 +8,14 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 
 import mmcache
 from mmcache.testing.process import ServerProcess
 from tests.integration.nixl_bed import OVER_TCP, agent_of, listens_on, needs_nixl
-from tests.integration.support import ROOT, MiB, eventually, keys_of, values_of
+from tests.integration.support import ROOT, MiB, eventually, in_time, keys_of, values_of
 from tests.integration.wire_bed import HERE, INSIDE, NAMESPACE, NOTHING, OUTSIDE, SLOW, THERE, Wire, network
 
 pytestmark = [needs_nixl, pytest.mark.alone]
@@ -23,14 +24,14 @@ DEADLINE_S = 2.0
 NBYTES, COUNT = 8 * MiB, 2
 # A process of its own, as one's agent has the devices of its first use: reads each time it is told to, says what came.
 READER = """
-import json, os, sys, time
+import contextlib, json, os, sys, time
 import mmcache
 from mmcache.transport.nixl import client_agent
 from tests.integration.nixl_bed import listens_on
 from tests.integration.support import blanks, keys_of, values_of
 nbytes, count = int(sys.argv[2]), int(sys.argv[3])
 keys = keys_of(count, "apart")
-with mmcache.connect(sys.argv[1], deadline_s=float(sys.argv[4])) as cache:
+with mmcache.connect(sys.argv[1], deadline_s=float(sys.argv[4]), lazy=True) as cache:
     for line in sys.stdin:
         buffers, began = blanks(count, nbytes), time.monotonic()
         results = cache.get_into(keys, buffers)
@@ -39,7 +40,8 @@ with mmcache.connect(sys.argv[1], deadline_s=float(sys.argv[4])) as cache:
         said = {"outcomes": [str(r.outcome) for r in results], "right": right, "took_s": took_s,
                 "listens": listens_on(os.getpid()), "held": client_agent().abandoned_nbytes}
         if line == "path\\n":
-            said["path"] = cache.stat()["transport"]
+            with contextlib.suppress(mmcache.MMCacheError):
+                said["path"] = cache.stat()["transport"]
         print(json.dumps(said), flush=True)
 """
 
@@ -78,40 +80,34 @@ def test_reads_over_named_devices_and_through_a_cut(wire: Wire, server: ServerPr
             def ask(word: str = "") -> None:
                 print(word, file=reader.stdin, flush=True)
 
-            def hear() -> dict[str, object]:
-                said: dict[str, object] = json.loads(reader.stdout.readline())  # type: ignore[union-attr]
+            def hear() -> dict[str, Any]:
+                said: dict[str, Any] = json.loads(reader.stdout.readline())  # type: ignore[union-attr]
                 assert said["right"]
+                assert set(said["outcomes"]) <= {"hit", "unavailable"}
                 return said
 
-            def whole() -> dict[str, object]:
+            def whole() -> dict[str, Any]:
                 ask("path")
                 said = hear()
-                return said if said["outcomes"] == ["hit"] * COUNT else {}
+                return said if said["outcomes"] == ["hit"] * COUNT and said.get("path") == "nixl" else {}
 
             first = eventually(whole, "a read ends within its time")
-            assert first["path"] == "nixl"
             assert set(first["listens"]) == {address(HERE)}
 
-            def cut_off() -> dict[str, object]:
+            def again() -> bool:
+                said = whole()
+                return bool(said) and not said["held"]
+
+            def cut_off() -> float:
+                """How long the read took; 0 if some of it came before it was cut off, as on a machine that pauses."""
                 ask()
                 time.sleep(0.3)  # a read of them all takes most of a second
                 wire.limit(NOTHING)
                 said = hear()
-                if said["outcomes"] == ["hit"] * COUNT:  # the machine stopped us for longer than that
-                    wire.limit(SLOW)
-                    return {}
-                return said
+                wire.limit(SLOW)
+                eventually(again, "reads are hits again, and what was given up has ended", 60)
+                return float(said["took_s"]) if said["outcomes"] == ["unavailable"] * COUNT else 0.0
 
-            cut = eventually(cut_off, "a read is cut off")
-            assert cut["outcomes"] == ["unavailable"] * COUNT
-            assert float(str(cut["took_s"])) < DEADLINE_S + 1
-            wire.limit(SLOW)
-
-            def again() -> bool:
-                ask("path")
-                said = hear()
-                return said["outcomes"] == ["hit"] * COUNT and said["path"] == "nixl" and not said["held"]
-
-            eventually(again, "reads are hits again, and what was given up has ended", 60)
+            in_time(lambda: float(eventually(cut_off, "a read is cut off", 60)), DEADLINE_S + 1)
         finally:
             reader.kill()
