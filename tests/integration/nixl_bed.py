@@ -34,9 +34,9 @@ VALUE_NBYTES: Final = MiB + 17
 OVER_TCP: Final = {"UCX_TLS": "tcp"}  # else UCX copies out of the other process itself, whether that runs or not
 
 
-def nixl_client(server: ServerProcess, **settings: Any) -> Client:
+def nixl_client(server: ServerProcess, deadline_s: float = 20.0, **settings: Any) -> Client:
     """A client that wants NIXL."""
-    return mmcache.connect(f"{server.url}?transport=nixl", **settings)
+    return mmcache.connect(f"{server.url}?transport=nixl", deadline_s=deadline_s, **settings)
 
 
 def agent_of(server: ServerProcess) -> int:

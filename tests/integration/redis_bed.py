@@ -96,7 +96,7 @@ class Redis:
 @contextlib.contextmanager
 def redis_cluster(count: int = 3) -> Iterator[list[Redis]]:
     """A Redis Cluster of masters that share the slots, once all say that it is well."""
-    words = ["--cluster-enabled", "yes", "--cluster-node-timeout", "2000", "--cluster-config-file", "nodes.conf"]
+    words = ["--cluster-enabled", "yes", "--cluster-node-timeout", "15000", "--cluster-config-file", "nodes.conf"]
     with contextlib.ExitStack() as stack:
         nodes = [stack.enter_context(Redis(*words)) for _ in range(count)]
         clients = [stack.enter_context(contextlib.closing(node.client())) for node in nodes]
@@ -122,7 +122,7 @@ def redis_sentinels(master_name: str = "main") -> Iterator[tuple[list[Redis], Re
         replica = stack.enter_context(Redis("--replicaof", "127.0.0.1", str(master.port)))
         lines = [
             f"sentinel monitor {master_name} 127.0.0.1 {master.port} 2",
-            f"sentinel down-after-milliseconds {master_name} 500",
+            f"sentinel down-after-milliseconds {master_name} 2000",
             f"sentinel failover-timeout {master_name} 2000",
         ]
         sentinels = [stack.enter_context(Redis(sentinel="\n".join(lines))) for _ in range(3)]

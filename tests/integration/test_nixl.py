@@ -5,6 +5,7 @@ Skipped where NIXL is not installed, but for CI (nixl_bed.py); test_nixl_missing
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
@@ -20,7 +21,7 @@ import pytest
 
 import mmcache
 from mmcache.client.blocking import Client
-from mmcache.errors import ProtocolError, TransportError
+from mmcache.errors import MMCacheError, ProtocolError, TransportError
 from mmcache.server.access_edit import with_token
 from mmcache.server.grants import digest_of
 from mmcache.testing.process import ServerProcess
@@ -88,7 +89,9 @@ def is_another(server: ServerProcess, pid: int) -> bool:
 
 
 def by_nixl(cache: Client) -> bool:
-    return bool(cache.stat()["transport"] == "nixl")
+    with contextlib.suppress(MMCacheError):
+        return bool(cache.stat()["transport"] == "nixl")
+    return False
 
 
 def test_a_killed_agent_is_unavailable_in_time_and_then_used_again(server: ServerProcess) -> None:
@@ -104,7 +107,7 @@ def test_a_killed_agent_is_unavailable_in_time_and_then_used_again(server: Serve
             took.append(time.monotonic() - began)
             # Until the server knows that it is gone, it sends clients to it; these read by TCP for some seconds.
             eventually(partial(is_another, server, pid), "the agent is started again")
-            eventually(lambda: outcomes(cache, keys) == {"hit"} and by_nixl(cache), "reads go by NIXL again")
+            eventually(lambda: outcomes(cache, keys) == {"hit"} and by_nixl(cache), "reads go by NIXL again", 60)
     assert min(took) < 7  # the machine may stop us in one,
     assert max(took) < 10  # and not for as long as a second deadline
 
@@ -114,16 +117,16 @@ def test_a_killed_agent_is_unavailable_in_time_and_then_used_again(server: Serve
 def test_a_stopped_agent_is_unavailable_in_time_and_what_it_sends_late_harms_nobody(server: ServerProcess) -> None:
     with nixl_client(server, deadline_s=20) as patient:
         keys = stored(patient, "stopped", 8)
-    with nixl_client(server, deadline_s=1) as cache:
-        eventually(lambda: outcomes(cache, keys) == {"hit"}, "reads are hits")
+    with nixl_client(server, deadline_s=1, lazy=True) as cache:
+        eventually(lambda: outcomes(cache, keys) == {"hit"} and by_nixl(cache), "reads are hits")
         pid = agent_of(server)
         suspend(pid)
         began = time.monotonic()
         (result,) = cache.get_into(keys[:1], blanks(1, VALUE_NBYTES))
         assert result.outcome is Outcome.UNAVAILABLE
         assert "by NIXL before the deadline" in result.reason
-        assert 0.9 < time.monotonic() - began < 3
-        with mmcache.connect(server.url) as neighbour:
+        assert 0.9 < time.monotonic() - began < 4.5
+        with mmcache.connect(server.url, deadline_s=20) as neighbour:
             eventually(lambda: neighbour.stat()["counters"]["leases"] == 0, "the lease is given back")
         assert client_agent().abandoned_nbytes > 0
         assert outcomes(cache, keys) == {"unavailable"}  # at once: it is left alone for a while
@@ -133,8 +136,10 @@ def test_a_stopped_agent_is_unavailable_in_time_and_what_it_sends_late_harms_nob
             time.sleep(0.02)
         eventually(lambda: outcomes(cache, keys) == {"hit"}, "reads are hits again")
     with nixl_client(server) as cache:
-        assert outcomes(cache, keys) == {"hit"}
-        assert client_agent().abandoned_nbytes == 0
+        eventually(
+            lambda: outcomes(cache, keys) == {"hit"} and not client_agent().abandoned_nbytes,
+            "what was given up has ended",
+        )
         assert cache.stat()["transport"] == "nixl"
 
 
@@ -205,7 +210,7 @@ def test_a_peer_that_writes_changes_nothing(server: ServerProcess) -> None:
 
         with pytest.raises(Exception, match="NIXL_ERR_REMOTE_DISCONNECT"):
             write()
-        with mmcache.connect(server.url) as neighbour:  # shared memory: the very bytes
+        with mmcache.connect(server.url, deadline_s=20) as neighbour:  # shared memory: the very bytes
             assert neighbour.stat()["transport"] == "shm"
             assert outcomes(neighbour, keys) == {"hit"}
         eventually(lambda: outcomes(cache, keys) == {"hit"}, "the agent is there again")
@@ -280,7 +285,7 @@ def test_a_second_tenant_ends_it(tmp_path: Path) -> None:
     with ServerProcess("64MiB", "--nixl", "lo", "--access", one_tenant(path)) as server:
         with pytest.raises(TransportError, match="access denied"):
             nixl_client(server)
-        with mmcache.connect(f"{server.url}?transport=nixl", token="token-of-a") as cache:
+        with nixl_client(server, token="token-of-a") as cache:
             keys = stored(cache, "tenants")
             assert outcomes(cache, keys) == {"hit"}
             assert cache.stat()["transport"] == "nixl"
@@ -298,7 +303,7 @@ def test_where_it_is_told_over_tls_too(tmp_path: Path) -> None:
     cert, key = authority.issue("server")
     with (
         ServerProcess("64MiB", "--nixl", "lo", "--tls-cert", cert, "--tls-key", key) as server,
-        mmcache.connect(f"{server.url}?transport=nixl&ca={authority.ca}") as cache,
+        mmcache.connect(f"{server.url}?transport=nixl&ca={authority.ca}", deadline_s=20) as cache,
     ):
         assert outcomes(cache, stored(cache, "tls")) == {"hit"}
         assert by_nixl(cache)
@@ -311,7 +316,7 @@ def test_who_may_not_see_the_memory_is_not_told_where_it_is(tmp_path: Path) -> N
     arguments = ("--nixl", "lo", "--access", str(path))
     with (
         ServerProcess("64MiB", *arguments) as server,
-        mmcache.connect(f"{server.url}?transport=nixl", token="token-of-a") as cache,
+        nixl_client(server, token="token-of-a") as cache,
     ):
         assert cache.stat()["transport"] == "tcp"
         assert "may not see the server's whole memory" in cache.stat()["transport_why"]

@@ -25,7 +25,7 @@ from mmcache.transport.nixl import lacks
 from mmcache.transport.tcp import Channel
 from tests.integration.access_bed import write_access
 from tests.integration.nixl_bed import WITHOUT, needs_nixl, nixl_client, one_tenant, outcomes, stored
-from tests.integration.support import PATIENCE_S, ROOT, run_cli
+from tests.integration.support import PATIENCE_S, ROOT, eventually, run_cli
 
 
 def test_a_server_without_it_is_read_by_tcp_and_stat_says_why(caplog: pytest.LogCaptureFixture) -> None:
@@ -90,9 +90,13 @@ def test_doctor_says_what_is_wrong_with_it(unusable: tuple[dict[str, str], str])
 @needs_nixl
 def test_a_client_that_cannot_load_it_reads_by_tcp_and_says_so(unusable: tuple[dict[str, str], str]) -> None:
     environment, words = unusable
+
+    def answered() -> dict[str, str]:  # it asks for 2 s, so that a server that stands still is said not to answer
+        row = findings(f"{server.url}?transport=nixl", environment)["server"]
+        return row if row["state"] == "yes" else {}
+
     with ServerProcess("1MiB", "--nixl", "lo") as server:
-        found = findings(f"{server.url}?transport=nixl", environment)["server"]
-    assert found["state"] == "yes"
+        found = eventually(answered, "the server answers")
     assert "read by tcp: NIXL cannot be used" in found["text"]
     assert words in found["text"]
 
