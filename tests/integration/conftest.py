@@ -1,7 +1,15 @@
-"""Triton's interpreter runs the kernels in the tests here: it must be chosen before Triton is imported."""
+"""For all tests here: Triton's interpreter runs the kernels, and Redis may take longer to answer."""
 
 from __future__ import annotations
 
 import os
 
-os.environ.setdefault("TRITON_INTERPRET", "1")
+import pytest
+
+os.environ.setdefault("TRITON_INTERPRET", "1")  # before Triton is imported
+
+
+@pytest.fixture
+def patient_with_redis(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a machine that stands still for a while Redis is late, and not lost."""
+    monkeypatch.setattr("mmcache.cluster.redis_link.WAIT_S", 10.0)

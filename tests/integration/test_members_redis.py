@@ -20,7 +20,7 @@ from mmcache.client.cluster import ClusterClient
 from mmcache.cluster import redis_members
 from mmcache.cluster.beats import MAX_BEAT_NBYTES, TTL_S
 from mmcache.cluster.membership import Watched
-from mmcache.cluster.redis_link import RedisLink
+from mmcache.cluster.redis_link import WAIT_S, RedisLink
 from mmcache.cluster.registration import Registration
 from mmcache.cluster.seen import CONFIRM_S
 from mmcache.cluster.urls import open_membership, parse_members_url
@@ -29,6 +29,8 @@ from mmcache.errors import ConfigError, TransportError
 from tests.integration.members_bed import becomes, ids, leave, stays, watched
 from tests.integration.redis_bed import Redis, registered, url_of
 from tests.integration.support import eventually, in_time
+
+pytestmark = pytest.mark.usefixtures("patient_with_redis")
 
 GONE_S = TTL_S + CONFIRM_S + 3.0
 
@@ -104,7 +106,11 @@ def test_who_is_stopped_without_a_word_is_out_after_a_time_and_no_sooner(there: 
 
 
 @pytest.mark.alone
-def test_redis_killed_and_back_empty_changes_no_view(there: Redis, caplog: pytest.LogCaptureFixture) -> None:
+def test_redis_killed_and_back_empty_changes_no_view(
+    there: Redis, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    confirm_s = 2 * CONFIRM_S  # also where the machine stands still while the servers say it again
+    monkeypatch.setattr("mmcache.cluster.seen.CONFIRM_S", confirm_s)
     url = url_of(there)
     servers = registered(url, 1, 2, 3)
     with watched(url) as members:
@@ -114,19 +120,20 @@ def test_redis_killed_and_back_empty_changes_no_view(there: Redis, caplog: pytes
         with pytest.raises(TransportError, match=r"does not do as asked: .*Connection refused.*start it, or correct"):
             open_membership(url)
         there.start()
-        stays(lambda: members.view() is view, CONFIRM_S + 4.0)
+        stays(lambda: members.view() is view, confirm_s + 1.0)
         assert members.counters["source_losses"] == 1
         assert members.counters["view_changes"] == 0
         servers += registered(url, 4)
         becomes(members, "1", "2", "3", "4")
         there.client().flushall()
-        stays(lambda: len(ids(members)) == 4, CONFIRM_S + 1.0)
+        stays(lambda: len(ids(members)) == 4, confirm_s + 1.0)
     lost = [record.getMessage() for record in caplog.records if "is lost, the last view goes on" in record.getMessage()]
     assert len(lost) == 1  # once, not for each try
     leave(servers)
 
 
-def test_a_redis_that_hangs_delays_nobody(there: Redis) -> None:
+def test_a_redis_that_hangs_delays_nobody(there: Redis, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("mmcache.cluster.redis_link.WAIT_S", WAIT_S)  # as it is
     url = url_of(there)
     servers = registered(url, 1)
 
@@ -161,10 +168,17 @@ def test_a_server_starts_without_redis_and_joins_when_it_is_there(caplog: pytest
     with Redis() as there:
         url = url_of(there)
         there.kill()
-        one = Registration(parse_members_url(url), id="a", address="mmcache://a:1", weight=1.0)
-        began_s = time.monotonic()
-        one.start(3.0)
-        assert time.monotonic() - began_s < 3.5
+        tried: list[Registration] = []
+
+        def starts_s() -> float:
+            leave(tried[-1:])
+            tried.append(Registration(parse_members_url(url), id="a", address="mmcache://a:1", weight=1.0))
+            began_s = time.monotonic()
+            tried[-1].start(3.0)
+            return time.monotonic() - began_s
+
+        in_time(starts_s, 3.5)
+        one = tried[-1]
         eventually(lambda: "start it, or correct the URL" in one.why_not, "it knows that Redis is not there")
         assert "is not told of this server, it is tried again" in caplog.text
         there.start()
@@ -349,11 +363,11 @@ def test_close_ends_the_thread_and_the_last_view_stays(there: Redis) -> None:
 def test_a_client_that_starts_while_redis_hears_of_its_servers_waits_for_as_many_as_its_replicas(there: Redis) -> None:
     url = url_of(there)
     with contextlib.ExitStack() as stack:
-        stack.callback(registered(url, 7601)[0].gone)
+        stack.callback(leave, registered(url, 7601))
 
         def join() -> None:
             time.sleep(0.3)
-            stack.callback(registered(url, 7602)[0].gone)
+            stack.callback(leave, registered(url, 7602))
 
         thread = threading.Thread(target=join)
         thread.start()

@@ -16,6 +16,8 @@ from tests.integration.members_bed import becomes, ids, leave, stays, watched
 from tests.integration.redis_bed import Redis, redis_cluster, redis_sentinels, registered, url_of
 from tests.integration.support import eventually
 
+pytestmark = pytest.mark.usefixtures("patient_with_redis")
+
 
 def private(path: Path, text: str) -> str:
     path.write_text(text)
