@@ -35,7 +35,7 @@ class Rogue:
         }
         self._server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(CACHE.full_name, handlers),))
         self.port = self._server.add_insecure_port("127.0.0.1:0")
-        self.url = f"mmcache://127.0.0.1:{self.port}?transport=grpc&deadline_s=10"
+        self.url = f"mmcache://127.0.0.1:{self.port}?transport=grpc&connect_s=15&deadline_s=15"
         self._server.start()
 
     def _answer(self, name: str, body: bytes) -> bytes:

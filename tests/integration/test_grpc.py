@@ -57,7 +57,7 @@ def test_every_dtype_goes_both_ways_bit_for_bit(
 ) -> None:
     words = words_of(dtype, shape)
     value = as_dtype(words, dtype) if dtype in WORDS else words
-    with mmcache.connect(server.url) as client:
+    with mmcache.connect(server.url, deadline_s=20) as client:
         by_rpc, framed = keys_of(1, f"rpc/{dtype}/{shape}"), keys_of(1, f"framed/{dtype}/{shape}")
         assert rpc("Put", put_request(put_of(by_rpc[0], tensor("x", words, dtype)))).status == bytes([pb.STORED])
         back = np.zeros(shape, words.dtype)
@@ -343,17 +343,17 @@ def test_a_peer_that_sends_nothing_is_let_go_and_others_are_served() -> None:
             over.wait(30)
             yield b""
 
-        path = f"/{CACHE.full_name}/Contains"
-        silent = [rpc.channel.stream_unary(path).future(never()) for _ in range(8)]  # as many as there are workers
-
         def is_served() -> bool:
             try:
-                return bool(rpc("Contains", pb.ContainsRequest(keys=bytes(32)), timeout_s=5).present == b"\0")
+                return bool(rpc("Contains", pb.ContainsRequest(keys=bytes(32)), timeout_s=15).present == b"\0")
             except grpc.RpcError as error:  # where the server stood still this call was overdue, too
                 if error.code() is grpc.StatusCode.DEADLINE_EXCEEDED:
                     raise
                 return False
 
+        eventually(is_served, "it is connected")
+        path = f"/{CACHE.full_name}/Contains"
+        silent = [rpc.channel.stream_unary(path).future(never()) for _ in range(8)]  # as many as there are workers
         eventually(is_served, "others are served")
         assert {call.code() for call in silent} <= {grpc.StatusCode.CANCELLED, grpc.StatusCode.UNKNOWN}
         over.set()
@@ -366,6 +366,7 @@ def test_the_samples_of_the_page_run(server: ServerProcess) -> None:
     for sample in samples:
         assert "127.0.0.1:7601" in sample
         code = sample.replace("127.0.0.1:7601", server.grpc_address)
+        code = code.replace("transport=grpc", "transport=grpc&connect_s=15&deadline_s=15")
         ended = subprocess.run([sys.executable, "-W", "error", "-c", code], capture_output=True, text=True, timeout=60)
         assert (ended.returncode, ended.stderr) == (0, "")
 

@@ -184,7 +184,8 @@ def test_node_and_python_exchange_embeddings_over_mutual_tls(secured: Secured) -
     with secured.client(cert, key) as rpc:
         (entry,) = rpc("Get", pb.GetRequest(keys=wanted.digest)).entries
         assert {found.name: found.data for found in entry.tensors}["embedding"] == EMBEDDING.tobytes()
-    with mmcache.connect(f"{server.url}?ca={ca}&cert={cert}&key={key}") as client:  # the framed protocol, same tenant
+    framed = f"{server.url}?ca={ca}&cert={cert}&key={key}"  # the same tenant
+    with mmcache.connect(framed, deadline_s=20) as client:
         back = destination()
         assert client.get_into(Keys.of(wanted), [back])[0]
         check_node_stored(back)

@@ -29,7 +29,7 @@ SMALL = {"MMCACHE_MAX_GRPC_NBYTES": str(MiB), "MMCACHE_MAX_BATCH_KEYS": "8"}
 
 
 def url_of(server: ServerProcess, options: str = "", scheme: str = "mmcache") -> str:
-    return f"{scheme}://{server.grpc_address}?transport=grpc{options}"
+    return f"{scheme}://{server.grpc_address}?transport=grpc&connect_s=15&deadline_s=15{options}"
 
 
 @pytest.fixture(scope="module")
@@ -42,7 +42,7 @@ def test_batches_keep_the_servers_limit_of_a_message_and_what_passes_it_says_so(
     keys = keys_of(21, "messages")
     values = [np.resize(value, 400_000 if at % 3 else 20_000) for at, value in enumerate(values_of(keys, 400_000))]
     values[7] = np.ones(MiB, np.uint8)
-    with mmcache.connect(url_of(server)) as cache, mmcache.connect(server.url) as framed:
+    with mmcache.connect(url_of(server)) as cache, mmcache.connect(server.url, deadline_s=15) as framed:
         results = cache.put(keys, values)
         refused = results.pop(7)
         assert refused.outcome is Outcome.REFUSED
@@ -81,7 +81,7 @@ def test_what_one_way_stored_the_other_finds_with_all_that_belongs_to_it(server:
     chain = namespace.block_keys(list(range(32)))
     words = [np.arange(64, dtype=np.uint16) + at for at in range(2)]
     both = chain + keys_of(1, "another namespace")
-    with mmcache.connect(url_of(server)) as cache, mmcache.connect(server.url) as framed:
+    with mmcache.connect(url_of(server)) as cache, mmcache.connect(server.url, deadline_s=15) as framed:
         media = [Media("image", 400), None, None]
         values = [*(as_dtype(one, "bfloat16") for one in words), np.ones(9, np.uint8)]
         assert all(cache.put(both, values, ttl_s=1000, media=media))
@@ -248,4 +248,4 @@ def test_without_grpc_the_error_says_what_to_install(monkeypatch: pytest.MonkeyP
 def test_the_framed_port_is_no_grpc_port_and_a_closed_one_is_told_too(server: ServerProcess) -> None:
     for address in (server.url, "mmcache://127.0.0.1:1"):
         with pytest.raises(TransportError, match="is `serve --grpc` there"):
-            mmcache.connect(f"{address}?transport=grpc", deadline_s=3)
+            mmcache.connect(f"{address}?transport=grpc", deadline_s=15)

@@ -24,7 +24,7 @@ HEADS_NBYTES = 64 << 10
 def client() -> Iterator[Client]:
     with (
         ServerProcess("256MiB", "--grpc", "127.0.0.1:0") as server,
-        mmcache.connect(f"mmcache://{server.grpc_address}?transport=grpc", deadline_s=20) as client,
+        mmcache.connect(f"mmcache://{server.grpc_address}?transport=grpc&connect_s=15", deadline_s=20) as client,
     ):
         yield client
 

@@ -138,7 +138,7 @@ def test_python_reads_what_node_stored_bit_for_bit(server: ServerProcess) -> Non
     assert node(server.grpc_address, "put", "node") == {"key": key.hex(), "came": ["stored"]}
     assert node(server.grpc_address, "put", "node")["came"] == ["present"]
     back = destination()
-    with mmcache.connect(server.url) as client:
+    with mmcache.connect(server.url, deadline_s=20) as client:
         assert client.get_into(Keys.of(key), [back])[0]
         told = client.inspect(key.digest)
     check_node_stored(back)
@@ -152,7 +152,7 @@ def test_python_reads_what_node_stored_bit_for_bit(server: ServerProcess) -> Non
 def test_node_reads_what_python_stored_bit_for_bit(server: ServerProcess) -> None:
     key = key_of("python")
     assert node(server.grpc_address, "get", "python") == {"key": key.hex(), "came": None}
-    with mmcache.connect(server.url) as client:
+    with mmcache.connect(server.url, deadline_s=20) as client:
         value = {"embedding": EMBEDDING, "deepstack": as_dtype(DEEPSTACK, "bfloat16")}
         assert client.put(Keys.of(key), [value])[0]
     assert node(server.grpc_address, "get", "python")["came"] == {
@@ -168,7 +168,7 @@ def test_node_reads_what_python_stored_bit_for_bit(server: ServerProcess) -> Non
 
 def test_node_asks_again_for_what_did_not_fit(server: ServerProcess) -> None:
     keys = keys_of(5, "node/many")
-    with mmcache.connect(server.url) as client:
+    with mmcache.connect(server.url, deadline_s=20) as client:
         assert all(client.put(keys[:4], [np.ones(100_000, np.uint8) for _ in keys[:4]]))
     digests = [digest.hex() for digest in keys.digests]
     rest = {"digests": digests, "options": {"maxNbytes": 250_000}}

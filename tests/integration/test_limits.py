@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -16,10 +17,11 @@ from tests.integration.support import MiB, Raw, blanks, eventually, frame_bytes,
 
 
 @pytest.mark.parametrize("unix", [False, True], ids=["tcp", "unix"])
-def test_a_connection_over_the_limit_is_told_so_and_others_go_on(unix: bool) -> None:
-    with ServerProcess("16MiB", "--max-connections", "3") as server, contextlib.ExitStack() as stack:
+def test_a_connection_over_the_limit_is_told_so_and_others_go_on(unix: bool, tmp_path: Path) -> None:
+    words = ("--max-connections", "3", "--unix", str(tmp_path / "s"))  # where no other server that starts looks
+    with ServerProcess("16MiB", *words) as server, contextlib.ExitStack() as stack:
         url = f"mmcache+unix://{server.unix_path}" if unix else f"{server.url}?transport=tcp"
-        inside = stack.enter_context(mmcache.connect(url))
+        inside = stack.enter_context(mmcache.connect(url, deadline_s=20))
         held = [stack.enter_context(Raw(server)) for _ in range(2)]
         for raw in held:
             raw.join()
@@ -28,7 +30,7 @@ def test_a_connection_over_the_limit_is_told_so_and_others_go_on(unix: bool) -> 
                 mmcache.connect(url)
         keys = keys_of(2, "full house")
         values, buffers = values_of(keys, 1000), blanks(2, 1000)
-        with mmcache.connect(url, lazy=True) as outside:
+        with mmcache.connect(url, deadline_s=20, lazy=True) as outside:
             refused = outside.put(keys, values)
             assert {result.outcome for result in refused} == {Outcome.UNAVAILABLE}
             assert "--max-connections" in refused[0].reason
@@ -41,7 +43,7 @@ def test_a_connection_over_the_limit_is_told_so_and_others_go_on(unix: bool) -> 
 def test_bytes_in_flight_are_bounded_and_come_free() -> None:
     with (
         ServerProcess("64MiB", environment={"MMCACHE_MAX_INFLIGHT_NBYTES": "4MiB"}) as server,
-        mmcache.connect(server.url) as cache,
+        mmcache.connect(server.url, deadline_s=20) as cache,
     ):
         slow, quick = keys_of(1, "slow"), keys_of(1, "quick")
         frame = frame_bytes(slow, bytes(3 * MiB))
@@ -63,7 +65,7 @@ def test_bytes_in_flight_are_bounded_and_come_free() -> None:
 def test_a_value_over_the_limit_of_bytes_in_flight_is_stored_on_its_own() -> None:
     with (
         ServerProcess("64MiB", environment={"MMCACHE_MAX_INFLIGHT_NBYTES": "1MiB"}) as server,
-        mmcache.connect(server.url) as cache,
+        mmcache.connect(server.url, deadline_s=20) as cache,
     ):
         keys = keys_of(2, "wide")
         values, buffers = values_of(keys, 5 * MiB), blanks(2, 5 * MiB)
@@ -77,7 +79,7 @@ def test_an_arena_full_of_leased_values_refuses_more_and_loses_nothing() -> None
     settings = {"MMCACHE_PINNED_SHARE": "1"}
     with (
         ServerProcess("16MiB", "--lease-s", "60", environment=settings) as server,
-        mmcache.connect(server.url) as cache,
+        mmcache.connect(server.url, deadline_s=20) as cache,
     ):
         keys = keys_of(every, "pinned")
         values, buffers = values_of(keys, nbytes), blanks(every, nbytes)
@@ -100,7 +102,7 @@ def test_an_arena_full_of_leased_values_refuses_more_and_loses_nothing() -> None
 
 
 def test_leases_over_their_share_are_not_given_and_what_is_not_leased_can_be_read() -> None:
-    with ServerProcess("16MiB", "--lease-s", "60") as server, mmcache.connect(server.url) as cache:
+    with ServerProcess("16MiB", "--lease-s", "60") as server, mmcache.connect(server.url, deadline_s=20) as cache:
         keys = keys_of(12, "greedy")
         values, buffers = values_of(keys, MiB), blanks(12, MiB)
         assert all(cache.put(keys, values))
@@ -122,7 +124,7 @@ def test_gets_of_more_than_may_be_leased_are_met_piece_by_piece() -> None:
     nbytes = MiB - 4096
     with ServerProcess("16MiB", "--lease-s", "60") as server:
         for transport in ("shm", "tcp"):
-            with mmcache.connect(f"{server.url}?transport={transport}") as cache:
+            with mmcache.connect(f"{server.url}?transport={transport}", deadline_s=20) as cache:
                 keys = keys_of(14, "wide get")
                 values, buffers = values_of(keys, nbytes), blanks(14, nbytes)
                 assert all(cache.put(keys, values))

@@ -28,6 +28,12 @@ def pods(*numbers: int, **conditions: bool) -> list[dict[str, Any]]:
     ]
 
 
+@pytest.fixture(autouse=True)
+def patient(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a machine that stands still for a while the API server is late, and not lost."""
+    monkeypatch.setattr("mmcache.cluster.kubernetes_members.WAIT_S", 15.0)
+
+
 @pytest.fixture
 def api() -> Iterator[ApiServer]:
     with ApiServer() as one:
@@ -141,7 +147,9 @@ def test_a_watch_that_is_cut_off_or_refused_loses_nothing(api: ApiServer, url: s
         assert members.counters["source_losses"] == 1
 
 
-def test_what_is_wrong_at_the_start_is_said(api: ApiServer, url: str, tmp_path: Path) -> None:
+def test_what_is_wrong_at_the_start_is_said(
+    api: ApiServer, url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     with pytest.raises(TransportError, match="the API server says 401"):
         open_membership(url_of(api, tmp_path, "no-token"))
     api.forbidden = True
@@ -151,6 +159,7 @@ def test_what_is_wrong_at_the_start_is_said(api: ApiServer, url: str, tmp_path: 
     with pytest.raises(TransportError, match="no server has joined"):
         open_membership(url.replace("ns/cache", "ns/absent"))
     api.hanging = True
+    monkeypatch.undo()  # WAIT_S is what it is
 
     def hangs_s() -> float:
         began_s = time.monotonic()

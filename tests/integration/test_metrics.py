@@ -39,10 +39,10 @@ def started(**settings: object) -> Server:
     return server
 
 
-def test_the_page_shows_what_stat_shows_after_real_work() -> None:
-    server = started(metrics="127.0.0.1:0")
+def test_the_page_shows_what_stat_shows_after_real_work(tmp_path: Path) -> None:
+    server = started(metrics="127.0.0.1:0", unix_path=str(tmp_path / "s"))  # where no other server that starts looks
     assert server.address is not None
-    with mmcache.connect("mmcache://{}:{}".format(*server.address)) as client:
+    with mmcache.connect("mmcache://{}:{}".format(*server.address), deadline_s=20) as client:
         keys = keys_of(5, "metrics")
         assert all(client.put(keys[:3], values_of(keys[:3], 5000)))
         client.put(keys[:1], values_of(keys[:1], 5000))
@@ -109,7 +109,7 @@ def test_a_port_that_is_taken_is_told() -> None:
 def test_values_survive_many_scrapes() -> None:
     server = started(metrics="127.0.0.1:0")
     assert server.address is not None
-    with mmcache.connect("mmcache://{}:{}".format(*server.address)) as client:
+    with mmcache.connect("mmcache://{}:{}".format(*server.address), deadline_s=20) as client:
         keys, back = keys_of(1, "scraped"), blanks(1, 100_000)
         (value,) = values_of(keys, 100_000)
         client.put(keys, [value])
@@ -123,7 +123,7 @@ def test_values_survive_many_scrapes() -> None:
 def test_what_values_were_computed_from_is_counted_where_writers_say_it() -> None:
     server = started(metrics="127.0.0.1:0")
     assert server.address is not None
-    with mmcache.connect("mmcache://{}:{}".format(*server.address)) as client:
+    with mmcache.connect("mmcache://{}:{}".format(*server.address), deadline_s=20) as client:
         keys = keys_of(3, "media")
         known = [Media("image", pixels=640 * 480), None, Media("audio", audio_s=2.5)]
         assert all(client.put(keys, values_of(keys, 500), media=known))

@@ -46,7 +46,7 @@ def url_of(server: Server) -> str:
 
 @pytest.fixture
 def client(server: Server) -> Iterator[mmcache.Client]:
-    with mmcache.connect(url_of(server)) as client:
+    with mmcache.connect(url_of(server), deadline_s=20) as client:
         yield client
 
 
@@ -99,7 +99,7 @@ class Engine(threading.Thread):
 
 def test_mode_off_stops_running_clients_and_both_lets_them_go_on() -> None:
     with ServerProcess("64MiB") as process:
-        with mmcache.connect(process.url) as cache:
+        with mmcache.connect(process.url, deadline_s=20) as cache:
             store(cache, keys_of(1, "known"))
         engines = [Engine(process.url), Engine(f"{process.url}?transport=tcp")]
         for engine in engines:
@@ -344,17 +344,18 @@ def test_bad_selections_and_modes_are_refused(server: Server, client: mmcache.Cl
 
 
 def test_top_shows_what_happens_between_two_looks() -> None:
-    with ServerProcess("1GiB") as process, mmcache.connect(process.url) as client:  # an engine does not fill it so soon
+    with ServerProcess("1GiB") as process, mmcache.connect(process.url, deadline_s=20) as client:
         store(client, keys_of(3, "top"))
-        engine = Engine(process.url)
+        engine = Engine(process.url)  # which does not fill so much memory so soon
         engine.start()
 
         def two_looks() -> list[Any]:
             ended = run_cli("top", "--interval", "0.3", "--count", "2", "-c", process.url, "--json")
             looks = list(map(json.loads, ended.stdout.splitlines()))
-            return looks if looks[1]["per_s"]["stored"] > 0 else []
+            happened = looks[1]["per_s"]["stored"] > 0 and looks[1]["hit_rate"] is not None
+            return looks if happened else []
 
-        first, second = eventually(two_looks, "the engine comes to store something between two looks")
+        first, second = eventually(two_looks, "the engine comes to store and to read something between two looks")
         table = run_cli("top", "--interval", "0.2", "--count", "2", "-c", process.url)
         engine.stop()
     assert 0 <= second["hit_rate"] <= 1
@@ -366,7 +367,7 @@ def test_top_shows_what_happens_between_two_looks() -> None:
 
 def test_a_server_starts_in_the_mode_it_is_told_and_logs_json() -> None:
     with ServerProcess("16MiB", "--mode", "off", "--log", "json", "--verbose") as process:
-        with mmcache.connect(process.url) as cache:
+        with mmcache.connect(process.url, deadline_s=20) as cache:
             assert cache.put(keys_of(1, "x"), values_of(keys_of(1, "x"), 10))[0].outcome is Outcome.REFUSED
         with pytest.raises(mmcache.MMCacheError):
             mmcache.connect(f"{process.url}?transport=none")

@@ -42,7 +42,7 @@ def other_user(*words: str) -> dict[str, Any]:
 
 def test_a_client_that_became_another_user_can_neither_write_nor_cut_the_arena() -> None:
     keys, buffers = keys_of(40, "arena"), blanks(40, VALUE_NBYTES)
-    with ServerProcess("64MiB") as server, mmcache.connect(f"{server.url}?transport=tcp") as cache:
+    with ServerProcess("64MiB") as server, mmcache.connect(f"{server.url}?transport=tcp", deadline_s=20) as cache:
         assert all(cache.put(keys, values_of(keys, VALUE_NBYTES)))
         said = other_user("attack_arena", server.unix_path, str(server.pid))
         assert {name: result for name, result in said["tried"].items() if result not in REFUSED} == {}
@@ -63,7 +63,7 @@ def test_another_user_reads_nothing_of_another_tenant(tmp_path: Path) -> None:
     keys = keys_of(2, "tenants")
     access = write_access(tmp_path / "access.toml", tenants_file())
     with ServerProcess("64MiB", "--access", access) as server:
-        with mmcache.connect(server.url, token=TOKENS["a"]) as cache:
+        with mmcache.connect(server.url, token=TOKENS["a"], deadline_s=20) as cache:
             assert all(cache.put(keys, values_of(keys, VALUE_NBYTES)))
         found = other_user("use_tenant", server.url, TOKENS["b"], "tenants", str(VALUE_NBYTES))
         assert found == {
@@ -76,7 +76,7 @@ def test_another_user_reads_nothing_of_another_tenant(tmp_path: Path) -> None:
             "listed": 0,
             "deleted": 0,
         }
-        with mmcache.connect(server.url, token=TOKENS["a"]) as cache:
+        with mmcache.connect(server.url, token=TOKENS["a"], deadline_s=20) as cache:
             assert cache.match_prefix(keys) == 2
         own = other_user("use_tenant", server.url, TOKENS["a"], "tenants", str(VALUE_NBYTES))
         assert own == {  # the same user, as the tenant that stored them
