@@ -2,7 +2,7 @@
 
     python tests/engines/side_by_side.py NAME 'COMMAND' [NAME 'COMMAND' ...]
 
-A command is a line for the shell. Exits with 0 if all did, else says who failed and exits with 1.
+A command is a line for bash. Exits with 0 if all did, else says who failed and exits with 1.
 SIGINT and SIGTERM end all.
 """
 
@@ -17,20 +17,24 @@ import threading
 
 def run(commands: dict[str, str]) -> dict[str, int]:
     """The exit status of each, by name."""
-    processes = {
-        name: subprocess.Popen(  # in a group of its own, with what it starts, to be ended whole
-            command, shell=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True
-        )
-        for name, command in commands.items()
-    }
+    processes: dict[str, subprocess.Popen[str]] = {}
+    signals: list[int] = []
 
     def end(number: int, _frame: object) -> None:
+        signals.append(number)
         for process in processes.values():
             if process.returncode is None:
                 os.killpg(process.pid, number)
 
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, end)
+    for name, command in commands.items():
+        line = ["bash", "-c", command]  # while dash starts a process, a SIGINT may be lost
+        process = processes[name] = subprocess.Popen(  # in a group of its own, with what it starts, to be ended whole
+            line, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True
+        )
+        if signals:  # perhaps before `end` knew of it
+            os.killpg(process.pid, signals[-1])
     width = max(map(len, processes))
     readers = [threading.Thread(target=_say, args=(name.ljust(width), processes[name])) for name in processes]
     for reader in readers:
