@@ -74,8 +74,9 @@ def left_behind(path: str) -> None:
 
 
 @pytest.mark.parametrize(("harm", "words"), [(removed, "No such file"), (left_behind, "Connection refused")])
-def test_a_unix_socket_that_cannot_be_used(harm: Callable[[str], None], words: str) -> None:
-    with ServerProcess("4MiB") as server:
+def test_a_unix_socket_that_cannot_be_used(harm: Callable[[str], None], words: str, tmp_path: Path) -> None:
+    # Not where it is by default: any other server that starts clears away what is left there.
+    with ServerProcess("4MiB", "--unix", str(tmp_path / "s")) as server:
         harm(server.unix_path)
         path, why = said(server.url)
         assert path == "tcp"
