@@ -13,7 +13,7 @@ import mmcache
 from mmcache.testing.process import ServerProcess
 from mmcache_connectors.vllm.groups import Group
 from tests.integration.toy_blocks import Request
-from tests.integration.toy_cases import CONFIGURATIONS, finish, lora, prompt, train
+from tests.integration.toy_cases import CONFIGURATIONS, finish, lora, prompt, step_until, train
 from tests.integration.toy_engine import ToyEngine, close_all
 from tests.integration.toy_memory import keys_of, stored
 
@@ -55,10 +55,16 @@ class Chaos:
             if more or self.chance.random() < 0.6:
                 self._damage(request)
             self.asked.append(self.engine.add(request))
+            if more:
+                self._begin(request)
             for _ in range(self.chance.randrange(6)):
                 self.engine.step()
             self._disturb(number)
         finish(self.engine, *list(self.engine.requests.values()))
+
+    def _begin(self, request: Request) -> None:
+        """Step until it runs, however long a question takes: only what runs can be preempted."""
+        step_until(self.engine, lambda: request in self.engine.running or request.state == "ended", "it begins")
 
     def _request(self, number: int) -> Request:
         chance = self.chance

@@ -8,11 +8,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
 
 from mmcache.testing.process import ServerProcess
+from tests.integration.support import PATIENCE_S
 from tests.integration.toy_blocks import Request
 from tests.integration.toy_cases import (
     ONE,
@@ -33,7 +33,15 @@ pytestmark = pytest.mark.alone
 
 PROMPT = prompt(1, 50)
 LONGER = PROMPT + prompt(2, 30)
-PATIENT: dict[str, Any] = {"lookup_wait_ms": 100}  # as a request here ends sooner than a busy machine looks at a file
+
+
+class Patient(ToyEngine):
+    """Saves when it is known what was admitted: a request here lasts one step, which a look at files may outlast."""
+
+    def _schedule(self) -> dict[Request, int]:
+        scheduled = super()._schedule()
+        assert self.scheduler._identify.flush(PATIENCE_S)
+        return scheduled
 
 
 @pytest.fixture(autouse=True)
@@ -54,7 +62,7 @@ def test_a_retrained_adapter_of_the_same_name_is_not_cached(
     server: ServerProcess, tmp_path: Path, load_async: bool
 ) -> None:
     """The engine answers the second with the first one's blocks; what it makes of them stays with it."""
-    engine = ToyEngine(server.url, ONE, load_async=load_async, **PATIENT)
+    engine = Patient(server.url, ONE, load_async=load_async)
     old = train(tmp_path / "sql", 1)
     run_one(engine, "old", PROMPT, lora_request=lora(tmp_path / "sql", 1))
     assert entries(engine, PROMPT, adapter=old) == (12, 0)
@@ -69,7 +77,7 @@ def test_a_retrained_adapter_of_the_same_name_is_not_cached(
         assert entries(engine, tokens, adapter=new) == (0, 0)
     assert entries(engine, LONGER, adapter=old) == (12, 0)
     assert entries(engine, prompt(4, 50), adapter=old) == (0, 0)
-    other = ToyEngine(server.url, ONE, load_async=load_async, **PATIENT)
+    other = Patient(server.url, ONE, load_async=load_async)
     assert run_one(other, "new", LONGER, lora_request=lora(tmp_path / "sql", 1)).external == 0
     assert run_one(other, "new again", LONGER, lora_request=lora(tmp_path / "sql", 1)).external == 76
     assert entries(other, LONGER, adapter=new) == (20, 0)
@@ -77,7 +85,7 @@ def test_a_retrained_adapter_of_the_same_name_is_not_cached(
 
 
 def test_another_name_for_the_retrained_adapter_is_cached(server: ServerProcess, tmp_path: Path) -> None:
-    engine = ToyEngine(server.url, ONE, **PATIENT)
+    engine = Patient(server.url, ONE)
     train(tmp_path / "sql", 1)
     run_one(engine, "old", PROMPT, lora_request=lora(tmp_path / "sql", 1))
     new = train(tmp_path / "sql-2", 2)
@@ -90,7 +98,7 @@ def test_another_name_for_the_retrained_adapter_is_cached(server: ServerProcess,
 
 
 def test_an_adapter_rewritten_between_arrival_and_run_is_not_stored(server: ServerProcess, tmp_path: Path) -> None:
-    engine = ToyEngine(server.url, ONE, **PATIENT)
+    engine = Patient(server.url, ONE)
     old = train(tmp_path / "sql", 1)
     request = engine.add(Request("r", PROMPT, lora_request=lora(tmp_path / "sql", 1)))
     answered(engine, request)

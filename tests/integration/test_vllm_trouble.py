@@ -7,6 +7,7 @@ import signal
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from itertools import count
 from typing import Any
 
@@ -26,7 +27,8 @@ from tests.integration.toy_memory import FACTS, keys_of
 pytestmark = pytest.mark.alone
 
 DEADLINE_S = 0.6
-SLACK_S = 1.4  # a busy machine's, and one more probe of the server
+SLACK_S = 3.5  # a busy machine's, and one more probe of the server
+ASKED_AT_ONCE = 10  # what is answered in the little time there is for a question
 
 
 @pytest.fixture(autouse=True)
@@ -64,13 +66,19 @@ def times_to_end(engine: ToyEngine, requests: list[Request], step_s: float) -> l
     return list(ends.values())
 
 
+def store(server: ServerProcess, prompts: list[list[int]]) -> None:
+    """By an engine that has time for it."""
+    engine = ToyEngine(server.url, ONE, num_blocks=len(prompts) * 14)
+    finish(engine, *(engine.add(Request(f"cold {seed}", one)) for seed, one in enumerate(prompts)))
+
+
 def found(engine: ToyEngine, prompts: list[list[int]]) -> list[Request]:
-    """Requests for these, each known to find 48 tokens: all are asked for again where a pause of the machine was longer
-    than the little time there is for a question."""
+    """Requests for these, each known to find 48 tokens: some are asked for again where a pause of the machine was
+    longer than the little time there is for a question."""
     numbers = count()
 
-    def all_found() -> list[Request]:
-        requests = [engine.add(Request(f"found {next(numbers)}", one)) for one in prompts]
+    def all_found(some: list[list[int]]) -> list[Request]:
+        requests = [engine.add(Request(f"found {next(numbers)}", one)) for one in some]
         answered(engine, *requests)
         if all(engine.scheduler.matched(request, 0)[0] == 48 for request in requests):
             return requests
@@ -78,7 +86,9 @@ def found(engine: ToyEngine, prompts: list[list[int]]) -> list[Request]:
             engine.end(request)
         return []
 
-    requests: list[Request] = eventually(all_found, "all are found")
+    requests: list[Request] = []
+    for first in range(0, len(prompts), ASKED_AT_ONCE):
+        requests += eventually(partial(all_found, prompts[first : first + ASKED_AT_ONCE]), "all are found")
     return requests
 
 
@@ -126,9 +136,8 @@ def test_an_exception_anywhere_is_a_miss(
 def test_after_many_pins_a_stopped_server_costs_later_requests_one_deadline(server: ServerProcess) -> None:
     """Pins to be given back, and questions nobody waits for any more, keep no later request waiting."""
     prompts = [prompt(seed, 50) for seed in range(40)]
+    store(server, prompts)
     engine = ToyEngine(server.url, ONE, deadline_s=DEADLINE_S, num_blocks=40 * 14)
-    finish(engine, *(engine.add(Request(f"cold {seed}", one)) for seed, one in enumerate(prompts)))
-    assert engine.forget_local()
     requests = found(engine, prompts)
     with stopped(server):
         assert max(times_to_end(engine, requests, 0.002)) < DEADLINE_S + SLACK_S
@@ -136,7 +145,8 @@ def test_after_many_pins_a_stopped_server_costs_later_requests_one_deadline(serv
         later = []
         for seed in range(24):
             later += times_to_end(engine, [engine.add(Request(f"later {seed}", prompt(100 + seed, 50)))], 0.002)
-    assert sum(later) < DEADLINE_S + SLACK_S
+    assert sorted(later)[12] < 0.8 * engine.settings.lookup_s  # most were not even asked about
+    assert max(later) < DEADLINE_S + SLACK_S
     assert engine.wrong == 0
 
 
@@ -145,9 +155,8 @@ def test_requests_that_wait_for_one_load_wait_no_longer_than_its_deadline(
     server: ServerProcess, load_async: bool
 ) -> None:
     tokens = prompt(1, 50)
+    store(server, [tokens])
     engine = ToyEngine(server.url, ONE, deadline_s=DEADLINE_S, load_async=load_async, num_blocks=24 * 14)
-    run_one(engine, "cold", tokens)
-    assert engine.forget_local()
     requests = found(engine, [tokens] * 24)
     with stopped(server):
         ends = times_to_end(engine, requests, 0.02)
@@ -158,10 +167,9 @@ def test_requests_that_wait_for_one_load_wait_no_longer_than_its_deadline(
 
 def test_loads_that_wait_for_their_turn_do_not_time_out(server: ServerProcess, monkeypatch: pytest.MonkeyPatch) -> None:
     """Thirty loads of .25 s for two threads take longer than a cache that does not answer is waited for."""
-    engine = ToyEngine(server.url, ONE, deadline_s=4.0, num_blocks=30 * 14)
     prompts = [prompt(seed, 50) for seed in range(30)]
-    finish(engine, *(engine.add(Request(f"cold {seed}", one)) for seed, one in enumerate(prompts)))
-    assert engine.forget_local()
+    store(server, prompts)
+    engine = ToyEngine(server.url, ONE, deadline_s=4.0, num_blocks=30 * 14)
     real = engine.client.get_into
 
     def slow(*args: Any, **kwargs: Any) -> Any:
