@@ -45,20 +45,22 @@ def open_link(url: str) -> SocketLink:
 def hold(url: str, label: str, count: str, nbytes: str) -> None:
     """Lease entries, look at them without a copy, wait for a line, look again, and give the lease back."""
     keys = keys_of(int(count), label)
+    values = values_of(keys, int(nbytes))
     with mmcache.connect(url) as cache:
+        began_s = time.monotonic()
         lease = cache.acquire(keys)
         frames = [frame for frame in lease.frames if frame is not None]
         views = [as_numpy(tensor.spec, frame.payload(tensor)) for frame in frames for tensor in frame.header.tensors]
-        before = [bool(np.array_equal(v, value_of(k, int(nbytes)))) for v, k in zip(views, keys.digests, strict=True)]
-        say(leased=len(frames), right=all(before), at_s=time.monotonic())
+        before = all(map(np.array_equal, views, values))
+        say(leased=len(frames), right=before, began_s=began_s, at_s=time.monotonic())
         sys.stdin.readline()
-        after = [bool(np.array_equal(v, value_of(k, int(nbytes)))) for v, k in zip(views, keys.digests, strict=True)]
+        after = all(map(np.array_equal, views, values))
         try:
             lease.__exit__(None, None, None)
             lost = False
         except LeaseLost:
             lost = True
-        say(lost=lost, right=all(after))
+        say(lost=lost, right=after)
 
 
 def _stop_after_acquire() -> None:
