@@ -62,7 +62,7 @@ class ServerProcess:
         memory: str = "1GiB",
         *arguments: str,
         listen: str = "127.0.0.1:0",
-        ready_s: float = 30.0,
+        ready_s: float = 60.0,
         environment: Mapping[str, str] | None = None,
         under: Sequence[str] = (),
         command: str = "serve",
