@@ -17,6 +17,7 @@ from mmcache.server.access_edit import find_token, with_token, without_token
 from mmcache.server.caller import Caller
 from mmcache.server.grants import digest_of, parse_grants
 from mmcache.store.usage import Quota
+from tests.unit.file_clock import change_after
 from tests.unit.heard import heard
 
 
@@ -125,7 +126,7 @@ def test_a_bad_file_at_a_reload_leaves_the_old_one_in_force_with_one_warning(
     path = tmp_path / "access.toml"
     access = Access(written(path, file_of(("a", "a1"))))
     if trouble == "loose":
-        path.chmod(0o644)
+        change_after(path.stat().st_ctime_ns, path, lambda one: one.chmod(0o644))
     elif trouble == "gone":
         path.unlink()
     elif trouble == "nonsense":

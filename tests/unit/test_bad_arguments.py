@@ -135,7 +135,7 @@ def test_data_calls_raise_usage_errors_only() -> None:
 
 def test_bfloat16_goes_out_of_and_into_words() -> None:
     words = np.arange(8, dtype=np.uint16).reshape(2, 4)
-    with mmcache.connect("embedded://?memory=1MiB") as cache:
+    with mmcache.connect("embedded://?memory=1MiB", deadline_s=10) as cache:
         assert cache.put(KEY, [as_dtype(words, "bfloat16")])[0].outcome == "stored"
         for target in (np.zeros((2, 4), np.uint16), np.zeros(16, np.uint8)):
             assert cache.get_into(KEY, [target])[0].outcome == "hit"

@@ -44,7 +44,7 @@ REPORT = TransferReport(
 
 @pytest.fixture(scope="module")
 def client() -> Iterator[Client]:
-    with connect("embedded://?memory=64MiB") as client:
+    with connect("embedded://?memory=64MiB", deadline_s=10) as client:
         yield client
 
 

@@ -259,7 +259,7 @@ def test_rows_travel_through_a_server(name: str) -> None:
     ] * 3
     assert group.spec().dtype == ("uint8" if name == "float8_e4m3fnuz" else name)
     keys = mmcache.Namespace(kind="kv", model="m", dtype=name, layout="x", block_size=6).block_keys(range(18))
-    with ServerProcess("16MiB") as server, mmcache.connect(server.url) as cache:
+    with ServerProcess("16MiB") as server, mmcache.connect(server.url, deadline_s=10) as cache:
         assert [result.outcome for result in cache.put(keys, rows)] == ["stored"] * 3
         assert all(cache.get_into(keys, group.rows(back)))
     assert np.array_equal(as_bytes(back), truth[[1, 3, 5]])
@@ -281,7 +281,7 @@ def test_blocks_are_read_to_where_they_lie(order: str, name: str, shape: Any, se
         return  # `test_which_layouts_are_read_in_place` says which must not be
     facts = {"layout": f"{order}/{shape}", "dtype": name}
     keys = mmcache.Namespace(kind="kv", model="in place", block_size=6, **facts).block_keys(range(18))
-    with mmcache.connect(server.url) as cache:
+    with mmcache.connect(server.url, deadline_s=10) as cache:
         assert all(cache.put(keys, group.rows(staged)))
         assert all(cache.get_into(keys, places))
     before[ids] = truth[ids]

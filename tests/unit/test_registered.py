@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import gc
 import threading
-import time
-from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -13,6 +11,7 @@ import pytest
 
 torch: Any = pytest.importorskip("torch")
 
+from mmcache.testing.values import PATIENCE_S, eventually  # noqa: E402
 from mmcache_connectors.registered import Registry  # noqa: E402
 from tests.unit.threads import without_threads  # noqa: E402
 
@@ -37,7 +36,7 @@ class Driver:
         self.go.set()
 
     def register(self, place: int, nbytes: int, device: Any) -> str:
-        assert self.go.wait(5)
+        assert self.go.wait(PATIENCE_S)
         assert nbytes == 64
         self.registered.append(place)
         return self.answer
@@ -48,13 +47,6 @@ class Driver:
 
     def registry(self) -> Registry:
         return Registry(self.register, self.unregister)
-
-
-def until(holds: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + 5
-    while not holds():
-        assert time.monotonic() < deadline
-        time.sleep(0.001)
 
 
 def allowed(registry: Registry, held: Map) -> bool:
@@ -68,7 +60,7 @@ def test_the_answer_is_no_until_the_driver_has_given_one_and_nobody_waits_for_it
     registry = driver.registry()
     assert [allowed(registry, held) for _ in range(3)] == [False] * 3
     driver.go.set()
-    until(lambda: allowed(registry, held))
+    eventually(lambda: allowed(registry, held), "it may be read")
     assert driver.registered == [held.data.ctypes.data]
 
 
@@ -80,7 +72,7 @@ def test_many_threads_ask_the_driver_once() -> None:
         thread.start()
     for thread in threads:
         thread.join()
-    until(lambda: allowed(registry, held))
+    eventually(lambda: allowed(registry, held), "it may be read")
     assert len(answers) == 8
     assert len(driver.registered) == 1
 
@@ -89,7 +81,7 @@ def test_a_refusal_is_said_once_and_stays(caplog: pytest.LogCaptureFixture) -> N
     driver, held = Driver("no such call"), Map()
     registry = driver.registry()
     allowed(registry, held)
-    until(lambda: "no such call" in caplog.text)
+    eventually(lambda: "no such call" in caplog.text, "the refusal is said")
     assert not allowed(registry, held)
     assert len(driver.registered) == 1
     assert sum("no such call" in record.getMessage() for record in caplog.records) == 1
@@ -98,7 +90,7 @@ def test_a_refusal_is_said_once_and_stays(caplog: pytest.LogCaptureFixture) -> N
 def test_memory_is_given_up_when_its_client_is_gone_but_not_while_it_is_read() -> None:
     driver, held = Driver(), [Map()]
     registry = driver.registry()
-    until(lambda: allowed(registry, held[0]))
+    eventually(lambda: allowed(registry, held[0]), "it may be read")
     place = held[0].data.ctypes.data
     with registry.reading(held[0], CPU) as readable:
         assert readable
@@ -106,26 +98,26 @@ def test_memory_is_given_up_when_its_client_is_gone_but_not_while_it_is_read() -
         gc.collect()
         others = [Map() for _ in range(50)]  # a restarted server's memory may be mapped anywhere but there
         assert place not in [other.data.ctypes.data for other in others]
-        until(lambda: allowed(registry, others[0]))
+        eventually(lambda: allowed(registry, others[0]), "the other may be read")
         assert driver.unregistered == []
-    until(lambda: driver.unregistered == [place])
-    until(lambda: len(registry._entries) == 1)
+    eventually(lambda: driver.unregistered == [place], "it is given up")
+    eventually(lambda: len(registry._entries) == 1, "its entry is gone")
     assert allowed(registry, others[0])
 
 
 def test_what_the_driver_does_not_let_go_stays_mapped_and_what_it_never_took_does_not() -> None:
     driver, held = Driver(parting="busy"), [Map()]
     registry = driver.registry()
-    until(lambda: allowed(registry, held[0]))
+    eventually(lambda: allowed(registry, held[0]), "it may be read")
     place = held[0].data.ctypes.data
     held.clear()
     gc.collect()
-    until(lambda: driver.unregistered == [place])
+    eventually(lambda: driver.unregistered == [place], "it is given up")
     assert registry._entries[0].data.ctypes.data == place
     driver.answer = "no"
     refused = Map()
     assert not allowed(registry, refused)
-    until(lambda: registry._entries[1].allowed is False)
+    eventually(lambda: registry._entries[1].allowed is False, "it is refused")
     assert registry._entries[1].data is None
 
 

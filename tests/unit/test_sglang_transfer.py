@@ -30,7 +30,7 @@ def pages(fill: int | None = None) -> list[list[np.ndarray]]:
 
 
 def test_pages_come_back_as_they_were() -> None:
-    with ServerProcess("64MiB") as server, mmcache.connect(server.url) as cache:
+    with ServerProcess("64MiB") as server, mmcache.connect(server.url, deadline_s=10) as cache:
         assert write_pages(cache, keys(), pages(), LIMIT) == [True] * PAGES
         places = pages(0)
         assert read_pages(cache, keys(), places, WAIT_S, LIMIT) == [True] * PAGES
@@ -39,7 +39,7 @@ def test_pages_come_back_as_they_were() -> None:
 
 
 def test_nothing_is_read_behind_a_call_with_a_page_that_is_not_there() -> None:
-    with ServerProcess("64MiB") as server, mmcache.connect(server.url) as cache:
+    with ServerProcess("64MiB") as server, mmcache.connect(server.url, deadline_s=10) as cache:
         write_pages(cache, keys(), pages(), LIMIT)
         cache.delete(keys()[4:5])
         places = pages(0)
@@ -49,13 +49,13 @@ def test_nothing_is_read_behind_a_call_with_a_page_that_is_not_there() -> None:
 
 
 def test_no_call_begins_when_nobody_waits_any_more() -> None:
-    with ServerProcess("64MiB") as server, mmcache.connect(server.url) as cache:
+    with ServerProcess("64MiB") as server, mmcache.connect(server.url, deadline_s=10) as cache:
         write_pages(cache, keys(), pages(), LIMIT)
         assert read_pages(cache, keys(), pages(0), 0.0, LIMIT) == [True] * 3 + [False] * (PAGES - 3)
 
 
 def test_an_entry_of_another_form_goes_and_the_right_one_can_be_stored() -> None:
-    with ServerProcess("64MiB") as server, mmcache.connect(server.url) as cache:
+    with ServerProcess("64MiB") as server, mmcache.connect(server.url, deadline_s=10) as cache:
         cache.put(keys()[2:3], [b"another form"])
         write_pages(cache, keys(), pages(), LIMIT)
         assert read_pages(cache, keys(), pages(0), WAIT_S, LIMIT) == [True, True] + [False] * (PAGES - 2)

@@ -14,6 +14,7 @@ import pytest
 from mmcache.errors import ConfigError
 from mmcache.identity import directory_digest, file_digest
 from mmcache_connectors.sglang.weights import ChangedFiles, Contents, model_identity, process_start_s
+from tests.unit.file_clock import change_after
 
 
 def arguments(path: object, **changed: Any) -> dict[str, Any]:
@@ -47,23 +48,20 @@ def test_a_name_that_is_given_is_believed() -> None:
 
 @pytest.mark.parametrize("name", [".", "config.json", "shards", "shards/1.safetensors"])
 def test_what_changed_after_the_start_is_not_what_was_loaded(model: Path, name: str) -> None:
-    time.sleep(0.02)  # file times advance by 4 ms or so
-    contents = Contents(time.time())
-    assert contents.digest(str(model)) == directory_digest(model)
-    time.sleep(0.02)
-    place = model / name
-    started = time.time() - 0.01
-    os.utime(place, (1, 1))  # as a copy that keeps times does: only the inode's own time tells
+    started_ns = time.time_ns()
+    assert Contents(started_ns / 1e9).digest(str(model)) == directory_digest(model)
+    # As a copy that keeps times does: only the inode's own time tells.
+    change_after(started_ns, model / name, lambda place: os.utime(place, (1, 1)))
     with pytest.raises(ChangedFiles, match="restart the engine"):
-        Contents(started).digest(str(model))
+        Contents(started_ns / 1e9).digest(str(model))
 
 
 def test_what_changes_while_it_is_read_is_not_what_was_loaded(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Also where the files' times come from a clock that is behind."""
 
     def read(path: str) -> str:
-        time.sleep(0.02)
-        (model / "shards" / "1.safetensors").write_text("others")
+        weights = model / "shards" / "1.safetensors"
+        change_after(weights.stat().st_ctime_ns, weights, lambda file: file.write_text("others"))
         return "b3:"
 
     monkeypatch.setattr("mmcache_connectors.sglang.weights.directory_digest", read)

@@ -165,7 +165,7 @@ def test_as_many_blocks_fit_as_a_cache_takes() -> None:
     frames = room.tokens // 16 * split.parts
     keys = Namespace(kind="kv", model="m", dtype="d", layout="l", block_size=1).block_keys(range(frames + 1))
     value = np.zeros(split.worker_nbytes, np.uint8)
-    with mmcache.connect("embedded://?memory=8MiB") as cache:
+    with mmcache.connect("embedded://?memory=8MiB", deadline_s=10) as cache:
         for number in range(frames):
             cache.put(keys[number : number + 1], [value])
         counters = cache.stat()["counters"]

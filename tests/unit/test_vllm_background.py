@@ -9,6 +9,7 @@ import time
 import pytest
 import torch
 
+from mmcache.testing.values import PATIENCE_S
 from mmcache_connectors.buffers import BufferPool
 from mmcache_connectors.vllm.background import Background
 from tests.unit.heard import heard
@@ -19,11 +20,11 @@ def test_results_come_back_and_an_exception_is_none_and_logged(caplog: pytest.Lo
     good = background.submit(lambda: 7)
     with caplog.at_level(logging.ERROR):
         bad = background.submit(lambda: 1 // 0)
-        assert good.wait(5)
-        assert bad.wait(5)
+        assert good.wait(PATIENCE_S)
+        assert bad.wait(PATIENCE_S)
     assert (good.result, bad.result) == (7, None)
     assert "ZeroDivisionError" in caplog.text
-    assert background.submit(lambda: 8).wait(5)  # the threads go on
+    assert background.submit(lambda: 8).wait(PATIENCE_S)  # the threads go on
 
 
 def test_flush_waits_for_all_work_and_says_when_it_took_too_long() -> None:
@@ -41,18 +42,18 @@ def test_flush_waits_for_all_work_and_says_when_it_took_too_long() -> None:
     assert min(waits) < 2
     assert done == []
     go.set()
-    assert background.flush(5)
+    assert background.flush(PATIENCE_S)
     assert done == [1]
 
 
 def test_a_ticket_can_be_asked_without_waiting() -> None:
     background = Background("test", 1)
     go = threading.Event()
-    ticket = background.submit(lambda: go.wait(5))
+    ticket = background.submit(lambda: go.wait(PATIENCE_S))
     assert not ticket.done()
     assert not ticket.wait(0)
     go.set()
-    assert ticket.wait(5)
+    assert ticket.wait(PATIENCE_S)
 
 
 def test_buffers_are_bounded_and_used_again() -> None:
