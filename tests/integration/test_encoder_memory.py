@@ -38,7 +38,7 @@ def test_what_has_no_room_on_the_shelf_is_encoded(toys: Any) -> None:
     wide = [request(f"a{seed}", seed) for seed in range(1, 4)]
     for one in wide:
         first.run(one)
-    assert first.worker.flush(5)
+    assert first.worker.flush(10)
     small = toys()
     small.shelf._limit_nbytes = 2 * 8 * WIDTH * 4  # the setting is in MiB
     held = request("b", 1, 2)
@@ -48,7 +48,7 @@ def test_what_has_no_room_on_the_shelf_is_encoded(toys: Any) -> None:
     assert small.shelf.snapshot()["no_room"] == 2
     waits = request("e", 3)
     assert not small.scheduler.available(waits, 0)
-    assert small.scheduler._background.flush(5)
+    assert small.scheduler._background.flush(10)
     small.scheduler.finished("b")
     small.run(waits)
     assert small.encoded == 1, "what nobody uses any more makes room, also for a request that found none at first"
@@ -57,7 +57,7 @@ def test_what_has_no_room_on_the_shelf_is_encoded(toys: Any) -> None:
 def test_many_threads_fetch_one_item_once(toys: Any) -> None:
     first, second = toys(), toys()
     first.run(request("a", 1))
-    assert first.worker.flush(5)
+    assert first.worker.flush(10)
     waiting = [request(f"b{index}", 1) for index in range(16)]
     for one in waiting:
         second.scheduler.available(one, 0)
@@ -70,7 +70,7 @@ def test_many_threads_fetch_one_item_once(toys: Any) -> None:
 def test_an_aborted_request_gives_back_what_was_fetched_for_it(toys: Any) -> None:
     toy = toys()
     toy.run(request("a", 1))
-    assert toy.worker.flush(5)
+    assert toy.worker.flush(10)
     gone = request("b", 1)
     toy.scheduler.available(gone, 0)
     toy.scheduler.finished("b")
@@ -84,7 +84,7 @@ def test_what_comes_long_after_the_deadline_is_given_back_too(toys: Any, monkeyp
     first, second = toys(), toys(deadline_s=0.5)
     second.client.config = replace(second.client.config, deadline_s=8.0)
     first.run(request("a", 1))
-    assert first.worker.flush(5)
+    assert first.worker.flush(10)
     names, go = second.scheduler._namer.names, threading.Event()
 
     def late(*asked: Any) -> Any:
@@ -108,7 +108,7 @@ def test_items_larger_than_the_cache_and_full_buffers_only_cost_their_caching(to
     rows = (6 << 20) // (4 * WIDTH)
     large = Named("large", item.name.key, Form(rows, WIDTH, "float32", measured=True), None)
     toy.worker.save(Save(large), torch.zeros(rows, WIDTH))
-    assert toy.worker.flush(5)
+    assert toy.worker.flush(10)
     assert toy.worker.snapshot()["saves_refused"] == 1
     stop = threading.Event()
     toy.worker._saver.submit(stop.wait)  # what is on its way waits
@@ -123,7 +123,7 @@ def test_a_cache_that_stops_and_dies_delays_a_request_by_the_deadline_at_most() 
     try:
         toy = Toy(server.url, deadline_s=DEADLINE_S)
         toy.run(request("a", 1))
-        assert toy.worker.flush(5)
+        assert toy.worker.flush(10)
         suspend(server.pid)
         for name in ("b", "c"):
             assert toy.run(request(name, 1, 2)) < ONE_DEADLINE_S
@@ -153,7 +153,7 @@ def test_the_memory_is_one_that_another_process_maps(toys: Any) -> None:
     """The worker of a tensor-parallel engine is another process than the scheduler."""
     toy = toys()
     toy.run(request("a", 1))
-    assert toy.worker.flush(5)
+    assert toy.worker.flush(10)
     wanted = request("b", 1)
     toy.wait(wanted)
     toy.scheduler.allocated(wanted, 0)
@@ -170,7 +170,7 @@ def test_the_memory_is_one_that_another_process_maps(toys: Any) -> None:
 def test_a_worker_that_may_not_map_it_asks_the_cache_itself(toys: Any, caplog: pytest.LogCaptureFixture) -> None:
     toy = toys()
     toy.run(request("a", 1))
-    assert toy.worker.flush(5)
+    assert toy.worker.flush(10)
     wanted = request("b", 1)
     toy.wait(wanted)
     toy.scheduler.allocated(wanted, 0)
