@@ -38,6 +38,7 @@ from tests.integration.toy_cases import (
     step_until,
 )
 from tests.integration.toy_engine import ToyEngine, close_all
+from tests.integration.toy_memory import BLOCK
 
 
 @pytest.fixture(autouse=True)
@@ -101,6 +102,16 @@ def test_only_what_the_engine_does_not_hold_itself_is_loaded(
     assert (more.local, more.external) == (20, 28) or (len(groups), more.local, more.external) == (3, 16, 32)
     assert (again.local, again.external) == (48, 0)
     assert engine.wrong == 0
+
+
+def test_of_a_prompt_without_a_whole_block_nothing_is_asked_and_counted(server: ServerProcess) -> None:
+    engine = ToyEngine(server.url, ONE)
+    request = engine.add(Request("short", prompt(1, BLOCK)))
+    assert engine.scheduler._identify.flush(10)  # before the engine comes to it
+    finish(engine, request)
+    assert engine.scheduler.counters["lookups"] == 0
+    run_one(engine, "longer", prompt(1, BLOCK + 1))
+    assert engine.scheduler.counters["lookups"] == 1
 
 
 def test_turns_find_what_was_decoded_unless_told_not_to_keep_it(server: ServerProcess) -> None:

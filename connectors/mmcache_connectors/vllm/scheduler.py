@@ -186,7 +186,7 @@ class SchedulerSide:
             hit, pinned = query(client, parts, keys, block_tokens)
             return Answer(hit, pinned, self._misses.explain(request, keys, hit, local, whole=whole))
 
-        self.counters["lookups"] += 1
+        self.counters["lookups"] += len(keys) > 0  # of none nobody is asked
         tracked.answer = self._lookup.submit(look_up)
         return tracked.answer
 
@@ -282,7 +282,9 @@ class SchedulerSide:
             return []
         if request.lora_request is not None:
             if not self._done(tracked.adapter_kept):
+                tracked.held_back = stop - tracked.saved
                 return []  # in the next step
+            tracked.held_back = 0
             if tracked.adapter_kept is None or not tracked.adapter_kept.result:
                 chain.limit_blocks = 0
         chain.limit_blocks = min(chain.limit_blocks, self._identifier.limit_blocks(request))
@@ -374,6 +376,7 @@ class SchedulerSide:
         tracked = self._tracked.pop(request_id, None)
         if tracked is None:
             return None
+        self.counters["saves_dropped"] += tracked.held_back
         self._forget_load(tracked, arrived=not self._load_async and not tracked.off)
         if tracked.admitted is None:
             return None
