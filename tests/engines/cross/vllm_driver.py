@@ -42,6 +42,7 @@ class CrossWorker(Worker):
                 kept[path] = Kept(inputs.get("pixel_values"), inputs.get("image_grid_thw"), embedding)
         finally:
             runner.model.embed_multimodal = original
+        self.flush()
         keep(out, kept)
         return self._passes - before
 

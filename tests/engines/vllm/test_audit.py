@@ -19,7 +19,7 @@ LAYERS, TOKENS, CHUNK = 16, 640, 160
 DTYPES = ["float32", "bfloat16"]
 TEXT = {dtype: Settings("text", {"dtype": dtype, "max_num_batched_tokens": 512}) for dtype in DTYPES}
 CHUNKED = {dtype: Settings("text", {"dtype": dtype, "max_num_batched_tokens": 96}) for dtype in DTYPES}
-DEADLINE_S = 8.0  # a busy machine's: a lookup that times out is a miss
+SURE = {"float32": 0.0, "bfloat16": 0.15}  # logprobs so far apart do not change places in other chunks
 ASKS = [ask(words(700 + i, 300 + 40 * i)) for i in range(4)]
 EXPECTED = {dtype: Expected.plan(TEXT[dtype], *ASKS) for dtype in DTYPES}
 BLOCKS = sum((300 + 40 * i + 8 - 1) // BLOCK for i in range(4))  # with the generated tokens that were computed
@@ -75,7 +75,7 @@ def filled(request: pytest.FixtureRequest) -> Iterator[tuple[str, Cache]]:
     """A cache that one engine filled."""
     EXPECTED[request.param].prepare()
     with Cache() as cache:
-        with Engine(TEXT[request.param], {"url": cache.url, "deadline_s": DEADLINE_S}) as writer:
+        with Engine(TEXT[request.param], {"url": cache.url}) as writer:
             writer.generate(*ASKS)
             cache.settle()
         yield request.param, cache
@@ -102,13 +102,14 @@ def test_a_planted_value_is_found_and_stored_anew(filled: tuple[str, Cache]) -> 
         before = {digest: payload(client, digest) for digest in cache.digests()}
     planted = cache.digests()[7]
     plant(cache, planted)
-    with Engine(CHUNKED[dtype], {"url": cache.url, "audit_share": 1.0, "deadline_s": DEADLINE_S}) as engine:
+    with Engine(CHUNKED[dtype], {"url": cache.url, "audit_share": 1.0}) as engine:
         answers = engine.generate(*ASKS, together=True)
         cache.settle()
         counters = engine.counters()
         log = engine.log()
     for answer, truth in zip(answers, EXPECTED[dtype].of(*ASKS), strict=True):
-        assert answer.tokens == truth.tokens
+        sure = truth.sure(SURE[dtype])
+        assert answer.tokens[:sure] == truth.tokens[:sure]
         assert answer.cached == 0
     assert counters["scheduler"]["audit_requests"] == len(ASKS)
     assert counters["worker"]["audit_differences"] == 1

@@ -112,7 +112,7 @@ def child(what: str, **environment: str) -> dict[str, Facts]:
         capture_output=True,
         text=True,
         check=False,
-        timeout=300,
+        timeout=800,
     )
     assert done.returncode == 0, done.stderr[-4000:]
     found: dict[str, Facts] = json.loads(done.stdout.splitlines()[-1])

@@ -108,6 +108,15 @@ def _parts(series: str) -> tuple[str, str]:
     return name, labels
 
 
+def _check_reason(server: ApiServer) -> None:
+    """Of a prompt that nobody knows. A busy machine learns it too late, now and then."""
+    for seed in range(660, 663):
+        server.chat(text(words(seed, 200)), max_tokens=64)
+        if server.told["mmcache"]["missed"]["reason"] != "not known yet":
+            break
+    assert server.told["mmcache"]["missed"]["reason"].startswith("never stored"), server.told
+
+
 def _check_openai_client(server: ApiServer) -> None:
     """The usual client reads such responses, streamed or not."""
     from openai import OpenAI
@@ -164,7 +173,7 @@ def test_the_server_over_http(tmp_path: Path) -> None:
             for name in (*OTHERS, "forged"):
                 *answer, cached = server.chat(*known[name])
                 assert (tuple(answer), cached) == (truths[name], 128), name
-            assert server.told["mmcache"]["missed"]["reason"].startswith("never stored"), server.told
+            _check_reason(server)
             _check_metrics(server, loaded + 128)  # of "forged"; the engine held those of "other"
             _check_openai_client(server)
             assert [_refused(server, parts) for parts in (BROKEN, LONG)] == refusals

@@ -9,11 +9,10 @@ import pytest
 from prometheus_client import REGISTRY, Counter, Gauge, Histogram
 
 from tests.engines.cache import Cache
-from tests.engines.vllm.harness import BLOCK, Engine, Expected, Settings, ask, words
+from tests.engines.vllm.harness import BLOCK, DEADLINE_S, Engine, Expected, Settings, ask, words
 
 # vLLM, imported here, warns of its own dependencies.
 pytestmark = pytest.mark.filterwarnings("default::DeprecationWarning")
-DEADLINE_S = 8.0  # a busy machine's: a lookup that times out is a miss
 TEXT = Settings("text", {"disable_log_stats": False})
 WARM, NEW = ask(words(750, 300)), ask(words(751, 200))
 EXPECTED = Expected.plan(TEXT, WARM, NEW)
@@ -89,7 +88,7 @@ def test_every_series_is_there_from_the_start_and_holds_its_count() -> None:
 @pytest.mark.parametrize("mode", ["async", "sync"])
 def test_an_engine_shows_what_it_did(mode: str) -> None:
     EXPECTED.prepare()
-    with Cache() as cache, Engine(TEXT, {"url": cache.url, "load_mode": mode, "deadline_s": DEADLINE_S}) as engine:
+    with Cache() as cache, Engine(TEXT, {"url": cache.url, "load_mode": mode}) as engine:
         engine.generate(WARM)
         cache.settle()
         engine.fresh(WARM, NEW)
@@ -99,7 +98,10 @@ def test_an_engine_shows_what_it_did(mode: str) -> None:
         cache.settle()
         engine.generate(ask(words(754, 8), max_tokens=2))  # a step in which what ended since the last one is told
         shown = engine.call("metrics", prefix="vllm:mmcache_")
-        told = engine.call("transfer_params", asks=[WARM, ask(words(751, 200) + words(753, 100), max_tokens=64)])
+        for tail in (words(755 + i, 100) for i in range(3)):  # a busy machine learns the reason too late
+            told = engine.call("transfer_params", asks=[WARM, ask(words(751, 200) + tail, max_tokens=64)])
+            if told[1]["mmcache"]["missed"]["reason"] != "not known yet":
+                break
     assert shown["vllm:mmcache_lookups"] == 4
     assert shown["vllm:mmcache_hit_tokens{transport=shared_memory}"] == 288
     assert shown["vllm:mmcache_bytes{direction=load,transport=shared_memory}"] == 288 * KV_NBYTES

@@ -41,10 +41,20 @@ class Worker:
 
     # ---------------------------------------------------------------------------------------------- operations
     def generate(self, asks: list[dict[str, Any]], together: bool = False) -> list[dict[str, Any]]:
-        """Answer each ask, one after another, or all at once as one batch."""
-        if together:
-            return self._batch(asks)
-        return [self._conversation(ask) for ask in asks]
+        """Answer each ask, one after another, or all at once as one batch; then what this process keeps is stored."""
+        answers = self._batch(asks) if together else [self._conversation(ask) for ask in asks]
+        self.flush()
+        return answers
+
+    def flush(self) -> bool:
+        """Wait until the workers in this process have stored what is on its way; False if it takes too long."""
+        from vllm.distributed.ec_transfer import get_ec_transfer, has_ec_transfer
+        from vllm.distributed.kv_transfer import get_kv_transfer_group, has_kv_transfer_group
+
+        found = [get_kv_transfer_group()] if has_kv_transfer_group() else []
+        found += [get_ec_transfer()] if has_ec_transfer() else []
+        connectors = [one for each in found for one in getattr(each, "_connectors", [each])]  # of vLLM's MultiConnector
+        return all(one._worker is None or one._worker.flush(IDLE_S) for one in connectors)
 
     def abort(self, ask: dict[str, Any], status: str, patience_s: float) -> bool:
         """Begin an ask and abort it when the scheduler has it in `status`; False if it never was."""
