@@ -112,15 +112,15 @@ def test_an_adapter_rewritten_between_arrival_and_run_is_not_stored(server: Serv
 def test_a_request_that_ends_before_its_adapter_was_looked_at_counts_its_blocks_as_dropped(
     server: ServerProcess, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    engine = ToyEngine(server.url, ONE, **PATIENT)
-    adapter, counters = train(tmp_path / "sql", 1), engine.scheduler.counters
-    gate = Gate(engine.scheduler._identifier.adapter_kept)
-    monkeypatch.setattr(engine.scheduler._identifier, "adapter_kept", gate)
-    run_one(engine, "short", PROMPT, lora_request=lora(tmp_path / "sql", 1))
-    assert (entries(engine, PROMPT, adapter=adapter), counters["saves_dropped"]) == ((0, 0), 12)
+    hasty, patient = ToyEngine(server.url, ONE), Patient(server.url, ONE)
+    adapter, identifier = train(tmp_path / "sql", 1), hasty.scheduler._identifier
+    gate = Gate(identifier.adapter_kept)
+    monkeypatch.setattr(identifier, "adapter_kept", gate)
+    run_one(hasty, "short", PROMPT, lora_request=lora(tmp_path / "sql", 1))
+    assert (entries(hasty, PROMPT, adapter=adapter), hasty.scheduler.counters["saves_dropped"]) == ((0, 0), 12)
     gate.open()
-    run_one(engine, "longer", LONGER, lora_request=lora(tmp_path / "sql", 1), outputs=40)
-    assert (entries(engine, LONGER, adapter=adapter), counters["saves_dropped"]) == ((20, 0), 12)
+    run_one(patient, "as short", PROMPT, lora_request=lora(tmp_path / "sql", 1))
+    assert (entries(patient, PROMPT, adapter=adapter), patient.scheduler.counters["saves_dropped"]) == ((12, 0), 0)
 
 
 # ---------------------------------------------------------------------------------------------------- failed loads
