@@ -12,4 +12,5 @@ os.environ.setdefault("TRITON_INTERPRET", "1")  # before Triton is imported
 @pytest.fixture
 def patient_with_redis(monkeypatch: pytest.MonkeyPatch) -> None:
     """On a machine that stands still for a while Redis is late, and not lost."""
-    monkeypatch.setattr("mmcache.cluster.redis_link.WAIT_S", 10.0)
+    for module in ("redis_link", "registration"):
+        monkeypatch.setattr(f"mmcache.cluster.{module}.WAIT_S", 10.0)

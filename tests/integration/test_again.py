@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 from pathlib import Path
 
@@ -22,3 +23,15 @@ def test_what_fails_is_tried_again(works_at: int, tries: int, ended: int, tmp_pa
     assert done.returncode == ended
     assert counted.read_text().count("\n") == tries
     assert done.stderr.count("tried again") == tries - 1
+
+
+def test_what_is_interrupted_is_not_tried_again(tmp_path: Path) -> None:
+    counted, script = tmp_path / "counted", ROOT / "scripts" / "again.sh"
+    command = ["bash", str(script), "bash", "-c", 'echo >> "$0"; kill -INT $PPID; exit 1', str(counted)]
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # what is ignored from the start, no shell traps
+    try:
+        done = subprocess.run(command, env=os.environ | {"AGAIN_PAUSES_S": "0 0"}, timeout=60, check=False)
+    finally:
+        signal.signal(signal.SIGINT, before)
+    assert done.returncode == 130
+    assert counted.read_text() == "\n"

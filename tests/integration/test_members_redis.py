@@ -18,7 +18,7 @@ import pytest
 import mmcache
 from mmcache.client.cluster import ClusterClient
 from mmcache.cluster import redis_members
-from mmcache.cluster.beats import MAX_BEAT_NBYTES, TTL_S
+from mmcache.cluster.beats import BEAT_S, MAX_BEAT_NBYTES, TTL_S
 from mmcache.cluster.membership import Watched
 from mmcache.cluster.redis_link import RedisLink
 from mmcache.cluster.registration import Registration
@@ -109,6 +109,7 @@ def test_who_is_stopped_without_a_word_is_out_after_a_time_and_no_sooner(there: 
 def test_redis_killed_and_back_empty_changes_no_view(
     there: Redis, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    assert CONFIRM_S >= 2 * BEAT_S
     confirm_s = 2 * CONFIRM_S  # also where the machine stands still while the servers say it again
     monkeypatch.setattr("mmcache.cluster.seen.CONFIRM_S", confirm_s)
     url = url_of(there)

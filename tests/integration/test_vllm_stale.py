@@ -109,20 +109,6 @@ def test_an_adapter_rewritten_between_arrival_and_run_is_not_stored(server: Serv
     assert entries(engine, PROMPT, adapter=new) == (0, 0)
 
 
-def test_a_request_that_ends_before_its_adapter_was_looked_at_counts_its_blocks_as_dropped(
-    server: ServerProcess, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    hasty, patient = ToyEngine(server.url, ONE), Patient(server.url, ONE)
-    adapter, identifier = train(tmp_path / "sql", 1), hasty.scheduler._identifier
-    gate = Gate(identifier.adapter_kept)
-    monkeypatch.setattr(identifier, "adapter_kept", gate)
-    run_one(hasty, "short", PROMPT, lora_request=lora(tmp_path / "sql", 1))
-    assert (entries(hasty, PROMPT, adapter=adapter), hasty.scheduler.counters["saves_dropped"]) == ((0, 0), 12)
-    gate.open()
-    run_one(patient, "as short", PROMPT, lora_request=lora(tmp_path / "sql", 1))
-    assert (entries(patient, PROMPT, adapter=adapter), patient.scheduler.counters["saves_dropped"]) == ((12, 0), 0)
-
-
 # ---------------------------------------------------------------------------------------------------- failed loads
 @pytest.fixture
 def failing(server: ServerProcess) -> Iterator[ToyEngine]:

@@ -26,8 +26,8 @@ from tests.integration.toy_memory import FACTS, keys_of
 
 pytestmark = pytest.mark.alone
 
-DEADLINE_S = 0.6
-SLACK_S = 3.5  # a busy machine's, and one more probe of the server
+DEADLINE_S = 3.0
+ONE_DEADLINE_S = 1.8 * DEADLINE_S  # never two of them, even where the machine stands still for seconds
 ASKED_AT_ONCE = 10  # what is answered in the little time there is for a question
 
 
@@ -140,13 +140,13 @@ def test_after_many_pins_a_stopped_server_costs_later_requests_one_deadline(serv
     engine = ToyEngine(server.url, ONE, deadline_s=DEADLINE_S, num_blocks=40 * 14)
     requests = found(engine, prompts)
     with stopped(server):
-        assert max(times_to_end(engine, requests, 0.002)) < DEADLINE_S + SLACK_S
+        assert max(times_to_end(engine, requests, 0.002)) < ONE_DEADLINE_S
         assert engine.counts["external_tokens"] == 40 * 48
         later = []
         for seed in range(24):
             later += times_to_end(engine, [engine.add(Request(f"later {seed}", prompt(100 + seed, 50)))], 0.002)
     assert sorted(later)[12] < 0.8 * engine.settings.lookup_s  # most were not even asked about
-    assert max(later) < DEADLINE_S + SLACK_S
+    assert max(later) < ONE_DEADLINE_S
     assert engine.wrong == 0
 
 
@@ -160,7 +160,7 @@ def test_requests_that_wait_for_one_load_wait_no_longer_than_its_deadline(
     requests = found(engine, [tokens] * 24)
     with stopped(server):
         ends = times_to_end(engine, requests, 0.02)
-    assert max(ends) < DEADLINE_S + SLACK_S
+    assert max(ends) < ONE_DEADLINE_S
     assert engine.counts["loads_failed"] > 0
     assert engine.wrong == 0
 

@@ -79,7 +79,6 @@ class Tracked:
     loading: tuple[bytes, ...] = ()  # digests of the blocks being loaded
     loading_ids: frozenset[int] = field(default_factory=frozenset)  # and where they lie
     adapter_kept: Ticket[bool] | None = None  # whether its adapter's files were the same when it was admitted
-    held_back: int = 0  # blocks that are not saved as long as that is not known
     off: bool = False  # nothing more is loaded for it: something took too long, or failed
     saved: int = 0  # leading blocks known to be stored, or on their way
     audit: bool | None = None  # whether its hit is not used, to be compared instead; None: not drawn yet

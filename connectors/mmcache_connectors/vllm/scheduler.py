@@ -282,9 +282,7 @@ class SchedulerSide:
             return []
         if request.lora_request is not None:
             if not self._done(tracked.adapter_kept):
-                tracked.held_back = stop - tracked.saved
                 return []  # in the next step
-            tracked.held_back = 0
             if tracked.adapter_kept is None or not tracked.adapter_kept.result:
                 chain.limit_blocks = 0
         chain.limit_blocks = min(chain.limit_blocks, self._identifier.limit_blocks(request))
@@ -376,7 +374,6 @@ class SchedulerSide:
         tracked = self._tracked.pop(request_id, None)
         if tracked is None:
             return None
-        self.counters["saves_dropped"] += tracked.held_back
         self._forget_load(tracked, arrived=not self._load_async and not tracked.off)
         if tracked.admitted is None:
             return None

@@ -20,7 +20,7 @@ from tests.engines.vllm.models import ROOT
 
 PYTHON = Path(os.environ.get("SGLANG_PYTHON", ROOT / ".engines" / "sglang" / "bin" / "python")).absolute()
 SHIM = ROOT / "tests" / "engines" / "sglang" / "shim"
-START_S = 600.0
+START_S = 300.0
 ANSWER_S = 180.0
 ENVIRONMENT = {
     "PYTHONPATH": os.pathsep.join(str(ROOT / place) for place in (SHIM, "", "connectors", "kernels")),

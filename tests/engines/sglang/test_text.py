@@ -106,7 +106,7 @@ def test_nothing_changes_when_the_cache_stops_and_dies(text_engine: Engine, text
         text_engine.flush()
         waits.append(_timed(text_engine, truth) - plain)
     stopped = plain + max(waits)
-    assert min(waits) < DEADLINE_S / 2, f"it is asked by every request, and not once in a while: {waits}"
+    assert sorted(waits)[1] < DEADLINE_S / 2, f"it is asked by every request, and not once in a while: {waits}"
     time.sleep(DEADLINE_S + 0.5)  # what is still written would be answered
     text_cache.kill()  # as it is: resumed first, it could still answer
     time.sleep(2.5)  # the longest pause before a server that failed is asked again

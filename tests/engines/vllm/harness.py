@@ -25,7 +25,7 @@ from tests.engines.vllm.models import FOLDER, IMAGE, MODELS, ROOT
 
 BLOCK = 32  # tokens
 CLOSE = 3e-4  # logprobs of one token in float32, computed in batches of other sizes
-START_S = 600.0
+START_S = 400.0
 ANSWER_S = 180.0
 DEADLINE_S = 16.0  # of the cache: also on a machine that stands still for seconds, what it has is a hit
 ASKS_PER_CALL = 32  # of the plain engine, each of which may take its time

@@ -109,7 +109,7 @@ def test_an_engine_shows_what_it_did(mode: str) -> None:
     assert saved == (307 // BLOCK) + (207 // BLOCK) + (47 // BLOCK)
     assert shown["vllm:mmcache_bytes{direction=save,transport=shared_memory}"] == saved * BLOCK * KV_NBYTES
     assert shown["vllm:mmcache_load_seconds.count"] == 1
-    assert 0 < shown["vllm:mmcache_load_seconds.sum"] < 5
+    assert 0 < shown["vllm:mmcache_load_seconds.sum"] < DEADLINE_S
     assert shown["vllm:mmcache_save_seconds.count"] > 0
     for name in ("load_failures", "verify_failures", "lookup_timeouts", "audit_differences", "saves{outcome=dropped}"):
         assert shown[f"vllm:mmcache_{name}"] == 0

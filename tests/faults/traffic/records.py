@@ -40,11 +40,11 @@ def cpu_wait_s() -> float:
         return 0.0
 
 
-def go_first() -> None:
-    """Have this process run before all others of this machine, where that is allowed: what it measures is then its own.
+def go_first(priority: int = 1) -> None:
+    """Have this thread run before all others of this machine, where that is allowed: what it measures is then its own.
     It must sleep most of the time (sched(7): SCHED_RR)."""
     with contextlib.suppress(PermissionError):
-        os.sched_setscheduler(0, os.SCHED_RR, os.sched_param(1))
+        os.sched_setscheduler(0, os.SCHED_RR, os.sched_param(priority))
 
 
 class Recorder:
