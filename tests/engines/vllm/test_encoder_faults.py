@@ -31,12 +31,10 @@ def _large(seed: int) -> dict[str, Any]:
 
 
 def _soon(engine: Encoding) -> None:
-    """A request takes no longer than one without media that can be known, and the deadline: two of three at least."""
-    took_s = []
-    for (answer,), _ in (engine.answers(FEW[0]) for _ in range(3)):
-        assert answer.same(EXPECTED.of(FEW[0])[0])
-        took_s.append(answer.seconds)
-    assert sorted(took_s)[1] < DEADLINE_S + SLACK_S
+    """A request takes no longer than one without media that can be known, and the deadline."""
+    (answer,), _ = engine.answers(FEW[0])
+    assert answer.same(EXPECTED.of(FEW[0])[0])
+    assert answer.seconds < DEADLINE_S + SLACK_S
 
 
 def _until_known(engine: Encoding) -> None:
